@@ -1,0 +1,109 @@
+"""pybind11 over csrc/xfer: the page channels. Every blocking call releases the GIL.
+
+Threads: send/send_holes/barrier/close come from one thread; cancel, set_bandwidth, set_window, counters
+and digest from any. Once a channel has failed every blocking call raises TransferError(kind, message);
+``kind`` is one of "closed", "io", "protocol", "timeout", "cancelled", "usage".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+
+class TransferError(Exception):
+    kind: str
+    errno: int
+
+class Sender:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[int, int]],  # (address of page 0, npages) a block; the owner keeps it mapped
+        page_bytes: int,
+        *,
+        hash_seed: int,
+        digest: bool = True,
+        zerocopy: bool = True,
+        packet_bytes: int = 262144,  # payload of a full packet; shrinks with the window
+        queue_jobs: int = 2,  # send() calls that may wait unfinished before send() blocks
+    ) -> None: ...
+    def add_channel(self, fd: int, index: int) -> None:
+        """A connected stream socket past its preamble; the sender duplicates it. Starts its threads."""
+
+    def send(self, block: int, page: int, npages: int, bitmap: U64, round_: int) -> None:
+        """Queue the pages of [page, page + npages) whose bit is set in the whole-block ``bitmap`` (copied).
+        Blocks while the queue is full. Memory is read later, any time before barrier() returns."""
+
+    def send_holes(self, block: int, runs: U64, round_: int) -> None:
+        """(n, 2) runs {page, npages} that were never populated: nothing is read."""
+
+    def send_free(self, block: int, runs: U64, round_: int) -> None: ...
+    def barrier(self, round_: int, timeout_ns: int) -> bool:
+        """End the round on every channel; True when everything before it has landed. False when the
+        timeout (0: none) came first: call again with the same round to go on waiting."""
+
+    def take_missed(self, bitmaps: Sequence[U64]) -> int:
+        """OR in the pages to send again: missed, or acknowledged with another digest than was read.
+        Clears them here; returns how many."""
+
+    def digest(self) -> tuple[int, int, int]:
+        """(lo, hi, valid pages). Stable between barrier() and the next send()."""
+
+    def hashes(self, block: int, page: int, npages: int) -> U64:
+        """A copy of the table: (npages, 2)."""
+
+    def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
+    def counters(self) -> dict[str, int]: ...
+    def set_bandwidth(self, bytes_per_second: int) -> None:
+        """Of all channels together, headers included; 0: none. Takes effect within 50 ms."""
+
+    def set_window(self, nbytes: int) -> None:
+        """Most bytes in flight (sent, not acknowledged) over all channels; 0: none."""
+
+    def in_flight(self) -> int: ...
+    def fallbacks(self) -> list[str]: ...
+    def cancel(self, reason: str) -> None:
+        """Wake every blocked call with "cancelled"; sockets are shut down. Idempotent, any thread."""
+
+    def finish(self) -> None:
+        """Send END on every channel and join the workers."""
+
+    def close(self) -> None:
+        """cancel() and join; frees sockets and threads. Idempotent."""
+
+class Receiver:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[int, int]],
+        page_bytes: int,
+        *,
+        hash_seed: int,
+        digest: bool = True,
+        maybe_nonzero: Sequence[U64],  # bit set: our page may hold non-zero bytes now (copied)
+        channels: int,
+    ) -> None: ...
+    def attach(self, fd: int, index: int) -> None:
+        """A connected socket past its preamble; duplicated. Starts its thread."""
+
+    def wait(self, timeout_ns: int) -> bool:
+        """True when every channel has ended with END; raises at the first failure; False at the timeout."""
+
+    def digest(self) -> tuple[int, int, int]: ...
+    def hashes(self, block: int, page: int, npages: int) -> U64: ...
+    def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
+    def counters(self) -> dict[str, int]: ...
+    def cancel(self, reason: str) -> None: ...
+    def close(self) -> None: ...
+
+def connect_options(
+    fd: int,
+    *,
+    dscp: int = -1,
+    keepalive_s: int = 0,
+    user_timeout_ms: int = 0,
+    send_buffer_bytes: int = 0,
+    receive_buffer_bytes: int = 0,
+) -> None: ...
+def tcp_info(fd: int) -> dict[str, Any]: ...

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exception tree and the exit codes.
+
+Whose fault it is decides the class: ``UsageError`` ours (the caller's), ``StreamError`` the peer's
+bytes, ``ChannelError`` the connection's. ``MigrationError`` and its children are outcomes of a job;
+each says in ``source_runs`` whether the source guest runs afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = [
+    "CancelledError",
+    "ChannelError",
+    "ExitCode",
+    "GuestError",
+    "InDoubtError",
+    "MigrationError",
+    "NotConvergedError",
+    "RefusedError",
+    "StreamError",
+    "UsageError",
+    "VerificationError",
+    "VmthError",
+]
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of every command; stable."""
+
+    OK = 0
+    FAILED = 1  #: failed, the source guest runs
+    USAGE = 2
+    REFUSED = 3  #: refused before the start
+    CANCELLED = 4
+    NOT_CONVERGED = 5  #: did not converge or timed out, the source guest runs
+    VERIFICATION_FAILED = 6  #: digests differ and could not be repaired, the source guest runs
+    IN_DOUBT = 7  #: both sides are paused, an operator must decide
+    INTERRUPTED = 130
+
+
+class VmthError(Exception):
+    """Base of all."""
+
+    exit_code: ExitCode = ExitCode.FAILED
+
+
+class UsageError(VmthError, ValueError):
+    """The caller's mistake: a value outside what is allowed. The message names both."""
+
+    exit_code = ExitCode.USAGE
+
+
+class StreamError(VmthError):
+    """The peer sent something that the protocol does not allow. The message names both."""
+
+
+class ChannelError(VmthError, OSError):
+    """A connection could not be made, was lost, or went silent."""
+
+
+class GuestError(VmthError):
+    """A guest's callback failed. Which one, and what state then holds, is in the message."""
+
+
+class MigrationError(VmthError):
+    """A migration ended without the guest at the destination; the source guest runs."""
+
+    source_runs: bool = True
+
+
+class RefusedError(MigrationError):
+    """Refused before the first page: version, block table, page size, resources, compatibility."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class CancelledError(MigrationError):
+    """Cancelled by the caller."""
+
+    exit_code = ExitCode.CANCELLED
+
+
+class NotConvergedError(MigrationError):
+    """The dirty rate stayed above what the link carries, or the timeout came first."""
+
+    exit_code = ExitCode.NOT_CONVERGED
+
+
+class VerificationError(MigrationError):
+    """The digests differ and could not be repaired within the downtime limit."""
+
+    exit_code = ExitCode.VERIFICATION_FAILED
+
+
+class InDoubtError(MigrationError):
+    """The grant was given and its outcome is not known: the source stays paused."""
+
+    exit_code = ExitCode.IN_DOUBT
+    source_runs = False

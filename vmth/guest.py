@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an embedder implements: ``Guest`` and ``DirtySource``.
+
+vmth calls the methods of one guest one at a time, from one thread that it names ``vmth-job``; they
+may raise. A raise before the grant ends the migration, and vmth calls ``resume()`` if it had called
+``pause()``; a raise of ``resume()`` at the source after a failure is reported as ``GuestError`` and the
+guest is left paused. docs/embedding.md walks through an implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from vmth.types import Bitmap, Bitmaps, RamBlock
+
+__all__ = ["CanHold", "CanReportPopulated", "CanThrottle", "DirtySource", "Guest", "StateStream"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateStream:
+    """One named, versioned piece of CPU or device state."""
+
+    name: str
+    version: int
+    data: bytes
+
+
+@runtime_checkable
+class DirtySource(Protocol):
+    """Reports which pages were written. Several are ORed.
+
+    The contract, checked by one conformance suite for every implementation: after ``start()``, a
+    write that is not followed by ``rearm()`` of its page is reported by every later ``fetch()`` until
+    the page is re-armed (or once, where fetch itself clears: ``rearm`` is then a no-op); a write after
+    ``rearm()`` is reported again. Pages may be reported that were not written. Which writes it cannot
+    see is in each implementation's docstring.
+    """
+
+    def start(self) -> None:
+        """From its return on, every later write will be reported."""
+
+    def fetch(self, bitmaps: Bitmaps) -> None:
+        """OR in what was dirtied since ``start()`` and is not re-armed. Bitmaps: one a ramblock."""
+
+    def rearm(self, block: int, page: int, npages: int) -> None:
+        """Called just before pages [page, page + npages) of ``blocks[block]`` are read."""
+
+    def stop(self) -> None:
+        """End the tracking and free what it held. Idempotent; allowed without start()."""
+
+
+class Guest(Protocol):
+    """A virtual machine, or anything with memory, a state and a run button."""
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        """The block table. It must not change while a job runs."""
+
+    @property
+    def dirty(self) -> Sequence[DirtySource]:
+        """At least one at a source of a live migration; not used at a destination or in cold mode."""
+
+    def pause(self) -> bool:
+        """Stop every vCPU; True if it was running. No vCPU runs, and no device writes memory, after it
+        returns. ``resume()`` undoes it. Idempotent."""
+
+    def resume(self) -> None:
+        """Let the vCPUs run. At a destination it is called after ``load_state`` and needs nothing that
+        could still be missing."""
+
+    def save_state(self, write: Callable[[StateStream], None]) -> None:
+        """Hand each stream of CPU and device state to ``write``. The guest is paused."""
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        """Load them; afterwards ``resume()`` needs nothing more: every resource is held."""
+
+    def release(self) -> None:
+        """Source: the guest runs elsewhere, free it. Destination: discard what has arrived.
+        Idempotent."""
+
+
+@runtime_checkable
+class CanReportPopulated(Protocol):
+    """Optional: the guest knows which pages were never populated better than the mapping tells."""
+
+    def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
+        """Set bit (page + i) of ``out`` (a whole-block bitmap) for every page that may hold non-zero
+        bytes. A page left clear is sent as a hole and must read as zeros."""
+
+
+@runtime_checkable
+class CanThrottle(Protocol):
+    """Optional: slow the vCPUs down so that a migration converges."""
+
+    def throttle(self, percent: int) -> None:
+        """Take 0 (let go) to 99 percent of the vCPUs' time."""
+
+
+@runtime_checkable
+class CanHold(Protocol):
+    """Optional: a guest in a process of its own that resumes by itself when the mover vanishes."""
+
+    def hold(self) -> None:
+        """Stay paused from now on even if the mover vanishes: the grant is about to be journaled."""

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the round loop asks a policy, and what a policy may answer."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmth.stats import RoundStats
+
+__all__ = ["Action", "Decision", "Forecast", "OnStall", "Policy", "RoundView"]
+
+
+class OnStall(enum.Enum):
+    """What to do when rounds stop shrinking (or the timeout comes)."""
+
+    PAUSE = "pause"  #: after the timeout: switch over although the downtime limit is exceeded
+    CANCEL = "cancel"  #: give up, the source runs on
+    THROTTLE = "throttle"  #: slow the guest down; cancel if even that does not help
+
+
+class Action(enum.Enum):
+    CONTINUE = "continue"  #: another round
+    SWITCH_OVER = "switch-over"  #: pause and send the rest
+    THROTTLE = "throttle"  #: set the throttle to ``Decision.throttle_percent`` and do another round
+    GIVE_UP = "give-up"  #: NotConvergedError with ``Decision.reason``
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Expected downtime by part, if the guest were paused now."""
+
+    pages_ns: int
+    queue_ns: int
+    state_ns: int
+    overhead_ns: int  #: pause, seal, grant, resume, round trips
+
+    @property
+    def total_ns(self) -> int:
+        return self.pages_ns + self.queue_ns + self.state_ns + self.overhead_ns
+
+
+@dataclass(frozen=True, slots=True)
+class RoundView:
+    """What is known at the end of a round. Times are monotonic nanoseconds."""
+
+    now_ns: int
+    started_ns: int
+    rounds: tuple[RoundStats, ...]  #: finished ones, oldest first
+    dirty_pages: int  #: to send in the next round
+    page_bytes: int
+    memory_bytes: int
+    queued_bytes: int  #: handed to sockets and not yet landed
+    rtt_ns: int
+    state_bytes: int  #: estimate of CPU and device state
+    bandwidth_limit_bps: int  #: 0: none
+    downtime_limit_ns: int
+    timeout_ns: int  #: 0: none
+    on_stall: OnStall
+    throttle_percent: int
+    can_throttle: bool
+    failed_rechecks: int  #: times the guest was paused and resumed because the last set had grown
+    switchover_requested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    action: Action
+    reason: str  #: one sentence with numbers and units, for the log and the result
+    forecast: Forecast
+    throttle_percent: int = 0
+    needed_bandwidth_bps: float = 0.0  #: what would converge; 0: not asked or already does
+    needed_dirty_rate_bps: float = 0.0
+
+
+class Policy(Protocol):
+    """Pluggable: pure, no clock, no I/O; one object a job."""
+
+    def decide(self, view: RoundView) -> Decision:
+        """After each round while the guest runs."""
+
+    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
+        """After the pause, with ``view.dirty_pages`` = the last set: SWITCH_OVER to go on, CONTINUE to
+        resume the guest and do another round."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted: per round, per job, and the result. Plain frozen data; units in the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["DowntimeParts", "JobStats", "MigrationResult", "RoundStats", "TransferCounters"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCounters:
+    """Cumulative counters of one end of the page channels."""
+
+    normal_pages: int = 0
+    zero_pages: int = 0  #: found zero by reading
+    hole_pages: int = 0  #: never populated, not read
+    free_pages: int = 0
+    missed_pages: int = 0  #: to be sent again: damaged on the way or torn while read
+    wire_bytes: int = 0  #: headers, descriptors and payload that were handed to the sockets
+    acked_bytes: int = 0  #: of those, landed and acknowledged
+    packets: int = 0
+    torn_packets: int = 0  #: acknowledged with another digest than was read
+    zerocopy_sends: int = 0
+    zerocopy_copied: int = 0  #: completions that the kernel flagged as copied
+    rtt_ns: int = 0  #: smoothed round trip of the slowest channel (TCP_INFO); 0 where there is none
+    retransmits: int = 0
+    path_mtu: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """One round. Round 0 is the full pass; the last is the one sent while the guest is paused."""
+
+    round: int
+    pages: int  #: handled in this round, all forms
+    normal_pages: int
+    zero_pages: int
+    hole_pages: int
+    bytes: int  #: on the wire
+    duration_ns: int
+    bandwidth_bps: float  #: bytes/s, landed and acknowledged
+    dirty_pages: int  #: dirtied while it ran: what the next round would send
+    dirty_rate_bps: float  #: bytes/s of distinct dirtied pages
+    expected_downtime_ns: int
+    paused: bool = False
+    missed_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DowntimeParts:
+    """Downtime: no vCPU runs anywhere, on the source's clock from pause to RUNNING received. The parts
+    add up to it."""
+
+    pause_ns: int = 0
+    last_pages_ns: int = 0
+    state_ns: int = 0
+    seal_ns: int = 0
+    grant_ns: int = 0
+    resume_ns: int = 0
+
+    @property
+    def total_ns(self) -> int:
+        return (
+            self.pause_ns
+            + self.last_pages_ns
+            + self.state_ns
+            + self.seal_ns
+            + self.grant_ns
+            + self.resume_ns
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobStats:
+    """A snapshot of a running job (libvirt's job-statistics stems where one exists)."""
+
+    status: str
+    memory_iteration: int
+    memory_total: int  #: bytes
+    memory_remaining: int  #: bytes
+    memory_processed: int  #: bytes
+    memory_bps: float  #: bytes/s
+    memory_dirty_rate: float  #: pages/s
+    memory_page_size: int
+    time_elapsed_ns: int
+    downtime_expected_ns: int
+    downtime_limit_ns: int
+    bandwidth_limit_bps: int
+    throttle_percent: int
+    transfer: TransferCounters = field(default_factory=TransferCounters)
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationResult:
+    """How a migration went. ``verified`` is True only when the digests of all guest memory were equal
+    before the grant; ``verified_scope`` says how far the proof reaches ("memory", "none")."""
+
+    verified: bool
+    verified_scope: str
+    mode: str
+    rounds: tuple[RoundStats, ...]
+    total_ns: int
+    downtime_ns: int
+    downtime_parts: DowntimeParts
+    memory_bytes: int
+    wire_bytes: int
+    digest_source: str  #: 32 hex digits, empty when off
+    digest_destination: str
+    transfer: TransferCounters
+    fallbacks: tuple[str, ...] = ()
+    audited: bool = False
+    session_id: str = ""
+    receiver_id: str = ""
+    peer: Mapping[str, Any] = field(default_factory=dict)
