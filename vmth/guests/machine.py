@@ -86,7 +86,8 @@ class BeatReport:
 
 
 class Machine(Protocol):
-    """One guest inside its holder process. Called from the holder's single request thread."""
+    """One guest inside its holder process, made from the holder's ``GuestMemory`` (memory.py), which
+    outlives it. Called from the holder's single request thread."""
 
     @property
     def blocks(self) -> Sequence[RamBlock]: ...
