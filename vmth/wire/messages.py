@@ -3,8 +3,8 @@
 
 Each message is a frozen msgspec struct; its wire type number stands in ``MESSAGE_TYPES``. A type
 with bit 15 set may be ignored by a peer that does not know it, any other unknown type refuses.
-docs/protocol.md says who sends what when. Times are CLOCK_REALTIME nanoseconds of the sender and only
-informative: no decision rests on another machine's clock.
+docs/protocol.md says who sends what when. Times are CLOCK_REALTIME nanoseconds of the sender and
+only informative: no decision rests on another machine's clock.
 """
 
 from __future__ import annotations
@@ -165,14 +165,14 @@ class RoundDone(Message, frozen=True):
 
 
 class Paused(Message, frozen=True):
-    """Source: no vCPU runs; ``was_running`` tells the destination whether to resume after the grant."""
+    """Source: no vCPU runs; ``was_running`` says whether the destination resumes after the grant."""
 
     at_ns: int
     was_running: bool
 
 
 class State(Message, frozen=True):
-    """Source: a piece of a state stream. ``offset`` is where ``data`` belongs; ``last`` closes it."""
+    """Source: a piece of a state stream; ``data`` belongs at ``offset``, ``last`` closes it."""
 
     name: str
     version: int
@@ -182,8 +182,8 @@ class State(Message, frozen=True):
 
 
 class Seal(Message, frozen=True):
-    """Source: all has been sent. ``pages`` = pages with a valid hash (free ones are not); ``state_bytes``
-    and ``state_crc32`` cover the concatenated streams in the order sent."""
+    """Source: all has been sent. ``pages`` = pages with a valid hash (free ones are not);
+    ``state_bytes`` and ``state_crc32`` cover the concatenated streams in the order sent."""
 
     digest_lo: int
     digest_hi: int
@@ -202,7 +202,8 @@ class Sealed(Message, frozen=True):
 
 
 class Mismatch(Message, frozen=True):
-    """Destination: its own digest differs, or pages are missing. The source may repair and seal again."""
+    """Destination: its own digest differs, or pages are missing. The source may repair and seal
+    again."""
 
     digest_lo: int
     digest_hi: int
@@ -220,7 +221,7 @@ class DigestRequest(Message, frozen=True):
 
 
 class DigestReply(Message, frozen=True):
-    """Destination: per step 16 bytes digest (lo, hi little-endian). With step 1 it is the page hash."""
+    """Destination: per step 16 bytes digest (lo, hi little-endian); with step 1 the page hash."""
 
     source: int
     block: int
