@@ -81,6 +81,7 @@ struct vmth_ack {
     uint64_t seq;
     struct vmth_u128 digest;  /* sum of mix(block, page, hash of what landed) over the packet */
     uint32_t status;
+    uint32_t block;           /* MISSED: index of the block whose pages are missed; else 0 */
 };
 
 /* What was wrong with a packet: `field` had `received`, at most (or exactly) `allowed`. */

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What one implementation of a kernel family provides, and how the public functions find it.
+ *
+ *   family    public file      scalar twin          vector twins
+ *   bitmap    bitmap.c         bitmap_scalar.c      x86/bitmap_*.c   aarch64/bitmap_neon.c
+ *   zero      zero_page.c      zero_scalar.c        x86/zero_*.c     aarch64/zero_neon.c
+ *   hash      page_hash.c      hash_scalar.c        x86/hash_*.c     aarch64/hash_neon.c
+ *
+ * The scalar twin defines the answer. A public function checks arguments, asks for the selected
+ * implementation once a call, and does everything that is not worth a vector itself. */
+#ifndef VMTH_CORE_KERNEL_OPS_H
+#define VMTH_CORE_KERNEL_OPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct bitmap_ops {
+    const char *name;
+    /* Set bits in n whole words. */
+    uint64_t (*count)(const uint64_t *words, size_t n);
+    /* into |= from over n whole words; returns the bits that became set. */
+    uint64_t (*merge)(uint64_t *into, const uint64_t *from, size_t n);
+    /* The first index in [from, n) whose word is not zero, or n. */
+    size_t (*skip_empty)(const uint64_t *words, size_t from, size_t n);
+};
+
+struct zero_ops {
+    const char *name;
+    /* nbytes (a multiple of 64) if all are zero; otherwise some multiple of 64 below nbytes, up to
+     * which all bytes are zero. Reads at most a few cache lines past the first byte that is not. */
+    size_t (*zero_prefix)(const uint8_t *bytes, size_t nbytes);
+};
+
+struct hash_ops {
+    const char *name;
+    /* Run XXH3's long-input accumulation over one page (page_bytes a multiple of 1024) and leave the
+     * eight accumulators in acc. The first zero_blocks blocks of 1024 bytes are taken as zero bytes
+     * without reading them; zero_blocks is at most all of them. */
+    void (*accumulate)(uint64_t acc[8], const uint8_t *secret, const uint8_t *page,
+                       size_t page_bytes, size_t zero_blocks);
+};
+
+extern const struct bitmap_ops bitmap_scalar;
+extern const struct zero_ops zero_scalar;
+extern const struct hash_ops hash_scalar;
+
+/* The selected implementation; resolved to the default at the first use. Never NULL. */
+const struct bitmap_ops *kernel_bitmap(void);
+const struct zero_ops *kernel_zero(void);
+const struct hash_ops *kernel_hash(void);
+
+#endif
