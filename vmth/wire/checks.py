@@ -2,7 +2,7 @@
 """Bounds of every message field, as one table that the encoder and the decoder share.
 
 msgspec has checked the types when this runs; here every number, length and enum is compared with
-its bound. ``problem(message)`` says what is wrong, in the form "Offer.channels: received 65, allowed
+its bound. ``problem(message)`` says what is wrong, as in "Offer.channels: received 65, allowed
 1 to 64"; the decoder makes a StreamError of it, the encoder a UsageError. A field without a row
 would be unchecked: a test compares the table with the structs.
 """

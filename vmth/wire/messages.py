@@ -165,7 +165,7 @@ class RoundDone(Message, frozen=True):
 
 
 class Paused(Message, frozen=True):
-    """Source: no vCPU runs; ``was_running`` says whether the destination resumes after the grant."""
+    """Source: no vCPU runs; ``was_running``: the destination resumes it after the grant."""
 
     at_ns: int
     was_running: bool
