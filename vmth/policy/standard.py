@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy that runs by default.
+
+    no page dirty, or asked for          -> switch over
+    timeout passed                       -> on_stall: pause switches over, the others give up
+    forecast fits the downtime limit     -> switch over, after at most three short rounds
+    two rounds without shrinking         -> say what would converge, then on_stall
+    otherwise                            -> another round
+
+A stall with ``on_stall=pause`` and no timeout goes on for ever, and says so in every reason. After
+three pauses that were taken back (the last set had grown), a forecast is believed only if the
+largest set of the last rounds fits as well. Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vmth.policy.forecast import (
+    NS,
+    ROUND_NS,
+    bandwidth_bps,
+    bytes_per_page,
+    fit_dirty_model,
+    forecast_downtime,
+)
+from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
+from vmth.units import format_duration, format_rate, format_size
+
+__all__ = ["StandardPolicy"]
+
+#: A set that is not below this share of the one before did not shrink.
+SHRINKS_BELOW = 0.95
+#: What the next round leaves is judged from so many: older ones may tell of another workload.
+RECENT_ROUNDS = 4
+#: Short rounds made although the limit already holds.
+MAX_EXTRA_ROUNDS = 3
+#: Such a round must promise a set of at most this share of the present one...
+EXTRA_SHRINKS_TO = 0.5
+#: ...and the pages it saves must be worth more than a round costs.
+EXTRA_SAVES_NS = 2 * ROUND_NS
+#: Margin on bandwidth over dirty rate: at 1.0 rounds never get shorter.
+CONVERGE_MARGIN = 1.25
+#: A last set this many times larger than forecast is another workload.
+RECHECK_FACTOR = 2
+MAX_FAILED_RECHECKS = 3
+THROTTLE_INITIAL_PERCENT = 20
+THROTTLE_STEP_PERCENT = 10
+THROTTLE_MAX_PERCENT = 99
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What would let the rounds converge."""
+
+    needed_bandwidth_bps: float
+    needed_dirty_rate_bps: float
+    text: str
+
+
+class StandardPolicy:
+    """See the module. One object a job: it counts the extra rounds it asked for."""
+
+    def __init__(self) -> None:
+        self._extra_rounds = 0
+
+    def decide(self, view: RoundView) -> Decision:
+        expected = forecast_downtime(view)
+        if view.switchover_requested:
+            return Decision(Action.SWITCH_OVER, f"asked for; {_shown(view, expected)}", expected)
+        if view.dirty_pages == 0:
+            return Decision(Action.SWITCH_OVER, "no page was dirtied", expected)
+        fits = expected.total_ns <= view.downtime_limit_ns
+        if fits and self._believable(view):
+            return self._aim_low(view, expected)
+        if _timed_out(view):
+            return self._at_timeout(view, expected)
+        if fits:
+            return self._on_stall(view, expected, f"{view.failed_rechecks} pauses were taken back")
+        if _stalled(view):
+            return self._on_stall(view, expected, "the dirty set does not shrink")
+        return Decision(Action.CONTINUE, _shown(view, expected), expected)
+
+    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
+        """SWITCH_OVER, or CONTINUE when the last set is not the one that was forecast, still
+        exceeds the limit, and there were fewer than three such pauses already."""
+        expected = forecast_downtime(view)
+        grown = expected.pages_ns > RECHECK_FACTOR * forecast.pages_ns
+        within = expected.total_ns <= view.downtime_limit_ns
+        forced = view.switchover_requested or _timed_out(view)
+        if not grown or within or forced or view.failed_rechecks >= MAX_FAILED_RECHECKS:
+            return Decision(Action.SWITCH_OVER, _shown(view, expected), expected)
+        return Decision(
+            Action.CONTINUE,
+            f"the last set needs {format_duration(expected.pages_ns)} instead of "
+            f"{format_duration(forecast.pages_ns)}; {_shown(view, expected)}",
+            expected,
+        )
+
+    def _believable(self, view: RoundView) -> bool:
+        if view.failed_rechecks < MAX_FAILED_RECHECKS:
+            return True
+        if view.on_stall is OnStall.CANCEL:
+            return False
+        later = [round_ for round_ in view.rounds[-RECENT_ROUNDS:] if round_.round > 0]
+        largest = max((max(round_.pages, round_.dirty_pages) for round_ in later), default=0)
+        return forecast_downtime(view, largest).total_ns <= view.downtime_limit_ns
+
+    def _aim_low(self, view: RoundView, expected: Forecast) -> Decision:
+        """The limit holds. Another round is made when it is short and leaves clearly less."""
+        round_ns = expected.pages_ns + expected.queue_ns + view.rtt_ns + ROUND_NS
+        left = fit_dirty_model(view.rounds[-RECENT_ROUNDS:]).dirty_pages(round_ns)
+        saved_ns = expected.pages_ns - forecast_downtime(view, left).pages_ns
+        cheap = round_ns < max(view.downtime_limit_ns, 2 * (view.rtt_ns + ROUND_NS))
+        shrinks = left <= EXTRA_SHRINKS_TO * view.dirty_pages and saved_ns > EXTRA_SAVES_NS
+        if cheap and shrinks and self._extra_rounds < MAX_EXTRA_ROUNDS and not _timed_out(view):
+            self._extra_rounds += 1
+            return Decision(
+                Action.CONTINUE,
+                f"{_shown(view, expected)}; a short round should leave {math.ceil(left)} pages",
+                expected,
+            )
+        return Decision(Action.SWITCH_OVER, _shown(view, expected), expected)
+
+    def _at_timeout(self, view: RoundView, expected: Forecast) -> Decision:
+        verdict = _verdict(view)
+        action = Action.SWITCH_OVER if view.on_stall is OnStall.PAUSE else Action.GIVE_UP
+        what = "pausing all the same" if action is Action.SWITCH_OVER else "giving up"
+        return _decision(
+            action,
+            f"timeout of {format_duration(view.timeout_ns)} passed, {what}; "
+            f"{_shown(view, expected)}; {verdict.text}",
+            expected,
+            verdict,
+        )
+
+    def _on_stall(self, view: RoundView, expected: Forecast, why: str) -> Decision:
+        verdict = _verdict(view)
+        text = f"{why}; {_shown(view, expected)}; {verdict.text}"
+        if view.on_stall is OnStall.PAUSE:
+            until = (
+                f"going on until {format_duration(view.timeout_ns)} have passed"
+                if view.timeout_ns
+                else "going on without end, as no timeout is set"
+            )
+            return _decision(Action.CONTINUE, f"{text}; {until}", expected, verdict)
+        if view.on_stall is OnStall.CANCEL:
+            return _decision(Action.GIVE_UP, text, expected, verdict)
+        if not view.can_throttle:
+            return _decision(
+                Action.GIVE_UP, f"{text}; this guest cannot be throttled", expected, verdict
+            )
+        if view.throttle_percent >= THROTTLE_MAX_PERCENT:
+            return _decision(
+                Action.GIVE_UP,
+                f"{text}; throttled by {view.throttle_percent} % already",
+                expected,
+                verdict,
+            )
+        percent = _next_throttle(view.throttle_percent)
+        return _decision(
+            Action.THROTTLE, f"{text}; throttling by {percent} %", expected, verdict, percent
+        )
+
+
+def _decision(
+    action: Action, reason: str, expected: Forecast, verdict: _Verdict, throttle_percent: int = 0
+) -> Decision:
+    return Decision(
+        action,
+        reason,
+        expected,
+        throttle_percent=throttle_percent,
+        needed_bandwidth_bps=verdict.needed_bandwidth_bps,
+        needed_dirty_rate_bps=verdict.needed_dirty_rate_bps,
+    )
+
+
+def _next_throttle(percent: int) -> int:
+    if percent < THROTTLE_INITIAL_PERCENT:
+        return THROTTLE_INITIAL_PERCENT
+    return min(percent + THROTTLE_STEP_PERCENT, THROTTLE_MAX_PERCENT)
+
+
+def _timed_out(view: RoundView) -> bool:
+    return view.timeout_ns > 0 and view.now_ns - view.started_ns >= view.timeout_ns
+
+
+def _stalled(view: RoundView) -> bool:
+    """Two rounds in a row did not shrink the set, or two pairs of alternating ones did not."""
+    sets = [*(round_.dirty_pages for round_ in view.rounds[:-1]), view.dirty_pages]
+    return _flat(sets, lag=1) or _flat(sets, lag=2)
+
+
+def _flat(sets: Sequence[int], lag: int) -> bool:
+    if len(sets) < 3 * lag:
+        return False
+    return all(sets[-i] >= SHRINKS_BELOW * sets[-i - lag] for i in range(1, 2 * lag + 1))
+
+
+def _verdict(view: RoundView) -> _Verdict:
+    """Either of two bandwidths converges: one that outruns the first-touch rate, or one that sends
+    the whole working set within the limit. All rounds are looked at, as the first are those whose
+    length differs, unless a throttle made another workload of the older ones."""
+    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttle_percent else view.rounds)
+    page_cost = bytes_per_page(view)
+    rate = bandwidth_bps(view)
+    outrun = CONVERGE_MARGIN * model.first_touch_pps * page_cost
+    room_ns = view.downtime_limit_ns - forecast_downtime(view, 0).total_ns
+    at_once = model.working_set_pages * page_cost / room_ns * NS if room_ns > 0 else math.inf
+    needed_bandwidth = min(outrun, at_once)
+    needed_dirty = rate / CONVERGE_MARGIN * view.page_bytes / page_cost
+    if math.isinf(model.first_touch_pps):
+        dirty_rate = f"above {format_rate(view.rounds[-1].dirty_rate_bps)}"
+    else:
+        dirty_rate = format_rate(model.first_touch_pps * view.page_bytes)
+    with_bandwidth = (
+        f"{format_rate(needed_bandwidth)} of bandwidth (now {format_rate(rate)}) or "
+        if math.isfinite(needed_bandwidth)
+        else ""
+    )
+    return _Verdict(
+        needed_bandwidth if math.isfinite(needed_bandwidth) else 0.0,
+        needed_dirty,
+        f"would converge with {with_bandwidth}a dirty rate below {format_rate(needed_dirty)} "
+        f"(now {dirty_rate})",
+    )
+
+
+def _shown(view: RoundView, expected: Forecast) -> str:
+    sign = "<=" if expected.total_ns <= view.downtime_limit_ns else ">"
+    return (
+        f"{format_size(view.dirty_pages * view.page_bytes)} dirty, expected downtime "
+        f"{format_duration(expected.total_ns)} {sign} limit "
+        f"{format_duration(view.downtime_limit_ns)}"
+    )
