@@ -148,20 +148,41 @@ void vmth_digest_invalidate(struct vmth_digest *digest, uint32_t block, uint64_t
     vmth_digest_fill(digest, block, first, n, table, &invalid, NULL);
 }
 
-struct vmth_digest vmth_digest_of(uint32_t block, uint64_t first, size_t n,
-                                  const struct vmth_u128 *table)
+struct vmth_digest vmth_digest_of_hashes(uint32_t block, uint64_t first, size_t n,
+                                         const struct vmth_u128 *hashes)
 {
     struct vmth_digest digest = {{0, 0}, 0};
 
     for (size_t i = 0; i < n; i++) {
-        const struct vmth_u128 *entry = &table[first + i];
-
-        if (is_valid(entry)) {
-            const struct vmth_u128 term = mix(place_key(block, first + i), *entry);
+        if (is_valid(&hashes[i])) {
+            const struct vmth_u128 term = mix(place_key(block, first + i), hashes[i]);
 
             add(&digest.sum, &term);
             digest.pages++;
         }
     }
+    return digest;
+}
+
+struct vmth_digest vmth_digest_of(uint32_t block, uint64_t first, size_t n,
+                                  const struct vmth_u128 *table)
+{
+    return vmth_digest_of_hashes(block, first, n, table + first);
+}
+
+struct vmth_digest vmth_digest_of_fill(uint32_t block, uint64_t first, uint64_t n,
+                                       const struct vmth_u128 *hash)
+{
+    struct vmth_digest digest = {{0, 0}, 0};
+
+    if (!is_valid(hash)) {
+        return digest;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        const struct vmth_u128 term = mix(place_key(block, first + i), *hash);
+
+        add(&digest.sum, &term);
+    }
+    digest.pages = n;
     return digest;
 }

@@ -50,6 +50,14 @@ void vmth_digest_invalidate(struct vmth_digest *digest, uint32_t block, uint64_t
 struct vmth_digest vmth_digest_of(uint32_t block, uint64_t first, size_t n,
                                   const struct vmth_u128 *table);
 
+/* The same for hashes without a table: hashes[0] is page first's. */
+struct vmth_digest vmth_digest_of_hashes(uint32_t block, uint64_t first, size_t n,
+                                         const struct vmth_u128 *hashes);
+
+/* The digest of pages [first, first + n) that all have one hash. */
+struct vmth_digest vmth_digest_of_fill(uint32_t block, uint64_t first, uint64_t n,
+                                       const struct vmth_u128 *hash);
+
 VMTH_END_DECLS
 
 #endif

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core's C ABI (csrc/include/vmth), as the Cython modules see it."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "vmth/common.h" nogil:
+    struct vmth_run:
+        uint64_t page
+        uint64_t npages
+
+    struct vmth_u128:
+        uint64_t lo
+        uint64_t hi
+
+
+cdef extern from "vmth/bitmap.h" nogil:
+    uint64_t vmth_bitmap_count(const uint64_t *words, uint64_t first, uint64_t n)
+    uint64_t vmth_bitmap_merge(uint64_t *into, const uint64_t *other, uint64_t npages)
+    uint64_t vmth_bitmap_fetch_and_clear(uint64_t *live, uint64_t *into, uint64_t npages)
+    void vmth_bitmap_set_range(uint64_t *words, uint64_t page, uint64_t npages)
+    void vmth_bitmap_clear_range(uint64_t *words, uint64_t page, uint64_t npages)
+    int vmth_bitmap_runs(const uint64_t *words, uint64_t npages, uint64_t first, vmth_run *out,
+                         size_t cap, size_t *nruns, uint64_t *resume)
+    void vmth_bitmap_from_bytes(uint64_t *words, const uint8_t *data, uint64_t npages)
+    void vmth_bitmap_to_bytes(uint8_t *data, const uint64_t *words, uint64_t npages)
+
+
+cdef extern from "vmth/zero_page.h" nogil:
+    bint vmth_is_zero(const uint8_t *data, size_t nbytes)
+    int vmth_zero_scan(const uint8_t *pages, size_t page_bytes, size_t npages,
+                       uint64_t *zero_words, size_t *nzero)
+    int vmth_zero_partition(const uint8_t *host, size_t page_bytes, uint64_t *ids, size_t n,
+                            uint64_t *scratch, size_t *nnormal)
+
+
+cdef extern from "vmth/page_hash.h" nogil:
+    struct vmth_hash_key:
+        uint64_t seed
+
+    void vmth_hash_key_init(vmth_hash_key *key, uint64_t seed)
+    int vmth_page_hash(const vmth_hash_key *key, const uint8_t *pages, size_t page_bytes,
+                       size_t npages, vmth_u128 *out)
+    int vmth_page_hash_zero(const vmth_hash_key *key, const uint8_t *pages, size_t page_bytes,
+                            size_t npages, vmth_u128 *out, uint64_t *zero_words, size_t *nzero)
+    uint64_t vmth_checksum64(const void *data, size_t nbytes, uint64_t seed)
+
+
+cdef extern from "vmth/memory_digest.h" nogil:
+    struct vmth_digest:
+        vmth_u128 sum
+        uint64_t pages
+
+    vmth_digest vmth_digest_of_hashes(uint32_t block, uint64_t first, size_t n,
+                                      const vmth_u128 *hashes)
+    vmth_digest vmth_digest_of_fill(uint32_t block, uint64_t first, uint64_t n,
+                                    const vmth_u128 *hash)
+
+
+cdef extern from "vmth/kernels.h" nogil:
+    int vmth_kernel_select(const char *family, const char *name)
+    const char *vmth_kernel_selected(const char *family)
+    const char *vmth_kernel_family(size_t index)
+    const char *vmth_kernel_name(const char *family, size_t index)
