@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A migration without a clock: workload models and a link in, a policy's rounds and downtime out."""
+"""A migration without a clock: workloads and a link in, a policy's rounds and downtime out."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy that runs by default.
 
-    no page dirty, or asked for          -> switch over
-    timeout passed                       -> on_stall: pause switches over, the others give up
+    asked for                            -> switch over
+    no page dirty                        -> switch over
     forecast fits the downtime limit     -> switch over, after at most three short rounds
+    timeout passed                       -> on_stall: pause switches over, the others give up
     two rounds without shrinking         -> say what would converge, then on_stall
     otherwise                            -> another round
 
@@ -70,9 +71,8 @@ class StandardPolicy:
         expected = forecast_downtime(view)
         if view.switchover_requested:
             return Decision(Action.SWITCH_OVER, f"asked for; {_shown(view, expected)}", expected)
-        if view.dirty_pages == 0:
-            return Decision(Action.SWITCH_OVER, "no page was dirtied", expected)
-        fits = expected.total_ns <= view.downtime_limit_ns
+        # With nothing dirty no round can improve on now, however low the limit is.
+        fits = view.dirty_pages == 0 or expected.total_ns <= view.downtime_limit_ns
         if fits and self._believable(view):
             return self._aim_low(view, expected)
         if _timed_out(view):
