@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The system calls that memory tracking makes, as a table that a test can replace.
+ *
+ * Every hook returns what the call returns, or a negative errno; none touches `errno`. `self` is the
+ * table itself, so that a fake can stand at the head of a larger struct and keep its state there. */
+#ifndef VMTH_SYS_MEMORY_OPS_H
+#define VMTH_SYS_MEMORY_OPS_H
+
+#include <stdint.h>
+
+#include "vmth/common.h"
+
+VMTH_BEGIN_DECLS
+
+struct vmth_memory_ops {
+    /* Open `path` with `flags`; the caller closes the descriptor it gets. */
+    int (*open)(const struct vmth_memory_ops *self, const char *path, int flags);
+    int (*close)(const struct vmth_memory_ops *self, int fd);
+    /* `arg` is a struct of the request's type, or an integer where the request takes one. */
+    int64_t (*ioctl)(const struct vmth_memory_ops *self, int fd, unsigned long request, void *arg);
+    /* userfaultfd(2); the caller closes the descriptor it gets. */
+    int (*userfaultfd)(const struct vmth_memory_ops *self, int flags);
+    /* lseek(2); the callers here only use SEEK_DATA and SEEK_HOLE. */
+    int64_t (*lseek)(const struct vmth_memory_ops *self, int fd, int64_t offset, int whence);
+    /* fstatfs(2): *magic gets the type of the file system that holds `fd`. */
+    int (*fs_magic)(const struct vmth_memory_ops *self, int fd, uint64_t *magic);
+};
+
+/* The table that calls the kernel. Immutable, lives for ever. */
+const struct vmth_memory_ops *vmth_memory_ops_kernel(void);
+
+VMTH_END_DECLS
+
+#endif

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Populated pages of anonymous memory by its page table, of shared memory by its file. */
+#define _GNU_SOURCE
+#include "sys/populated.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+#include "vmth/bitmap.h"
+
+#define TMPFS_FS_MAGIC UINT64_C(0x01021994) /* TMPFS_MAGIC of linux/magic.h; memfd has it, too */
+
+struct target {
+    uint64_t *words;
+    uint64_t page;
+};
+
+static void note_populated(void *context, uint64_t page, uint64_t npages, uint64_t categories)
+{
+    const struct target *target = context;
+
+    (void)categories;
+    vmth_bitmap_set_range(target->words, target->page + page, npages);
+}
+
+int vmth_populated_anon(const struct vmth_memory_ops *ops, int pagemap_fd, uint64_t address,
+                        uint64_t npages, uint64_t page_bytes, uint64_t *words, uint64_t page)
+{
+    const struct vmth_page_query query = {
+        .category_inverted = VMTH_PAGE_IS_PFNZERO,
+        .category_mask = VMTH_PAGE_IS_PFNZERO,
+        .category_anyof_mask = VMTH_PAGE_IS_PRESENT | VMTH_PAGE_IS_SWAPPED,
+    };
+    struct target target = {.words = words, .page = page};
+
+    return vmth_pagemap_scan(ops, pagemap_fd, &query, address, npages, page_bytes, note_populated,
+                             &target);
+}
+
+/* Where the next data at or after `at` begins; `end` if there is none before it. */
+static int64_t next_data(const struct vmth_memory_ops *ops, int fd, int64_t at, int64_t end)
+{
+    int64_t data = ops->lseek(ops, fd, at, SEEK_DATA);
+
+    if (data == -ENXIO) {
+        return end;
+    }
+    return data > end ? end : data;
+}
+
+static int64_t next_hole(const struct vmth_memory_ops *ops, int fd, int64_t at, int64_t end)
+{
+    int64_t hole = ops->lseek(ops, fd, at, SEEK_HOLE);
+
+    /* The data was punched out between the two questions: look again from here. */
+    if (hole == -ENXIO) {
+        return at;
+    }
+    return hole > end ? end : hole;
+}
+
+int vmth_populated_file(const struct vmth_memory_ops *ops, int fd, uint64_t offset, uint64_t npages,
+                        uint64_t page_bytes, uint64_t *words, uint64_t page)
+{
+    const int64_t end = (int64_t)(offset + npages * page_bytes);
+    int64_t at = (int64_t)offset;
+
+    while (at < end) {
+        int64_t data = next_data(ops, fd, at, end);
+        int64_t hole;
+        uint64_t first;
+        uint64_t last;
+
+        if (data < 0) {
+            return (int)data;
+        }
+        if (data == end) {
+            return 0;
+        }
+        hole = next_hole(ops, fd, data, end);
+        if (hole < 0) {
+            return (int)hole;
+        }
+        if (hole < data || data < at) {
+            return -EIO;
+        }
+        first = ((uint64_t)data - offset) / page_bytes;
+        last = ((uint64_t)hole - offset + page_bytes - 1) / page_bytes;
+        vmth_bitmap_set_range(words, page + first, last - first);
+        at = hole;
+    }
+    return 0;
+}
+
+int vmth_populated_file_is_exact(const struct vmth_memory_ops *ops, int fd, bool *exact)
+{
+    uint64_t magic;
+    int result = ops->fs_magic(ops, fd, &magic);
+
+    if (result < 0) {
+        return result;
+    }
+    *exact = magic == TMPFS_FS_MAGIC;
+    return 0;
+}

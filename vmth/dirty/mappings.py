@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kind of mapping holds a range of this process's memory, by /proc/self/maps."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["MappingKind", "huge_pages_forbidden", "mapping_kind"]
+
+#: Names that the kernel shows for private memory without a file.
+_ANONYMOUS_NAMES = ("[heap]", "[stack", "[anon:")
+
+
+class MappingKind(enum.Enum):
+    """Which rule decides what tracking sees, and whether a page was ever populated."""
+
+    PRIVATE_ANONYMOUS = "private anonymous"  #: all of it; only this process can write it
+    SHARED = "shared"  #: at least a part can be written through another mapping or the file
+    PRIVATE_FILE = "private file"  #: the file shines through where it was not written
+    UNMAPPED = "not mapped throughout"
+
+
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """One line of /proc/self/maps."""
+
+    start: int
+    end: int
+    shared: bool
+    anonymous: bool
+
+
+def mapping_kind(address: int, length: int) -> MappingKind:
+    """The kind of [address, address + length). Raises OSError where /proc cannot be read."""
+    areas = [area for area in _areas() if area.start < address + length and area.end > address]
+    reached = address
+    for area in areas:
+        if area.start > reached:
+            return MappingKind.UNMAPPED
+        reached = area.end
+    if reached < address + length:
+        return MappingKind.UNMAPPED
+    if any(area.shared for area in areas):
+        return MappingKind.SHARED
+    if all(area.anonymous for area in areas):
+        return MappingKind.PRIVATE_ANONYMOUS
+    return MappingKind.PRIVATE_FILE
+
+
+def _areas() -> Iterator[_Area]:
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            # 7f00-7f10 rw-p 00000000 00:00 0    [name or path]
+            fields = line.rstrip("\n").split(maxsplit=5)
+            start, _, end = fields[0].partition("-")
+            name = fields[5] if len(fields) > 5 else ""
+            anonymous = fields[3:5] == ["00:00", "0"] and (
+                not name or name.startswith(_ANONYMOUS_NAMES)
+            )
+            yield _Area(int(start, 16), int(end, 16), fields[1][3] == "s", anonymous)
+
+
+def huge_pages_forbidden(address: int, length: int) -> bool:
+    """Whether madvise(MADV_NOHUGEPAGE) holds for all of [address, address + length).
+
+    Walks the page tables of the whole process (smaps): for start-up only.
+    """
+    inside = False
+    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            head, _, rest = line.partition(" ")
+            if "-" in head and not head.endswith(":"):
+                start, _, end = head.partition("-")
+                inside = int(start, 16) < address + length and int(end, 16) > address
+            elif inside and head == "VmFlags:" and "nh" not in rest.split():
+                return False
+    return True

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The never-populated rule: which pages may hold something other than zeros, without touching any.
+
+Ask *after* the write tracking of the range was armed: a page that was not populated then reads as
+zeros, and whatever writes it later is reported as a write.
+
+- Shared memory (``Mapping.fd`` on tmpfs or a memfd): a page is populated unless the file has a hole
+  there (SEEK_DATA). The page table is not asked: a page written through another mapping or by
+  ``pwrite`` is not in ours. Holes come in the file's folios, so neighbours of a written page may
+  count as populated.
+- Private anonymous memory (``Mapping.address``): populated if present or swapped. A page that maps
+  the kernel's page of zeros was only read, so it is not populated. While a userfaultfd tracks the
+  memory, an armed entry without a page looks like swap, and everything counts as populated:
+  ``UffdWpSource.populated`` knows better.
+- Any other mapping is always populated: a disk file, hugetlbfs, shared memory without its fd.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from vmth._native import _sys
+from vmth.dirty.mappings import MappingKind, mapping_kind
+from vmth.errors import UsageError
+from vmth.types import Bitmap, RamBlock
+
+__all__ = ["check_range", "or_bits", "populated_bits", "set_bits"]
+
+_ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+def populated_bits(block: RamBlock, page: int, npages: int, out: Bitmap) -> None:
+    """Set bit (page + i) of ``out``, a bitmap of the whole block, for every page i of
+    [page, page + npages) that may hold something other than zeros; other bits stay.
+
+    Touches no memory; on shared memory it moves the file position of the block's fd. Thread-safe
+    for different ``out``. Raises UsageError for pages outside of the block or an address that is
+    not mapped, OSError if the kernel does not answer (bits may then be missing: treat all pages as
+    populated).
+    """
+    check_range(block, page, npages, out)
+    if npages == 0:
+        return
+    mapping = block.mapping
+    first = page * block.tracking_page_size
+    if block.tracking_page_size != _sys.PAGE_BYTES:
+        set_bits(out, page, npages)
+    elif mapping.fd is not None:
+        if _sys.populated_file_is_exact(mapping.fd):
+            _sys.populated_file(mapping.fd, mapping.offset + first, npages, out, page)
+        else:
+            set_bits(out, page, npages)
+    elif mapping.address is not None:
+        _populated_address(block, mapping.address + first, page, npages, out)
+    else:
+        raise UsageError(f"ramblock {block.idstr!r}: neither fd nor address is set")
+
+
+def _populated_address(block: RamBlock, address: int, page: int, npages: int, out: Bitmap) -> None:
+    kind = mapping_kind(address, npages * _sys.PAGE_BYTES)
+    if kind is MappingKind.UNMAPPED:
+        raise UsageError(f"ramblock {block.idstr!r}: {address:#x} is {kind.value}")
+    if kind is not MappingKind.PRIVATE_ANONYMOUS:
+        set_bits(out, page, npages)
+        return
+    try:
+        _sys.populated_anon(address, npages, out, page)
+    except OSError as error:
+        if error.errno != errno.ENOTTY:  # Linux before 6.7: nothing is known
+            raise
+        set_bits(out, page, npages)
+
+
+def check_range(block: RamBlock, page: int, npages: int, bitmap: Bitmap) -> None:
+    """Raise UsageError unless the pages lie in the block and the block's bits in the bitmap."""
+    if page < 0 or npages < 0 or page + npages > block.npages:
+        raise UsageError(
+            f"ramblock {block.idstr!r}: pages [{page}, {page + npages}) of {block.npages}"
+        )
+    if len(bitmap) * 64 < block.npages:
+        raise UsageError(
+            f"ramblock {block.idstr!r}: {block.npages} pages, a bitmap of {len(bitmap) * 64} bits"
+        )
+
+
+def set_bits(out: Bitmap, page: int, npages: int) -> None:
+    """Set bits [page, page + npages)."""
+    if npages > 0:
+        first, last = page // 64, (page + npages - 1) // 64
+        bits = np.full(last - first + 1, _ALL_ONES, dtype=np.uint64)
+        _or_words(out, bits, page, npages)
+
+
+def or_bits(out: Bitmap, bits: Bitmap, page: int, npages: int) -> None:
+    """OR bits [page, page + npages) of one whole-block bitmap into another."""
+    if npages > 0:
+        first, last = page // 64, (page + npages - 1) // 64
+        _or_words(out, bits[first : last + 1].copy(), page, npages)
+
+
+def _or_words(out: Bitmap, words: Bitmap, page: int, npages: int) -> None:
+    """OR ``words``, which begin with the word of ``page``, cut to [page, page + npages)."""
+    end = page + npages
+    words[0] &= _ALL_ONES << np.uint64(page % 64)
+    words[-1] &= _ALL_ONES >> np.uint64(-end % 64)
+    out[page // 64 : page // 64 + len(words)] |= words

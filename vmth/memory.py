@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory as addresses and NumPy views: what ``RamBlock.mapping`` stands for in this process.
+
+Reading a hole of shared memory through such a view allocates a page of zeros; ask
+``vmth.dirty.populated`` first, which does not touch memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vmth.errors import UsageError
+from vmth.types import RamBlock
+
+__all__ = ["MappedBlock", "Memory", "address_of", "map_blocks"]
+
+Memory: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedBlock:
+    """A ramblock and where its bytes are in this process."""
+
+    block: RamBlock
+    address: int  #: of its first byte; valid as long as ``view`` lives
+    view: Memory  #: ``used_length`` bytes; read-only unless it was mapped writable
+
+
+class _AddressRange:
+    """Lends memory that someone else owns to NumPy, without a copy."""
+
+    def __init__(self, address: int, length: int, writable: bool) -> None:
+        self.__array_interface__: dict[str, Any] = {
+            "data": (address, not writable),
+            "shape": (length,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """The address of an array's first byte; valid as long as the array lives."""
+    return int(array.__array_interface__["data"][0])
+
+
+@contextmanager
+def map_blocks(
+    blocks: Sequence[RamBlock], *, writable: bool = False
+) -> Iterator[list[MappedBlock]]:
+    """Map every block, in block-table order: a file is mapped shared, an address is used as it is.
+
+    Leaving the context gives the mappings up. A view that is still referenced then keeps its
+    mapping until it dies: a file's mapping is never pulled away under a view. An ``address`` stays
+    the owner's. The owner must not shrink a file while it is mapped (an access would raise SIGBUS).
+
+    Raises UsageError, with nothing left mapped, if a block's mapping names both or neither of fd
+    and address, a file is too short or not a regular file, or something is not page aligned;
+    OSError if the kernel does not map it.
+    """
+    mapped = [_map_block(block, writable) for block in blocks]
+    try:
+        yield mapped
+    finally:
+        mapped.clear()
+
+
+def _map_block(block: RamBlock, writable: bool) -> MappedBlock:
+    mapping = block.mapping
+    if (mapping.fd is None) == (mapping.address is None):
+        raise UsageError(f"ramblock {block.idstr!r}: exactly one of fd and address must be set")
+    _check_aligned(block, "length", block.used_length)
+    if block.used_length == 0:
+        raise UsageError(f"ramblock {block.idstr!r}: an empty block cannot be mapped")
+    if mapping.fd is not None:
+        view = _map_file(block, mapping.fd, writable)
+    else:
+        assert mapping.address is not None
+        _check_aligned(block, "address", mapping.address)
+        view = np.asarray(_AddressRange(mapping.address, block.used_length, writable))
+    return MappedBlock(block, address_of(view), view)
+
+
+def _check_aligned(block: RamBlock, what: str, value: int) -> None:
+    if value < 0 or value % mmap.PAGESIZE != 0:
+        raise UsageError(
+            f"ramblock {block.idstr!r}: {what} {value:#x} is not a multiple of {mmap.PAGESIZE}"
+        )
+
+
+def _map_file(block: RamBlock, fd: int, writable: bool) -> Memory:
+    offset = block.mapping.offset
+    _check_aligned(block, "offset", offset)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"ramblock {block.idstr!r}: fd {fd} is not a regular file or memfd")
+    if status.st_size < offset + block.used_length:
+        raise UsageError(
+            f"ramblock {block.idstr!r}: the file has {status.st_size} bytes, "
+            f"the block needs {offset + block.used_length}"
+        )
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    mapped = mmap.mmap(fd, block.used_length, mmap.MAP_SHARED, protection, offset=offset)
+    return np.frombuffer(mapped, dtype=np.uint8)
