@@ -309,7 +309,7 @@ static int check_form(struct vmth_desc *desc, const struct vmth_packet_limits *l
         }
         if (desc->base_page >= limits->block_npages[desc->base_block]) {
             return refuse(error, "desc.base_page", desc->base_page,
-                          limits->block_npages[desc->base_block]);
+                          limits->block_npages[desc->base_block] - 1);
         }
     } else if (desc->base_block != 0) {
         return refuse(error, "desc.base_block", desc->base_block, 0);
