@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal: what was appended is read back, torn is ignored, damaged is an error, full is safe."""
+"""The journal: what was appended is read back, torn is ignored, damaged is an error, full safe."""
 
 from __future__ import annotations
 
