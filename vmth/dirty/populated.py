@@ -19,16 +19,12 @@ from __future__ import annotations
 
 import errno
 
-import numpy as np
-
-from vmth._native import _sys
+from vmth._native import _kernels, _sys
 from vmth.dirty.mappings import MappingKind, mapping_kind
 from vmth.errors import UsageError
-from vmth.types import Bitmap, RamBlock
+from vmth.types import Bitmap, RamBlock, bitmap_words
 
-__all__ = ["check_range", "or_bits", "populated_bits", "set_bits"]
-
-_ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+__all__ = ["check_range", "or_bits", "populated_bits"]
 
 
 def populated_bits(block: RamBlock, page: int, npages: int, out: Bitmap) -> None:
@@ -46,12 +42,12 @@ def populated_bits(block: RamBlock, page: int, npages: int, out: Bitmap) -> None
     mapping = block.mapping
     first = page * block.tracking_page_size
     if block.tracking_page_size != _sys.PAGE_BYTES:
-        set_bits(out, page, npages)
+        _kernels.bitmap_set_range(out, page, npages)
     elif mapping.fd is not None:
         if _sys.populated_file_is_exact(mapping.fd):
             _sys.populated_file(mapping.fd, mapping.offset + first, npages, out, page)
         else:
-            set_bits(out, page, npages)
+            _kernels.bitmap_set_range(out, page, npages)
     elif mapping.address is not None:
         _populated_address(block, mapping.address + first, page, npages, out)
     else:
@@ -63,14 +59,14 @@ def _populated_address(block: RamBlock, address: int, page: int, npages: int, ou
     if kind is MappingKind.UNMAPPED:
         raise UsageError(f"ramblock {block.idstr!r}: {address:#x} is {kind.value}")
     if kind is not MappingKind.PRIVATE_ANONYMOUS:
-        set_bits(out, page, npages)
+        _kernels.bitmap_set_range(out, page, npages)
         return
     try:
         _sys.populated_anon(address, npages, out, page)
     except OSError as error:
         if error.errno != errno.ENOTTY:  # Linux before 6.7: nothing is known
             raise
-        set_bits(out, page, npages)
+        _kernels.bitmap_set_range(out, page, npages)
 
 
 def check_range(block: RamBlock, page: int, npages: int, bitmap: Bitmap) -> None:
@@ -85,24 +81,10 @@ def check_range(block: RamBlock, page: int, npages: int, bitmap: Bitmap) -> None
         )
 
 
-def set_bits(out: Bitmap, page: int, npages: int) -> None:
-    """Set bits [page, page + npages)."""
-    if npages > 0:
-        first, last = page // 64, (page + npages - 1) // 64
-        bits = np.full(last - first + 1, _ALL_ONES, dtype=np.uint64)
-        _or_words(out, bits, page, npages)
-
-
 def or_bits(out: Bitmap, bits: Bitmap, page: int, npages: int) -> None:
     """OR bits [page, page + npages) of one whole-block bitmap into another."""
     if npages > 0:
-        first, last = page // 64, (page + npages - 1) // 64
-        _or_words(out, bits[first : last + 1].copy(), page, npages)
-
-
-def _or_words(out: Bitmap, words: Bitmap, page: int, npages: int) -> None:
-    """OR ``words``, which begin with the word of ``page``, cut to [page, page + npages)."""
-    end = page + npages
-    words[0] &= _ALL_ONES << np.uint64(page % 64)
-    words[-1] &= _ALL_ONES >> np.uint64(-end % 64)
-    out[page // 64 : page // 64 + len(words)] |= words
+        words = slice(page // 64, bitmap_words(page + npages))
+        part = bits[words].copy()
+        _kernels.bitmap_clear_range(part, 0, page % 64)
+        _kernels.bitmap_merge(out[words], part, page % 64 + npages)

@@ -123,6 +123,7 @@ class UffdWpSource:
         """Raise for what this block would meet: no memory, or a known fault of this kernel."""
         if kind is MappingKind.UNMAPPED:
             raise UsageError(f"ramblock {block.idstr!r}: {address:#x} is {kind.value}")
+        _refuse_if_faulty(block, findings["kernel-writes"], "use another dirty source")
         discardable = BlockFlags.DISCARDABLE in block.flags and not self._discards_reported
         if kind is MappingKind.PRIVATE_ANONYMOUS:
             if discardable:
