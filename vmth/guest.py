@@ -15,7 +15,16 @@ from typing import Protocol, runtime_checkable
 
 from vmth.types import Bitmap, Bitmaps, RamBlock
 
-__all__ = ["CanHold", "CanReportPopulated", "CanThrottle", "DirtySource", "Guest", "StateStream"]
+__all__ = [
+    "CanDescribe",
+    "CanHold",
+    "CanReportPopulated",
+    "CanTell",
+    "CanThrottle",
+    "DirtySource",
+    "Guest",
+    "StateStream",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +113,18 @@ class CanHold(Protocol):
 
     def hold(self) -> None:
         """Stay paused from now on even if the mover vanishes: the grant is about to be journaled."""
+
+
+@runtime_checkable
+class CanTell(Protocol):
+    """Optional: can be asked whether it runs; needed to settle what a crash left open."""
+
+    def is_running(self) -> bool:
+        """Does any vCPU run, now? Raises when that cannot be known."""
+
+
+@runtime_checkable
+class CanDescribe(Protocol):
+    """Optional: what a new process needs to find this guest again; kept in the journal."""
+
+    def describe(self) -> dict[str, str]: ...

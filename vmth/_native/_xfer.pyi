@@ -20,7 +20,9 @@ class TransferError(Exception):
 class Sender:
     def __init__(
         self,
-        blocks: Sequence[tuple[int, int]],  # (address of page 0, npages) a block; the owner keeps it mapped
+        blocks: Sequence[
+            tuple[int, int]
+        ],  # (address of page 0, npages) a block; the owner keeps it mapped
         page_bytes: int,
         *,
         hash_seed: int,

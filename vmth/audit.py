@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests computed anew from guest memory, and the search for pages in which two ends differ.
+
+Both ends of a paused migration can hash all of their memory again; comparing that with the peer's catches
+what the running digest cannot: a dirty source that missed a write. Memory that was never populated is
+counted as zero pages without being touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmth import kernels
+from vmth.dirty.populated import populated_bits
+from vmth.guest import CanReportPopulated, Guest
+from vmth.types import RamBlock, bitmap_words
+
+__all__ = ["Area", "MemoryDigests", "areas", "differing_pages", "pack_digests", "unpack_digests"]
+
+U64 = npt.NDArray[np.uint64]
+
+#: Pages behind one sub-digest of the first look.
+COARSE_PAGES = 4096
+#: Pages of one request: 65,536 sub-digests at most, which is 1 MiB on the wire.
+REQUEST_PAGES = 65536
+_RUNS_CAP = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Pages [page, page + npages) of one block."""
+
+    block: int
+    page: int
+    npages: int
+
+
+def areas(blocks: Sequence[RamBlock]) -> Iterator[Area]:
+    """All of memory in pieces of one request each."""
+    for index, block in enumerate(blocks):
+        for page in range(0, block.npages, REQUEST_PAGES):
+            yield Area(index, page, min(REQUEST_PAGES, block.npages - page))
+
+
+class MemoryDigests:
+    """Hashes guest memory as it is now. The guest is paused; ``views`` are its blocks' bytes."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        views: Sequence[npt.NDArray[np.uint8]],
+        page_bytes: int,
+        hash_seed: int,
+    ) -> None:
+        self._guest = guest
+        self._views = views
+        self._page_bytes = page_bytes
+        self._seed = hash_seed
+        self._zero = np.empty((1, 2), dtype=np.uint64)
+        kernels.page_hash(np.zeros(page_bytes, dtype=np.uint8), page_bytes, hash_seed, self._zero)
+
+    def hashes(self, area: Area) -> U64:
+        """(npages, 2): the hash of every page of the area."""
+        table = np.repeat(self._zero, area.npages, axis=0)
+        for first, n in self._populated_runs(area):
+            low, high = first * self._page_bytes, (first + n) * self._page_bytes
+            at = first - area.page
+            kernels.page_hash(
+                self._views[area.block][low:high], self._page_bytes, self._seed, table[at : at + n]
+            )
+        return table
+
+    def subdigests(self, area: Area, step: int) -> U64:
+        """One digest every ``step`` pages; with step 1 the page hashes themselves."""
+        table = self.hashes(area)
+        if step == 1:
+            return table
+        return np.array(
+            [
+                kernels.digest_of(area.block, area.page + at, table[at : at + step])[:2]
+                for at in range(0, area.npages, step)
+            ],
+            dtype=np.uint64,
+        )
+
+    def _populated_runs(self, area: Area) -> Iterator[tuple[int, int]]:
+        bits = np.zeros(bitmap_words(area.page + area.npages), dtype=np.uint64)
+        if isinstance(self._guest, CanReportPopulated):
+            self._guest.populated(area.block, area.page, area.npages, bits)
+        else:
+            populated_bits(self._guest.blocks[area.block], area.page, area.npages, bits)
+        end = area.page + area.npages
+        runs = np.empty((_RUNS_CAP, 2), dtype=np.uint64)
+        at = area.page
+        while at < end:
+            count, at = kernels.bitmap_runs(bits, end, at, runs)
+            for first, n in runs[:count].tolist():
+                yield first, n
+
+
+def differing_pages(
+    blocks: Sequence[RamBlock],
+    ours: Callable[[Area, int], U64],
+    theirs: Callable[[Area, int], U64],
+    limit: int = 4096,
+) -> Iterator[tuple[int, int]]:
+    """(block, page) of at most ``limit`` pages in which two ends differ: first one digest for every
+    COARSE_PAGES, then the page hashes of those that differ."""
+    found = 0
+    for area in areas(blocks):
+        coarse = np.any(ours(area, COARSE_PAGES) != theirs(area, COARSE_PAGES), axis=1)
+        for index in np.flatnonzero(coarse).tolist():
+            first = area.page + index * COARSE_PAGES
+            fine = Area(area.block, first, min(COARSE_PAGES, area.page + area.npages - first))
+            pages = np.flatnonzero(np.any(ours(fine, 1) != theirs(fine, 1), axis=1))
+            for page in pages.tolist():
+                yield area.block, first + page
+                found += 1
+                if found >= limit:
+                    return
+
+
+def pack_digests(digests: U64) -> bytes:
+    """Little-endian lo, hi pairs for the wire."""
+    return digests.astype("<u8", copy=False).tobytes()
+
+
+def unpack_digests(data: bytes) -> U64:
+    """The inverse; a length that is no multiple of 16 was refused when the message was decoded."""
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 2).astype(np.uint64, copy=False)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dialing and listening: from a URI to connected stream sockets, with the link's options set."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vmth._native import _xfer
+from vmth.errors import ChannelError, UsageError
+from vmth.uri import Endpoint, Scheme
+
+__all__ = ["LinkOptions", "ListeningSocket", "dial", "fd_sockets", "set_link_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """What both ends may set on every connection; zero or empty leaves the system's default."""
+
+    source_address: str = ""  #: local address to bind to
+    interface: str = ""  #: local interface (SO_BINDTODEVICE, needs CAP_NET_RAW)
+    dscp: int = -1  #: 0 to 63; -1 leaves it alone
+    connect_timeout_s: float = 5.0
+    keepalive_s: int = 5
+    user_timeout_ms: int = 10_000  #: TCP_USER_TIMEOUT: unacknowledged for so long = lost
+    send_buffer_bytes: int = 0
+    receive_buffer_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.dscp <= 63:
+            raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
+
+
+def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
+    """TCP options for an established connection; a no-op for other families."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        _xfer.connect_options(
+            sock.fileno(),
+            dscp=options.dscp,
+            keepalive_s=options.keepalive_s,
+            user_timeout_ms=options.user_timeout_ms,
+            send_buffer_bytes=options.send_buffer_bytes,
+            receive_buffer_bytes=options.receive_buffer_bytes,
+        )
+
+
+def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:
+    """Connect. ``index``: which connection of the session this is (0 control, k page channel k - 1);
+    it picks the descriptor of an ``fd:`` endpoint. Raises ChannelError naming the endpoint."""
+    if endpoint.scheme is Scheme.FD:
+        return _adopt(endpoint, index)
+    try:
+        if endpoint.scheme is Scheme.UNIX:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(options.connect_timeout_s)
+                sock.connect(endpoint.path)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        return _dial_tcp(endpoint, options)
+    except OSError as error:
+        raise ChannelError(f"cannot connect to {endpoint.display}: {error}") from error
+
+
+def _dial_tcp(endpoint: Endpoint, options: LinkOptions) -> socket.socket:
+    last: OSError | None = None
+    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(options.connect_timeout_s)
+            if options.interface:
+                sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, options.interface.encode() + b"\0"
+                )
+            if options.source_address:
+                sock.bind((options.source_address, 0))
+            sock.connect(address)
+            set_link_options(sock, options)
+        except OSError as error:
+            sock.close()
+            last = error
+            continue
+        return sock
+    raise last if last is not None else OSError(errno.EHOSTUNREACH, "no address found")
+
+
+def _adopt(endpoint: Endpoint, index: int) -> socket.socket:
+    if index >= len(endpoint.fds):
+        raise UsageError(
+            f"{endpoint.display}: connection {index} asked for, but only {len(endpoint.fds)} "
+            "descriptors given; allowed: one for control and one a channel"
+        )
+    return _stream_socket(endpoint.fds[index])
+
+
+def _stream_socket(fd: int) -> socket.socket:
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise UsageError(f"fd:{fd} is not a socket; allowed: connected stream sockets")
+        sock = socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        raise UsageError(f"fd:{fd} cannot be used: {error}") from error
+    if sock.type != socket.SOCK_STREAM:
+        sock.close()
+        raise UsageError(f"fd:{fd} is a socket of type {sock.type}; allowed: stream sockets")
+    return sock
+
+
+def fd_sockets(endpoint: Endpoint) -> Iterator[socket.socket]:
+    """The connected sockets of an ``fd:`` endpoint, duplicated."""
+    for fd in endpoint.fds:
+        yield _stream_socket(fd)
+
+
+class ListeningSocket:
+    """A bound, listening socket for ``tcp:`` or ``unix:``. Context manager."""
+
+    def __init__(self, endpoint: Endpoint, options: LinkOptions, backlog: int = 128) -> None:
+        self._options = options
+        self._unlink = ""
+        try:
+            if endpoint.scheme is Scheme.UNIX:
+                self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._bind_unix(endpoint.path)
+                self.endpoint = endpoint
+            else:
+                self.sock = self._bind_tcp(endpoint)
+                host, port = self.sock.getsockname()[:2]
+                self.endpoint = Endpoint(Scheme.TCP, host=host, port=port)
+            self.sock.listen(backlog)
+        except OSError as error:
+            if hasattr(self, "sock"):
+                self.sock.close()
+            raise ChannelError(f"cannot listen on {endpoint.display}: {error}") from error
+
+    def _bind_unix(self, path: str) -> None:
+        try:
+            self.sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            self.sock.bind(path)
+        self._unlink = path
+
+    @staticmethod
+    def _bind_tcp(endpoint: Endpoint) -> socket.socket:
+        found = socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def accept(self) -> tuple[socket.socket, str]:
+        """A connection with the link's options set, and its peer for messages."""
+        sock, address = self.sock.accept()
+        set_link_options(sock, self._options)
+        if sock.family == socket.AF_UNIX:
+            return sock, self.endpoint.display
+        return sock, f"tcp:{address[0]}:{address[1]}"
+
+    def close(self) -> None:
+        """Idempotent; wakes a blocked accept()."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # not supported on every family while listening; close below does it then
+        self.sock.close()
+        if self._unlink:
+            try:
+                os.unlink(self._unlink)
+            except FileNotFoundError:
+                pass  # somebody cleaned up before us
+            self._unlink = ""
+
+    def __enter__(self) -> ListeningSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_stale(path: str) -> bool:
+    """A unix socket file that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a destination knows of one session, and the one place where it decides to run.
+
+It drives the destination's table of ``vmth.wire.handover`` and executes its actions in order: journal,
+guest, messages. The session thread and query connections both come here; the lock makes a grant and a
+query exclude each other. After a restart the listener makes records from the journals that it finds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmth.errors import VmthError
+from vmth.guest import CanDescribe, CanTell, Guest
+from vmth.journal import Journal
+from vmth.wire.handover import (
+    Action,
+    DestinationEvent,
+    DestinationState,
+    destination_handover,
+    query_event,
+)
+from vmth.wire.messages import (
+    Abort,
+    AbortCode,
+    Aborted,
+    Accept,
+    Answer,
+    AnswerState,
+    Message,
+    Mismatch,
+    Query,
+    ReleasedSeen,
+    Running,
+    Sealed,
+)
+
+__all__ = ["DestinationRecord", "Outgoing"]
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[Message], None]
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """Messages that the table may ask for, filled in by the session before it feeds the event."""
+
+    accept: Accept | None = None
+    sealed: Sealed | None = None
+    mismatch: Mismatch | None = None
+    reason: str = "the session failed"
+    code: AbortCode = AbortCode.FAILED
+
+
+class DestinationRecord:
+    """Thread-safe. ``journal`` is this session's; the guest is handed in with the acceptance, or found
+    again after a restart."""
+
+    def __init__(
+        self,
+        session_id: bytes,
+        receiver_id: bytes,
+        journal: Journal,
+        state: DestinationState = DestinationState.NO_RECORD,
+    ) -> None:
+        self.session_id = session_id
+        self.receiver_id = receiver_id
+        self.outgoing = Outgoing()
+        self.was_running = True
+        self.guest: Guest | None = None
+        self.send: Send | None = None  #: to the control connection, while there is one
+        self._journal = journal
+        self._handover = destination_handover(state)
+        self._lock = threading.RLock()
+        self._owner: threading.Thread | None = None
+        self._discard_due = False
+
+    @property
+    def state(self) -> DestinationState:
+        return self._handover.state
+
+    @property
+    def runs_here(self) -> bool:
+        return self.state is DestinationState.RUNNING
+
+    def apply(self, event: DestinationEvent, reply: Send | None = None) -> None:
+        """Take a transition and carry it out. ``reply`` is the connection that brought the event.
+        Raises StreamError for an event of the peer's that the state does not allow, and what a
+        journal write raised after taking the transition back."""
+        with self._lock:
+            for action in self._handover.on(event):
+                outcome = self._do(action, self.send or reply, reply)
+                if outcome is not None:
+                    self.apply(outcome, reply)
+
+    def own_guest(self, guest: Guest) -> None:
+        """From now on the calling thread alone calls the guest, until ``disown()``."""
+        with self._lock:
+            self.guest = guest
+            self._owner = threading.current_thread()
+
+    def disown(self) -> None:
+        """The session thread ends: carry out a discard that a query decided meanwhile."""
+        with self._lock:
+            self._owner = None
+            if self._discard_due:
+                self._discard_due = False
+                self._discard()
+
+    def close(self) -> None:
+        """Let the journal's file go; its records stay. Idempotent."""
+        with self._lock:
+            self._journal.close()
+
+    def answer(self, query: Query, reply: Send) -> None:
+        """A query connection asks. Fences a session that is not starting."""
+        self.apply(query_event(query, self.receiver_id), reply)
+
+    # -- actions -----------------------------------------------------------------------------------
+
+    def _do(self, action: Action, send: Send | None, reply: Send | None) -> DestinationEvent | None:
+        if action.record is not None:
+            try:
+                self._journal.append(action.record, self.receiver_id, self._detail())
+            except BaseException:
+                self._handover.undo()
+                raise
+            return None
+        if action is Action.RESUME_GUEST:
+            return self._resume()
+        if action is Action.ASK_GUEST:
+            return self._ask()
+        if action is Action.DISCARD_GUEST:
+            self._discard()
+        elif action is Action.FORGET_RECORD:
+            self._journal.remove()
+        elif action is Action.TELL_OPERATOR:
+            log.error(
+                "session %s is in doubt: its guest was being started here and cannot be asked; the "
+                "source stays paused until an operator decides",
+                self.session_id.hex(),
+            )
+        elif action.name.startswith("ANSWER_"):
+            self._tell(reply, self._answer(AnswerState[action.name.removeprefix("ANSWER_")]))
+        else:
+            self._tell(send, self._message(action))
+        return None
+
+    def _resume(self) -> DestinationEvent:
+        assert self.guest is not None
+        if not self.was_running:
+            return DestinationEvent.RESUME_OK  # it arrives paused, as it was
+        try:
+            self.guest.resume()
+        except Exception as error:
+            log.error("session %s: resume() raised: %s", self.session_id.hex(), error)
+            self.outgoing.reason = f"the destination guest could not be resumed: {error}"
+            ran = self._ask()
+            if ran is DestinationEvent.GUEST_DOES_NOT_RUN:
+                return DestinationEvent.RESUME_FAILED
+            return DestinationEvent.GUEST_UNKNOWN
+        return DestinationEvent.RESUME_OK
+
+    def _ask(self) -> DestinationEvent:
+        if not isinstance(self.guest, CanTell):
+            return DestinationEvent.GUEST_UNKNOWN
+        try:
+            running = self.guest.is_running()
+        except Exception as error:
+            log.error("session %s: the guest cannot be asked: %s", self.session_id.hex(), error)
+            return DestinationEvent.GUEST_UNKNOWN
+        if running:
+            return DestinationEvent.GUEST_RUNS
+        return DestinationEvent.GUEST_DOES_NOT_RUN
+
+    def _discard(self) -> None:
+        if self.guest is None:
+            return
+        if self._owner not in (None, threading.current_thread()):
+            self._discard_due = True  # it may be busy with the guest; the state says it never runs
+            return
+        try:
+            self.guest.release()
+        except Exception as error:  # it will never run all the same; what it held may leak
+            log.error("session %s: discarding the guest: %s", self.session_id.hex(), error)
+        self.guest = None
+
+    def _message(self, action: Action) -> Message | None:
+        outgoing = self.outgoing
+        if action is Action.SEND_ACCEPT:
+            return outgoing.accept
+        if action is Action.SEND_SEALED:
+            return outgoing.sealed
+        if action is Action.SEND_MISMATCH:
+            return outgoing.mismatch
+        if action is Action.SEND_RUNNING:
+            return Running(time.time_ns())
+        if action is Action.SEND_ABORTED:
+            return Aborted(self.receiver_id, outgoing.reason[:1024])
+        if action is Action.SEND_RELEASED_SEEN:
+            return ReleasedSeen()
+        if action is Action.SEND_ABORT:
+            return Abort(outgoing.code, outgoing.reason[:1024])
+        raise AssertionError(f"no message for {action}")
+
+    def _answer(self, state: AnswerState) -> Answer:
+        return Answer(self.session_id, self.receiver_id, state, self.outgoing.reason[:1024])
+
+    def _tell(self, send: Send | None, message: Message | None) -> None:
+        if send is None or message is None:
+            return
+        try:
+            send(message)
+        except VmthError as error:  # a lost message: the tables are safe against it
+            log.info("session %s: %s not sent: %s", self.session_id.hex(), message, error)
+
+    def _detail(self) -> dict[str, str]:
+        detail = {"was_running": str(int(self.was_running))}
+        if isinstance(self.guest, CanDescribe):
+            detail |= {f"guest.{key}": value for key, value in self.guest.describe().items()}
+        return detail

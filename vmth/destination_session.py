@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's side of one session: from the offer to a guest that runs here, or to nothing.
+
+The thread that runs it handles the control messages and alone calls the guest; page channels land in
+native threads. What may happen when, and what follows, is decided by the session's record
+(``vmth.destination_record``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmth import __version__
+from vmth.audit import Area, MemoryDigests, pack_digests
+from vmth.channel.control import ControlConnection
+from vmth.channel.interface import PageReceiver
+from vmth.channel.pages import NativeReceiver
+from vmth.destination_record import DestinationRecord
+from vmth.dirty.populated import populated_bits
+from vmth.errors import (
+    CancelledError,
+    ChannelError,
+    GuestError,
+    InDoubtError,
+    MigrationError,
+    RefusedError,
+    StreamError,
+    VmthError,
+)
+from vmth.guest import CanReportPopulated, Guest
+from vmth.handshake import (
+    WIRE_PAGE_BYTES,
+    Incoming,
+    OfferRefused,
+    check_offer,
+    compare_blocks,
+)
+from vmth.memory import MappedBlock, map_blocks
+from vmth.options import ReceiveOptions
+from vmth.seal import digest_text
+from vmth.state_streams import StateCollector
+from vmth.types import Bitmap, new_bitmaps
+from vmth.wire.framing import Preamble
+from vmth.wire.handover import DestinationEvent, DestinationState
+from vmth.wire.messages import (
+    Abort,
+    AbortCode,
+    Accept,
+    DigestReply,
+    DigestRequest,
+    DigestSource,
+    Grant,
+    HashAlgorithm,
+    Message,
+    Mismatch,
+    Offer,
+    Paused,
+    RefuseCode,
+    Released,
+    RoundDone,
+    Seal,
+    Sealed,
+    State,
+)
+
+__all__ = ["DestinationSession", "ReceiveResult"]
+
+log = logging.getLogger(__name__)
+
+MakeGuest = Callable[[Incoming], Guest]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveResult:
+    """A guest that arrived. ``verified``: its memory's digest equalled the source's before it ran."""
+
+    session_id: str
+    guest: Guest
+    was_running: bool  #: and so runs now; a guest that was paused at the source stays paused
+    verified: bool
+    verified_scope: str
+    digest: str
+    peer: str
+    memory_bytes: int
+    wire_bytes: int
+
+
+class DestinationSession:
+    """Made by the listener for a control connection. ``run()`` once; ``attach``, ``check_token`` and
+    ``cancel`` from any thread. ``make_record`` opens the session's journal."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        preamble: Preamble,
+        peer: str,
+        make_record: Callable[[bytes], DestinationRecord],
+        make_guest: MakeGuest,
+        options: ReceiveOptions,
+    ) -> None:
+        self.peer = peer
+        self.token = secrets.token_bytes(16)
+        self.progress: RoundDone | None = None  #: what the source said last of its rounds
+        self._preamble = preamble
+        self._make_record = make_record
+        self._make_guest = make_guest
+        self._options = options
+        self._control = ControlConnection(sock, peer_timeout_s=options.peer_timeout_s)
+        self._resources = contextlib.ExitStack()
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._state = StateCollector()
+        self._digest = ""
+        self._record: DestinationRecord | None = None
+        self._guest: Guest | None = None
+        self._offer: Offer | None = None
+        self._receiver: PageReceiver | None = None
+        self._memory: list[MappedBlock] = []
+
+    # -- called by the listener's threads ----------------------------------------------------------
+
+    def check_token(self, token: bytes) -> bool:
+        return hmac.compare_digest(token, self.token)
+
+    def attach(self, sock: socket.socket, index: int) -> None:
+        """A page connection past its preamble, duplicated. Raises ChannelError once the session is
+        over, and what the receiver says of the index."""
+        if not self._ready.wait(self._options.peer_timeout_s) or self._ended.is_set():
+            raise ChannelError("the session takes no page channel any more")
+        assert self._receiver is not None
+        self._receiver.attach(sock.fileno(), index)
+
+    def cancel(self, reason: str) -> None:
+        """End it unless the guest runs or is being started. Any thread, idempotent."""
+        self._control.interrupt(CancelledError(reason))
+
+    # -- the session's thread ----------------------------------------------------------------------
+
+    def run(self) -> ReceiveResult:
+        """Returns with the guest here: running, or paused as it was. Raises MigrationError, or a child
+        of it, after everything was freed that the session took."""
+        self._control.start()
+        try:
+            try:
+                self._accept()
+                self._serve()
+                return self._result()
+            except Exception as error:
+                raise self._end(error) from error
+        finally:
+            self._ended.set()
+            self._resources.close()
+            if self._record is not None:
+                self._record.send = None
+                self._record.disown()
+            self._control.close()
+
+    def _accept(self) -> None:
+        offer = self._control.receive(self._options.peer_timeout_s)
+        if not isinstance(offer, Offer):
+            raise StreamError(f"received {type(offer).__name__} first, allowed Offer")
+        self._offer = offer
+        try:
+            incoming = check_offer(offer, self._preamble, self._options.max_memory_bytes, self.peer)
+            guest = self._guest = self._call_make_guest(incoming)
+            compare_blocks(incoming.blocks, guest.blocks)
+            self._memory = self._resources.enter_context(map_blocks(guest.blocks, writable=True))
+            record = self._record = self._open_record()
+        except OfferRefused as refusal:
+            self._control.send(refusal.message)
+            raise
+        record.own_guest(guest)
+        receiver = self._receiver = NativeReceiver(
+            self._memory,
+            WIRE_PAGE_BYTES,
+            hash_seed=offer.hash_seed,
+            digest=offer.hash_algorithm != HashAlgorithm.NONE,
+            maybe_nonzero=self._maybe_nonzero(guest),
+            channels=offer.channels,
+        )
+        self._resources.callback(receiver.close)
+        watcher = threading.Thread(target=self._watch_pages, name="vmth-watch", daemon=True)
+        self._resources.callback(watcher.join)
+        self._resources.callback(receiver.cancel, "the session is over")
+        self._resources.callback(self._ended.set)
+        watcher.start()
+        self._ready.set()
+        record.send = self._control.send
+        record.outgoing.accept = Accept(record.receiver_id, self.token, [], __version__)
+        record.apply(DestinationEvent.ACCEPT)
+
+    def _call_make_guest(self, incoming: Incoming) -> Guest:
+        try:
+            return self._make_guest(incoming)
+        except OfferRefused:
+            raise
+        except RefusedError as error:
+            raise OfferRefused(RefuseCode.MEMORY, str(error)) from error
+        except Exception as error:
+            raise OfferRefused(
+                RefuseCode.GUEST, f"the destination made no guest: {error}"
+            ) from error
+
+    def _open_record(self) -> DestinationRecord:
+        try:
+            return self._make_record(self._preamble.session_id)
+        except VmthError as error:
+            raise OfferRefused(RefuseCode.BUSY, f"the destination's journal: {error}") from error
+
+    def _maybe_nonzero(self, guest: Guest) -> list[Bitmap]:
+        bitmaps = new_bitmaps(guest.blocks)
+        for index, (block, bitmap) in enumerate(zip(guest.blocks, bitmaps, strict=True)):
+            if isinstance(guest, CanReportPopulated):
+                guest.populated(index, 0, block.npages, bitmap)
+            else:
+                populated_bits(block, 0, block.npages, bitmap)
+        return bitmaps
+
+    def _watch_pages(self) -> None:
+        """A broken page channel ends the session although the control connection is fine."""
+        assert self._receiver is not None
+        try:
+            self._receiver.wait()
+        except VmthError as error:
+            if not self._ended.is_set():
+                self._control.interrupt(error)
+
+    def _serve(self) -> None:
+        """Handle messages until the guest runs here and the source has let it go. Once it runs, an
+        ending connection is no failure: queries are answered from the record."""
+        assert self._record is not None
+        while True:
+            try:
+                message = self._control.receive()
+                self._handle(message)
+            except VmthError:
+                if self._record.runs_here:
+                    return
+                raise
+            if isinstance(message, Released):
+                return
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _handle(self, message: Message) -> None:
+        assert self._record is not None
+        if isinstance(message, RoundDone):
+            self.progress = message
+        elif isinstance(message, Paused):
+            self._record.was_running = message.was_running
+        elif isinstance(message, State):
+            self._state.feed(message)
+        elif isinstance(message, DigestRequest):
+            self._control.send(self._digests(message))
+        elif isinstance(message, Seal):
+            self._seal(message)
+        elif isinstance(message, Grant):
+            self._granted(message)
+        elif isinstance(message, Released):
+            self._record.apply(DestinationEvent.RELEASED)
+        elif isinstance(message, Abort):
+            self._record.apply(DestinationEvent.PEER_ABORT)
+            kind = CancelledError if message.code == AbortCode.CANCELLED else MigrationError
+            raise kind(f"the source ended the migration: {message.reason}")
+        else:
+            raise StreamError(
+                f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
+                "what a source sends"
+            )
+
+    def _digests(self, request: DigestRequest) -> DigestReply:
+        assert self._guest is not None and self._receiver is not None and self._offer is not None
+        blocks = self._guest.blocks
+        if request.block >= len(blocks):
+            raise StreamError(
+                f"DigestRequest: block {request.block}, allowed 0 to {len(blocks) - 1}"
+            )
+        npages = blocks[request.block].npages
+        if request.page + request.npages > npages:
+            raise StreamError(
+                f"DigestRequest: pages up to {request.page + request.npages}, allowed up to {npages}"
+            )
+        area = Area(request.block, request.page, request.npages)
+        if request.source == DigestSource.MEMORY:
+            views = [mapped.view for mapped in self._memory]
+            memory = MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._offer.hash_seed)
+            digests = memory.subdigests(area, request.step)
+        elif request.step == 1:
+            digests = self._receiver.hashes(area.block, area.page, area.npages)
+        else:
+            digests = self._receiver.subdigests(area.block, area.page, area.npages, request.step)
+        return DigestReply(
+            request.source, area.block, area.page, area.npages, request.step, pack_digests(digests)
+        )
+
+    def _seal(self, seal: Seal) -> None:
+        assert self._guest is not None and self._receiver is not None and self._record is not None
+        self._state.check(seal)
+        ours, expected = (0, 0, 0), 0
+        if self._digest_on:
+            ours = self._receiver.digest()
+            expected = sum(block.npages for block in self._guest.blocks)
+        if ours != (seal.digest_lo, seal.digest_hi, seal.pages) or ours[2] != expected:
+            self._record.outgoing.mismatch = Mismatch(*ours)
+            self._record.apply(DestinationEvent.SEAL_DIFFERS)
+            return
+        try:
+            self._guest.load_state(iter(self._state.streams))
+        except Exception as error:
+            raise GuestError(f"the destination guest could not load its state: {error}") from error
+        self._digest = digest_text(ours) if self._digest_on else ""
+        self._record.outgoing.sealed = Sealed(*ours)
+        self._record.apply(DestinationEvent.SEAL_EQUAL)
+
+    def _granted(self, grant: Grant) -> None:
+        assert self._record is not None
+        if grant.receiver_id != self._record.receiver_id:
+            raise StreamError(
+                f"Grant: received receiver {grant.receiver_id.hex()}, allowed "
+                f"{self._record.receiver_id.hex()}"
+            )
+        self._record.apply(DestinationEvent.GRANT)
+        if not self._record.runs_here:
+            raise MigrationError(f"the guest does not run here: {self._record.outgoing.reason}")
+
+    @property
+    def _digest_on(self) -> bool:
+        assert self._offer is not None
+        return self._offer.hash_algorithm != HashAlgorithm.NONE
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _result(self) -> ReceiveResult:
+        assert self._guest is not None and self._receiver is not None and self._record is not None
+        return ReceiveResult(
+            session_id=self._preamble.session_id.hex(),
+            guest=self._guest,
+            was_running=self._record.was_running,
+            verified=self._digest_on,
+            verified_scope="memory" if self._digest_on else "none",
+            digest=self._digest,
+            peer=self.peer,
+            memory_bytes=sum(block.used_length for block in self._guest.blocks),
+            wire_bytes=self._receiver.counters().wire_bytes,
+        )
+
+    def _end(self, error: Exception) -> MigrationError:
+        """Discard what has arrived, unless it runs or may run, and say why."""
+        outcome = error if isinstance(error, MigrationError) else MigrationError(_text(error))
+        record = self._record
+        if record is None or record.guest is None:
+            self._discard_unrecorded(outcome)
+            return outcome
+        record.outgoing.reason = str(outcome)
+        record.outgoing.code = _abort_code(error)
+        lost = isinstance(error, ChannelError) and self._control.failure is error
+        event = DestinationEvent.CONNECTION_LOST if lost else DestinationEvent.FAILURE
+        try:
+            record.apply(event)
+        except (
+            VmthError
+        ) as trouble:  # the journal: the guest was never started, so it goes all the same
+            return MigrationError(f"{outcome}; and then: {trouble}")
+        if record.state is DestinationState.IN_DOUBT:
+            return InDoubtError(str(outcome))
+        return outcome
+
+    def _discard_unrecorded(self, outcome: MigrationError) -> None:
+        """Before the record took the guest over: nothing was promised."""
+        if not isinstance(outcome, OfferRefused):
+            with contextlib.suppress(VmthError):
+                self._control.send(Abort(AbortCode.FAILED, str(outcome)[:1024]))
+        if self._guest is not None and (self._record is None or self._record.guest is None):
+            try:
+                self._guest.release()
+            except Exception as error:
+                log.error("discarding a guest that was never filled: %s", error)
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, VmthError) else f"{type(error).__name__}: {error}"
+
+
+def _abort_code(error: Exception) -> AbortCode:
+    if isinstance(error, CancelledError):
+        return AbortCode.CANCELLED
+    if isinstance(error, StreamError):
+        return AbortCode.PROTOCOL
+    if isinstance(error, GuestError):
+        return AbortCode.GUEST
+    return AbortCode.FAILED

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How two ends meet: preambles over sockets, the offer, and what a destination checks in it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vmth import __version__
+from vmth.channel.sockets import LinkOptions, dial
+from vmth.errors import ChannelError, RefusedError, StreamError
+from vmth.options import MigrateOptions
+from vmth.types import BlockFlags, Gpa, Mapping, RamBlock
+from vmth.uri import Endpoint
+from vmth.wire.framing import (
+    PREAMBLE_BYTES,
+    PREAMBLE_REPLY_BYTES,
+    Preamble,
+    PreambleReply,
+    PreambleStatus,
+)
+from vmth.wire.messages import BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode, Role
+
+__all__ = [
+    "FEATURES",
+    "WIRE_PAGE_BYTES",
+    "Incoming",
+    "OfferRefused",
+    "check_blocks",
+    "check_offer",
+    "make_offer",
+    "open_connection",
+    "read_exactly",
+    "read_preamble",
+]
+
+#: One size a session; the two ends' backing pages may differ.
+WIRE_PAGE_BYTES = 4096
+#: Page forms beyond normal, zero and hole that this release speaks.
+FEATURES: tuple[str, ...] = ()
+#: Bits of BlockFlags that a peer must know.
+_CRITICAL_FLAGS = 0xFFFF0000
+_KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What a destination learns before it makes a guest. ``blocks`` have no mapping yet."""
+
+    session_id: bytes
+    blocks: tuple[RamBlock, ...]
+    guest: dict[str, str]
+    mode: int
+    peer: str
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(block.used_length for block in self.blocks)
+
+
+class OfferRefused(RefusedError):
+    """Raised inside the destination; ``message`` is what the source is told."""
+
+    def __init__(self, code: RefuseCode, reason: str) -> None:
+        super().__init__(reason)
+        self.message = Refuse(code, reason)
+
+
+def read_exactly(sock: socket.socket, nbytes: int) -> bytes:
+    """Raises ChannelError when the peer ends early or is silent for the socket's timeout."""
+    data = bytearray()
+    while len(data) < nbytes:
+        try:
+            piece = sock.recv(nbytes - len(data))
+        except OSError as error:
+            raise ChannelError(f"handshake: {error}") from error
+        if not piece:
+            raise ChannelError(f"handshake: the peer closed after {len(data)} of {nbytes} bytes")
+        data += piece
+    return bytes(data)
+
+
+def open_connection(
+    endpoint: Endpoint, options: LinkOptions, preamble: Preamble, index: int
+) -> socket.socket:
+    """Dial and exchange preambles. Raises ChannelError, StreamError or RefusedError."""
+    sock = dial(endpoint, options, index)
+    try:
+        sock.settimeout(options.connect_timeout_s)
+        try:
+            sock.sendall(preamble.pack())
+            reply = PreambleReply.unpack(read_exactly(sock, PREAMBLE_REPLY_BYTES))
+        except OSError as error:
+            if isinstance(error, ChannelError):
+                raise
+            raise ChannelError(f"{endpoint.display}: handshake: {error}") from error
+        except StreamError as error:
+            raise RefusedError(f"{endpoint.display} is not a vmth destination: {error}") from error
+        _check_reply(endpoint, preamble, reply)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _check_reply(endpoint: Endpoint, preamble: Preamble, reply: PreambleReply) -> None:
+    if reply.status is PreambleStatus.OK:
+        return
+    if reply.status is PreambleStatus.VERSION:
+        raise RefusedError(
+            f"{endpoint.display} speaks protocol versions {reply.version_min} to "
+            f"{reply.version_max}, we speak {preamble.version_min} to {preamble.version_max}"
+        )
+    raise RefusedError(f"{endpoint.display} refused the connection: {reply.status.name.lower()}")
+
+
+def read_preamble(sock: socket.socket, timeout_s: float) -> Preamble:
+    """At the destination: read and check; PreambleError carries the status to answer."""
+    sock.settimeout(timeout_s)
+    return Preamble.unpack(read_exactly(sock, PREAMBLE_BYTES))
+
+
+def check_blocks(blocks: Sequence[RamBlock]) -> None:
+    """What our own guest offers. Raises RefusedError naming the block."""
+    if not blocks:
+        raise RefusedError("the guest has no ramblock; allowed: 1 and more")
+    seen: set[str] = set()
+    for block in blocks:
+        where = f"ramblock {block.idstr!r}"
+        if block.idstr in seen:
+            raise RefusedError(f"{where} stands twice in the block table")
+        seen.add(block.idstr)
+        if block.tracking_page_size != WIRE_PAGE_BYTES:
+            raise RefusedError(
+                f"{where}: tracking page size {block.tracking_page_size}, allowed {WIRE_PAGE_BYTES}"
+            )
+        if block.used_length <= 0 or block.used_length % WIRE_PAGE_BYTES:
+            raise RefusedError(
+                f"{where}: length {block.used_length}, allowed multiples of {WIRE_PAGE_BYTES} above 0"
+            )
+
+
+def make_offer(
+    session_id: bytes,
+    hash_seed: int,
+    blocks: Sequence[RamBlock],
+    options: MigrateOptions,
+    guest: dict[str, str],
+) -> Offer:
+    return Offer(
+        session_id=session_id,
+        mode=options.mode,
+        page_size=WIRE_PAGE_BYTES,
+        hash_algorithm=HashAlgorithm.XXH3_128 if options.digest else HashAlgorithm.NONE,
+        hash_seed=hash_seed,
+        channels=options.channels,
+        blocks=[
+            BlockInfo(
+                block.idstr,
+                block.used_length,
+                block.max_length or block.used_length,
+                block.gpa,
+                block.tracking_page_size,
+                block.backing_page_size,
+                int(block.flags),
+                block.numa_node,
+            )
+            for block in blocks
+        ],
+        features=list(FEATURES),
+        audit=options.audit,
+        peer_timeout_ms=int(options.peer_timeout_s * 1000),
+        vmth_version=__version__,
+        guest=guest,
+    )
+
+
+def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: str) -> Incoming:
+    """What can be judged before a guest is made. Raises OfferRefused."""
+    if offer.session_id != preamble.session_id:
+        raise OfferRefused(
+            RefuseCode.POLICY,
+            f"session id: the preamble says {preamble.session_id.hex()}, "
+            f"the offer {offer.session_id.hex()}",
+        )
+    if offer.page_size != WIRE_PAGE_BYTES:
+        raise OfferRefused(
+            RefuseCode.PAGE_SIZE,
+            f"page size: received {offer.page_size}, allowed {WIRE_PAGE_BYTES}",
+        )
+    for row in offer.blocks:
+        unknown = row.flags & _CRITICAL_FLAGS & ~_KNOWN_FLAGS
+        if unknown:
+            raise OfferRefused(
+                RefuseCode.BLOCKS,
+                f"ramblock {row.idstr!r}: critical flags received {unknown:#x}, allowed none of these",
+            )
+        if row.page_size != WIRE_PAGE_BYTES or row.used_length % WIRE_PAGE_BYTES:
+            raise OfferRefused(
+                RefuseCode.PAGE_SIZE,
+                f"ramblock {row.idstr!r}: received {row.used_length} bytes in pages of "
+                f"{row.page_size}, allowed whole pages of {WIRE_PAGE_BYTES}",
+            )
+    if len({row.idstr for row in offer.blocks}) != len(offer.blocks):
+        raise OfferRefused(RefuseCode.BLOCKS, "block table: one name stands there twice")
+    incoming = Incoming(
+        offer.session_id,
+        tuple(_as_block(row) for row in offer.blocks),
+        offer.guest,
+        offer.mode,
+        peer,
+    )
+    if max_memory_bytes and incoming.memory_bytes > max_memory_bytes:
+        raise OfferRefused(
+            RefuseCode.MEMORY,
+            f"guest memory: received {incoming.memory_bytes} bytes, allowed {max_memory_bytes}",
+        )
+    return incoming
+
+
+def _as_block(row: BlockInfo) -> RamBlock:
+    return RamBlock(
+        idstr=row.idstr,
+        used_length=row.used_length,
+        gpa=Gpa(row.gpa),
+        mapping=Mapping(),
+        max_length=row.max_length,
+        tracking_page_size=row.page_size,
+        backing_page_size=row.backing_page_size,
+        flags=BlockFlags(row.flags & _KNOWN_FLAGS),
+        numa_node=row.numa_node,
+    )
+
+
+def compare_blocks(offered: Sequence[RamBlock], made: Sequence[RamBlock]) -> None:
+    """The guest that make_guest made must have the offered table. Raises OfferRefused."""
+    if len(offered) != len(made):
+        raise OfferRefused(
+            RefuseCode.BLOCKS, f"block table: received {len(offered)} blocks, ours has {len(made)}"
+        )
+    for theirs, ours in zip(offered, made, strict=True):
+        for name in ("idstr", "used_length", "gpa", "tracking_page_size"):
+            if getattr(theirs, name) != getattr(ours, name):
+                raise OfferRefused(
+                    RefuseCode.BLOCKS,
+                    f"ramblock {theirs.idstr!r}: {name} received {getattr(theirs, name)}, "
+                    f"ours is {getattr(ours, name)}",
+                )

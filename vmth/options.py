@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller may choose for a migration. Plain data, checked where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmth.channel.sockets import LinkOptions
+from vmth.errors import UsageError
+from vmth.policy.interface import OnStall, Policy
+from vmth.uri import Endpoint, Scheme
+from vmth.wire.messages import Mode
+
+__all__ = ["MAX_CHANNELS", "MigrateOptions", "ReceiveOptions", "check_plaintext"]
+
+MAX_CHANNELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOptions:
+    """The source's choices. Units are in the names; 0 means none where that makes sense."""
+
+    mode: Mode = Mode.LIVE
+    channels: int = 1
+    bandwidth_bps: int = 0  #: bytes/s over all channels
+    downtime_limit_ns: int = 300_000_000
+    timeout_ns: int = 0  #: of the whole migration
+    on_stall: OnStall = OnStall.PAUSE
+    policy: Policy | None = None  #: None: StandardPolicy
+    digest: bool = True
+    audit: bool = False
+    zerocopy: bool = True
+    insecure: bool = False  #: plaintext beyond loopback and unix sockets is allowed
+    peer_timeout_s: float = 10.0
+    query_timeout_s: float = 10.0  #: how long a granted source asks before it is in doubt
+    state_dir: Path | None = None
+    link: LinkOptions = field(default_factory=LinkOptions)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"channels: received {self.channels}, allowed 1 to {MAX_CHANNELS}")
+        for name in ("bandwidth_bps", "downtime_limit_ns", "timeout_ns"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 and more")
+        if self.downtime_limit_ns == 0:
+            raise UsageError("downtime_limit_ns: received 0, allowed 1 and more")
+        if not 0.1 <= self.peer_timeout_s <= 3600:
+            raise UsageError(f"peer_timeout_s: received {self.peer_timeout_s}, allowed 0.1 to 3600")
+        if self.audit and not self.digest:
+            raise UsageError("audit: received on with the digest off, allowed only with it on")
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveOptions:
+    """The destination's choices."""
+
+    insecure: bool = False
+    max_sessions: int = 8
+    max_memory_bytes: int = 0  #: of one session's guest; 0: what make_guest allows
+    peer_timeout_s: float = 10.0
+    state_dir: Path | None = None
+    link: LinkOptions = field(default_factory=LinkOptions)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sessions <= 1024:
+            raise UsageError(f"max_sessions: received {self.max_sessions}, allowed 1 to 1024")
+
+
+def check_plaintext(endpoint: Endpoint, insecure: bool) -> str | None:
+    """What to report when pages travel unencrypted beyond this machine; UsageError unless allowed."""
+    if endpoint.is_loopback() or endpoint.scheme is Scheme.FD:
+        return None  # a descriptor that the caller passes is the caller's to judge
+    if not insecure:
+        raise UsageError(
+            f"{endpoint.display} is beyond loopback and the connection is not encrypted: "
+            "allow that with --insecure (insecure=True)"
+        )
+    return f"plaintext: {endpoint.display} is not encrypted"

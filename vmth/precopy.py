@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The round loop: everything once, then what was dirtied meanwhile, until the rest fits.
+
+It reads as the algorithm and owns no socket, thread or clock: the guest, the page sender, the policy and
+the clock are handed in, so it runs on fakes. Order matters and is fixed (docs/invariants.md): a chunk
+is re-armed, then asked what of it was ever populated, then hashed and sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vmth import kernels
+from vmth.channel.interface import PageSender
+from vmth.dirty.populated import populated_bits
+from vmth.errors import NotConvergedError, VerificationError
+from vmth.events import (
+    Event,
+    GuestPaused,
+    GuestResumed,
+    RepairStarted,
+    RoundFinished,
+    RoundStarted,
+    Throttled,
+)
+from vmth.guest import CanReportPopulated, CanThrottle, Guest
+from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
+from vmth.stats import RoundStats, TransferCounters
+from vmth.types import Bitmap, bitmap_words, new_bitmaps
+
+__all__ = ["FinalPass", "PreCopy", "Tuning"]
+
+#: Re-armed and queued at once. Small keeps the time between re-arming and reading short.
+CHUNK_BYTES = 64 << 20
+#: Asked first in round 0: a span that was never populated is one run of holes.
+SPAN_BYTES = 1 << 30
+#: Repair passes of damaged pages while paused before giving up.
+MAX_REPAIRS = 3
+#: Two packets of the smallest size, so that one is on the way while the other is read.
+MIN_WINDOW_BYTES = 256 << 10
+_RUNS_CAP = 4096
+
+
+@dataclass(slots=True)
+class Tuning:
+    """What may change while the loop runs; written by the job, read once a round."""
+
+    bandwidth_bps: int
+    downtime_limit_ns: int
+    timeout_ns: int
+    on_stall: OnStall
+    state_bytes: int = 64 << 10
+    switchover_requested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FinalPass:
+    """Everything has landed; the guest is paused."""
+
+    rounds: tuple[RoundStats, ...]
+    was_running: bool
+    pause_started_ns: int
+    paused_ns: int  #: pause() had returned and the last set was known
+    landed_ns: int
+
+
+@dataclass(slots=True)
+class PreCopy:
+    """One pass over one guest. Not reusable; one thread."""
+
+    guest: Guest
+    sender: PageSender
+    policy: Policy
+    tuning: Tuning
+    clock: Callable[[], int]
+    emit: Callable[[Event], None]
+    page_bytes: int
+    live: bool
+    pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
+    resume_guest: Callable[[], None]
+    rounds: list[RoundStats] = field(default_factory=list)
+    paused: bool = False
+    was_running: bool = False
+    throttle_percent: int = 0
+    _todo: list[Bitmap] = field(default_factory=list)
+    _populated_bits: Bitmap = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    _failed_rechecks: int = 0
+    _started_ns: int = 0
+
+    def run(self) -> FinalPass:
+        """Returns with the guest paused and all pages landed. Tracking goes on, since stopping it
+        would be downtime: call ``close()`` when the guest runs somewhere again. After an exception the
+        caller resumes the guest if it is paused."""
+        self._started_ns = self.clock()
+        largest = max(block.npages for block in self.guest.blocks)
+        self._populated_bits = np.zeros(bitmap_words(largest), dtype=np.uint64)
+        return self._run_live() if self.live else self._run_cold()
+
+    def close(self) -> None:
+        """Let the throttle go and stop the dirty sources. Idempotent."""
+        if self.throttle_percent:
+            self._throttle(0)
+        if self.live:
+            for source in self.guest.dirty:
+                source.stop()
+
+    def _run_cold(self) -> FinalPass:
+        pause_started_ns = self._pause()
+        paused_ns = self.clock()
+        self._todo = self._everything()
+        self._send_round(0)
+        self._send_missed()
+        return self._final(pause_started_ns, paused_ns)
+
+    def _run_live(self) -> FinalPass:
+        for source in self.guest.dirty:
+            source.start()
+        self._todo = self._everything()
+        while True:
+            decision = self._send_round(len(self.rounds))
+            assert decision is not None
+            if decision.action is Action.CONTINUE:
+                continue
+            if decision.action is Action.THROTTLE:
+                self._throttle(decision.throttle_percent)
+                continue
+            if decision.action is Action.GIVE_UP:
+                raise NotConvergedError(decision.reason)
+            final = self._switch_over(decision)
+            if final is not None:
+                return final
+
+    def _switch_over(self, decision: Decision) -> FinalPass | None:
+        """Pause, look again at what is left, and send it; None when it had grown too much."""
+        pause_started_ns = self._pause()
+        self._fetch()
+        paused_ns = self.clock()
+        verdict = self.policy.recheck(self._view(), decision.forecast)
+        if verdict.action is Action.GIVE_UP:
+            raise NotConvergedError(verdict.reason)
+        if verdict.action is not Action.SWITCH_OVER:
+            self._failed_rechecks += 1
+            self._resume(verdict.reason)
+            return None
+        self._send_round(len(self.rounds))
+        self._send_missed()
+        return self._final(pause_started_ns, paused_ns)
+
+    def _final(self, pause_started_ns: int, paused_ns: int) -> FinalPass:
+        return FinalPass(
+            tuple(self.rounds), self.was_running, pause_started_ns, paused_ns, self.clock()
+        )
+
+    # -- one round -------------------------------------------------------------------------------
+
+    def _send_round(self, number: int) -> Decision | None:
+        """Send ``_todo``, wait until it has landed, fetch what was dirtied meanwhile. Returns the
+        policy's decision while the guest runs."""
+        started_ns = self.clock()
+        before = self.sender.counters()
+        self.emit(RoundStarted(started_ns, number, self._dirty_pages()))
+        for block in range(len(self.guest.blocks)):
+            self._send_block(block, number)
+        self.sender.barrier(number)
+        landed_ns = self.clock()
+        for bitmap in self._todo:
+            bitmap.fill(0)
+        if not self.paused:
+            self._fetch()
+        self.sender.take_missed(self._todo)
+        stats = self._round_stats(number, started_ns, landed_ns, before)
+        self.rounds.append(stats)
+        self._bound_queue()
+        if self.paused:
+            self.emit(RoundFinished(self.clock(), stats, None))
+            return None
+        decision = self.policy.decide(self._view())
+        stats = replace(stats, expected_downtime_ns=decision.forecast.total_ns)
+        self.rounds[-1] = stats
+        self.emit(RoundFinished(self.clock(), stats, decision))
+        return decision
+
+    def _send_block(self, block: int, number: int) -> None:
+        npages = self.guest.blocks[block].npages
+        span_pages = SPAN_BYTES // self.page_bytes
+        for first in range(0, npages, span_pages):
+            n = min(span_pages, npages - first)
+            if number == 0 and self._is_hole(block, first, n):
+                continue
+            self._send_span(block, first, n, number)
+
+    def _send_span(self, block: int, start: int, length: int, number: int) -> None:
+        todo = self._todo[block]
+        chunk_pages = CHUNK_BYTES // self.page_bytes
+        for first in range(start, start + length, chunk_pages):
+            n = min(chunk_pages, start + length - first)
+            if kernels.bitmap_count(todo, first, n) == 0:
+                continue
+            self._rearm(block, first, n)
+            if number == 0:
+                self._send_populated(block, first, n)
+            else:
+                self.sender.send(block, first, n, todo, number)
+
+    def _is_hole(self, block: int, first: int, n: int) -> bool:
+        """Send a span as holes if nothing in it was ever populated. The first look is a hint; after
+        re-arming, the second one counts."""
+        if self._populated(block, first, n).any():
+            return False
+        self._rearm(block, first, n)
+        if self._populated(block, first, n).any():
+            return False
+        self.sender.send_holes(block, np.array([[first, n]], dtype=np.uint64), 0)
+        return True
+
+    def _send_populated(self, block: int, first: int, n: int) -> None:
+        populated = self._populated(block, first, n)
+        self.sender.send_holes(block, _clear_runs(populated, first, n), 0)
+        self.sender.send(block, first, n, self._populated_bits, 0)
+
+    def _populated(self, block: int, first: int, n: int) -> Bitmap:
+        """The words of ``_populated_bits`` for pages [first, first + n); ``first`` is a multiple of 64."""
+        out = self._populated_bits
+        words = out[first // 64 : (first + n + 63) // 64]
+        words.fill(0)
+        if isinstance(self.guest, CanReportPopulated):
+            self.guest.populated(block, first, n, out)
+        else:
+            populated_bits(self.guest.blocks[block], first, n, out)
+        return words
+
+    def _rearm(self, block: int, first: int, n: int) -> None:
+        if self.live and not self.paused:
+            for source in self.guest.dirty:
+                source.rearm(block, first, n)
+
+    def _send_missed(self) -> None:
+        """While paused: pages that arrived damaged go again, a bounded number of times."""
+        for _ in range(MAX_REPAIRS):
+            missed = self._dirty_pages()
+            if missed == 0:
+                return
+            self.emit(RepairStarted(self.clock(), missed))
+            self._send_round(len(self.rounds))
+        if self._dirty_pages():
+            raise VerificationError(
+                f"{self._dirty_pages()} pages still arrive damaged after {MAX_REPAIRS} repairs"
+            )
+
+    def resend(self, block: int, pages: Sequence[int]) -> None:
+        """While paused, after ``run()``: send these pages again and wait until they have landed."""
+        self._todo = new_bitmaps(self.guest.blocks)
+        for page in pages:
+            kernels.bitmap_set_range(self._todo[block], page, 1)
+        self.emit(RepairStarted(self.clock(), len(pages)))
+        self._send_round(len(self.rounds))
+        self._send_missed()
+
+    # -- the guest -------------------------------------------------------------------------------
+
+    def _pause(self) -> int:
+        started_ns = self.clock()
+        self.was_running = self.pause_guest()
+        self.paused = True
+        self.emit(GuestPaused(self.clock()))
+        return started_ns
+
+    def _resume(self, reason: str) -> None:
+        self.resume_guest()
+        self.paused = False
+        self.emit(GuestResumed(self.clock(), reason))
+
+    def _throttle(self, percent: int) -> None:
+        if isinstance(self.guest, CanThrottle):
+            self.guest.throttle(percent)
+            self.throttle_percent = percent
+            self.emit(Throttled(self.clock(), percent))
+
+    def _fetch(self) -> None:
+        for source in self.guest.dirty:
+            source.fetch(self._todo)
+
+    def _bound_queue(self) -> None:
+        """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the link
+        needs (bandwidth x RTT)."""
+        best_bps = max(stats.bandwidth_bps for stats in self.rounds)
+        in_flight_ns = self.sender.counters().rtt_ns + self.tuning.downtime_limit_ns // 10
+        self.sender.set_window(max(MIN_WINDOW_BYTES, int(best_bps * in_flight_ns / 1e9)))
+
+    # -- numbers ---------------------------------------------------------------------------------
+
+    def _everything(self) -> list[Bitmap]:
+        bitmaps = new_bitmaps(self.guest.blocks)
+        for block, bitmap in zip(self.guest.blocks, bitmaps, strict=True):
+            kernels.bitmap_set_range(bitmap, 0, block.npages)
+        return bitmaps
+
+    def _dirty_pages(self) -> int:
+        return sum(
+            kernels.bitmap_count(bitmap, 0, block.npages)
+            for block, bitmap in zip(self.guest.blocks, self._todo, strict=True)
+        )
+
+    def _round_stats(
+        self, number: int, started_ns: int, landed_ns: int, before: TransferCounters
+    ) -> RoundStats:
+        after = self.sender.counters()
+        duration_ns = max(1, landed_ns - started_ns)
+        dirty_pages = self._dirty_pages()
+        normal = after.normal_pages - before.normal_pages
+        zero = after.zero_pages - before.zero_pages
+        hole = after.hole_pages - before.hole_pages
+        return RoundStats(
+            round=number,
+            pages=normal + zero + hole,
+            normal_pages=normal,
+            zero_pages=zero,
+            hole_pages=hole,
+            bytes=after.wire_bytes - before.wire_bytes,
+            duration_ns=duration_ns,
+            bandwidth_bps=(after.acked_bytes - before.acked_bytes) * 1e9 / duration_ns,
+            dirty_pages=dirty_pages,
+            dirty_rate_bps=0.0
+            if self.paused
+            else dirty_pages * self.page_bytes * 1e9 / duration_ns,
+            expected_downtime_ns=0,
+            paused=self.paused,
+            missed_pages=after.missed_pages - before.missed_pages,
+        )
+
+    def _view(self) -> RoundView:
+        counters = self.sender.counters()
+        return RoundView(
+            now_ns=self.clock(),
+            started_ns=self._started_ns,
+            rounds=tuple(self.rounds),
+            dirty_pages=self._dirty_pages(),
+            page_bytes=self.page_bytes,
+            memory_bytes=sum(block.used_length for block in self.guest.blocks),
+            queued_bytes=max(0, counters.wire_bytes - counters.acked_bytes),
+            rtt_ns=counters.rtt_ns,
+            state_bytes=self.tuning.state_bytes,
+            bandwidth_limit_bps=self.tuning.bandwidth_bps,
+            downtime_limit_ns=self.tuning.downtime_limit_ns,
+            timeout_ns=self.tuning.timeout_ns,
+            on_stall=self.tuning.on_stall,
+            throttle_percent=self.throttle_percent,
+            can_throttle=isinstance(self.guest, CanThrottle),
+            failed_rechecks=self._failed_rechecks,
+            switchover_requested=self.tuning.switchover_requested,
+        )
+
+
+def _clear_runs(words: Bitmap, first: int, n: int) -> npt.NDArray[np.uint64]:
+    """Runs of clear bits among the first ``n``, as {page, npages} with ``first`` added."""
+    inverted = np.invert(words)
+    found: list[npt.NDArray[np.uint64]] = []
+    start = 0
+    while start < n:
+        out = np.empty((_RUNS_CAP, 2), dtype=np.uint64)
+        count, start = kernels.bitmap_runs(inverted, n, start, out)
+        found.append(out[:count])
+    runs = np.concatenate(found) if found else np.empty((0, 2), dtype=np.uint64)
+    runs[:, 0] += np.uint64(first)
+    return runs

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seal at the source: both digests are compared, differing pages are found and sent again.
+
+Called with the guest paused and every page landed; talks over the control connection. Nothing here
+decides to run a guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmth.audit import Area, MemoryDigests, differing_pages, unpack_digests
+from vmth.channel.control import ControlConnection
+from vmth.channel.interface import Digest, PageSender
+from vmth.errors import StreamError, VerificationError
+from vmth.precopy import PreCopy
+from vmth.state_streams import StateSummary
+from vmth.types import RamBlock
+from vmth.wire.messages import (
+    DigestReply,
+    DigestRequest,
+    DigestSource,
+    Mismatch,
+    Seal,
+    Sealed,
+)
+
+__all__ = ["MAX_SEAL_REPAIRS", "Sealer", "digest_text"]
+
+MAX_SEAL_REPAIRS = 3
+#: More differing pages than this are not damage on the way; something is wrong for good.
+MAX_REPAIR_PAGES = 65536
+
+
+def digest_text(digest: Digest) -> str:
+    """32 hex digits."""
+    return f"{digest[1]:016x}{digest[0]:016x}"
+
+
+@dataclass(slots=True)
+class Sealer:
+    """One seal of one session. ``answer_timeout_s`` bounds the wait for the answer to a
+    seal, during which the destination loads the guest's state."""
+
+    control: ControlConnection
+    sender: PageSender
+    precopy: PreCopy
+    blocks: Sequence[RamBlock]
+    digest_on: bool
+    send_seal: Callable[[Seal], None]
+    mismatched: Callable[[], None]  #: told before the repair begins
+    answer_timeout_s: float = 30.0
+
+    def run(self, state: StateSummary, rehash: Callable[[], MemoryDigests] | None) -> Digest:
+        """Returns the destination's digest, equal to ours when the digest is on. With ``rehash`` both
+        ends hash all memory anew first (audit). Raises VerificationError."""
+        if rehash is not None:
+            self._audit(rehash())
+        for _ in range(MAX_SEAL_REPAIRS + 1):
+            ours = self.sender.digest() if self.digest_on else (0, 0, 0)
+            reply = self._seal(ours, state)
+            theirs = (reply.digest_lo, reply.digest_hi, reply.pages)
+            if isinstance(reply, Sealed):
+                if theirs != ours:
+                    raise StreamError(
+                        f"Sealed: received digest {digest_text(theirs)} of {theirs[2]} pages, "
+                        f"allowed {digest_text(ours)} of {ours[2]}"
+                    )
+                return theirs
+            self.mismatched()
+            self._repair()
+        raise VerificationError(
+            f"digests still differ after {MAX_SEAL_REPAIRS} repairs: source {digest_text(ours)} of "
+            f"{ours[2]} pages, destination {digest_text(theirs)} of {theirs[2]} pages"
+        )
+
+    def _seal(self, ours: Digest, state: StateSummary) -> Sealed | Mismatch:
+        self.send_seal(Seal(*ours, state.streams, state.total_bytes, state.crc32))
+        reply = self.control.receive(self.answer_timeout_s)
+        if not isinstance(reply, (Sealed, Mismatch)):
+            raise StreamError(f"received {type(reply).__name__}, allowed Sealed or Mismatch")
+        return reply
+
+    def _repair(self) -> None:
+        """Find the differing pages by sub-digests of both tables and send them again."""
+        by_block: dict[int, list[int]] = {}
+        found = 0
+        for block, page in differing_pages(
+            self.blocks, self._our_table, self._their_table, MAX_REPAIR_PAGES
+        ):
+            by_block.setdefault(block, []).append(page)
+            found += 1
+        if not found:
+            raise VerificationError(
+                "digests differ although no page does: a running digest is wrong"
+            )
+        if found >= MAX_REPAIR_PAGES:
+            raise VerificationError(f"{found} pages and more differ: too many to repair")
+        for block, pages in by_block.items():
+            self.precopy.resend(block, pages)
+
+    def _audit(self, memory: MemoryDigests) -> None:
+        def ours(area: Area, step: int) -> npt.NDArray[np.uint64]:
+            return memory.subdigests(area, step)
+
+        def theirs(area: Area, step: int) -> npt.NDArray[np.uint64]:
+            return self._ask(DigestSource.MEMORY, area, step)
+
+        wrong = list(differing_pages(self.blocks, ours, theirs, limit=16))
+        if wrong:
+            block, page = wrong[0]
+            raise VerificationError(
+                f"audit: {len(wrong)}{'+' if len(wrong) == 16 else ''} pages of the paused guest "
+                f"differ from the destination's, the first is page {page} of ramblock "
+                f"{self.blocks[block].idstr!r}: a dirty source missed a write"
+            )
+
+    def _our_table(self, area: Area, step: int) -> npt.NDArray[np.uint64]:
+        if step == 1:
+            return self.sender.hashes(area.block, area.page, area.npages)
+        return self.sender.subdigests(area.block, area.page, area.npages, step)
+
+    def _their_table(self, area: Area, step: int) -> npt.NDArray[np.uint64]:
+        return self._ask(DigestSource.TABLE, area, step)
+
+    def _ask(self, source: DigestSource, area: Area, step: int) -> npt.NDArray[np.uint64]:
+        request = DigestRequest(source, area.block, area.page, area.npages, step)
+        self.control.send(request)
+        # No bound but the peer's liveness: hashing memory anew takes as long as it takes.
+        reply = self.control.receive()
+        if not isinstance(reply, DigestReply):
+            raise StreamError(f"received {type(reply).__name__}, allowed DigestReply")
+        asked = (source, area.block, area.page, area.npages, step)
+        answered = (reply.source, reply.block, reply.page, reply.npages, reply.step)
+        if asked != answered:
+            raise StreamError(f"DigestReply: received {answered}, allowed {asked}")
+        return unpack_digests(reply.digests)

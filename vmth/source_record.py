@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source knows of one session: the grant is decided here, and what became of it is found out.
+
+It drives the source's table of ``vmth.wire.handover`` and executes its actions in order. A running session
+and a recovery after a crash use the same class; only the job's thread calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vmth.errors import GuestError, VmthError
+from vmth.guest import CanDescribe, CanHold, Guest
+from vmth.journal import Journal
+from vmth.wire.handover import (
+    Action,
+    SourceEvent,
+    SourceState,
+    source_event,
+    source_handover,
+)
+from vmth.wire.messages import (
+    Abort,
+    AbortCode,
+    Grant,
+    Message,
+    Released,
+    Seal,
+)
+
+__all__ = ["SourceRecord"]
+
+log = logging.getLogger(__name__)
+
+
+class SourceRecord:
+    """One thread. ``send`` reaches the control connection while there is one; ``query`` asks the
+    destination on a connection of its own and returns its answer, or None when it cannot be reached;
+    ``tell_released`` does the same for the last message."""
+
+    def __init__(
+        self,
+        session_id: bytes,
+        journal: Journal,
+        guest: Guest,
+        peer: str,
+        state: SourceState = SourceState.NEW,
+    ) -> None:
+        self.session_id = session_id
+        self.receiver_id = bytes(16)
+        self.peer = peer
+        self.was_running = True
+        self.seal: Seal | None = None
+        self.abort_code = AbortCode.FAILED
+        self.abort_reason = "the source failed"
+        self.send: Callable[[Message], None] | None = None
+        self.query: Callable[[], Message | None] | None = None
+        self.tell_released: Callable[[], Message | None] | None = None
+        self.query_due = False
+        self.operator_told = False
+        self._journal = journal
+        self._guest = guest
+        self._handover = source_handover(state)
+
+    @property
+    def state(self) -> SourceState:
+        return self._handover.state
+
+    @property
+    def guest_paused_for_good(self) -> bool:
+        """Granted, and not known what became of it: the guest must stay as it is."""
+        return self.state in (SourceState.GRANTED, SourceState.IN_DOUBT)
+
+    def apply(self, event: SourceEvent) -> None:
+        """Take a transition and carry it out. A journal or hold() that fails takes the transition back
+        and raises; what the guest's resume() raises comes out as GuestError after the remaining
+        actions were carried out."""
+        trouble: GuestError | None = None
+        for action in self._handover.on(event):
+            try:
+                self._do(action)
+            except GuestError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
+    def apply_message(self, message: Message) -> None:
+        """The same for a message of the destination's that concerns the handover."""
+        event = source_event(message, self.session_id, self.receiver_id)
+        if event is not None:
+            self.apply(event)
+
+    # -- actions -----------------------------------------------------------------------------------
+
+    def _do(self, action: Action) -> None:
+        if action.record is not None or action is Action.HOLD_GUEST:
+            try:
+                if action.record is not None:
+                    self._journal.append(action.record, self.receiver_id, self._detail())
+                elif isinstance(self._guest, CanHold):
+                    self._guest.hold()
+            except BaseException:
+                self._handover.undo()
+                raise
+        elif action is Action.PAUSE_GUEST:
+            self.was_running = self._guest.pause()
+        elif action is Action.RESUME_GUEST:
+            self._resume()
+        elif action is Action.RELEASE_GUEST:
+            self._guest.release()
+        elif action is Action.FORGET_RECORD:
+            self._journal.remove()
+        elif action is Action.QUERY_PEER:
+            self.query_due = True
+        elif action is Action.TELL_OPERATOR:
+            self.operator_told = True
+        elif action is Action.SEND_RELEASED:
+            self._tell_released()
+        else:
+            self._tell(self._message(action))
+
+    def _resume(self) -> None:
+        if not self.was_running:
+            return
+        try:
+            self._guest.resume()
+        except Exception as error:
+            raise GuestError(f"the source guest could not be resumed: {error}") from error
+
+    def _message(self, action: Action) -> Message | None:
+        if action is Action.SEND_SEAL:
+            return self.seal
+        if action is Action.SEND_GRANT:
+            return Grant(self.receiver_id)
+        if action is Action.SEND_ABORT:
+            return Abort(self.abort_code, self.abort_reason[:1024])
+        raise AssertionError(f"no message for {action}")
+
+    def _tell(self, message: Message | None) -> None:
+        if self.send is None or message is None:
+            return
+        try:
+            self.send(message)
+        except VmthError as error:  # a lost message: the tables are safe against it
+            log.info("session %s: %s not sent: %s", self.session_id.hex(), message, error)
+
+    def _tell_released(self) -> None:
+        """Over the control connection; without one, on a connection of its own."""
+        if self.send is not None:
+            self._tell(Released())
+        elif self.tell_released is not None:
+            seen = self.tell_released()
+            if seen is not None:
+                self.apply_message(seen)
+
+    def _detail(self) -> dict[str, str]:
+        detail = {
+            "was_running": str(int(self.was_running)),
+            "peer": self.peer,
+        }
+        if isinstance(self._guest, CanDescribe):
+            detail |= {f"guest.{key}": value for key, value in self._guest.describe().items()}
+        return detail

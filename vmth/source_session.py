@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's side of one session: meet, send rounds, seal, hand over, clean up.
+
+Runs in the job's thread, which alone calls the guest. ``run()`` reads as the migration; what may happen
+when is decided by the source's table (``vmth.source_record``), the rounds by ``vmth.precopy``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from vmth.audit import MemoryDigests
+from vmth.channel.control import ControlConnection
+from vmth.channel.pages import NativeSender
+from vmth.errors import (
+    CancelledError,
+    ChannelError,
+    GuestError,
+    InDoubtError,
+    MigrationError,
+    NotConvergedError,
+    RefusedError,
+    StreamError,
+    UsageError,
+    VerificationError,
+    VmthError,
+)
+from vmth.events import Connected, Event, FellBack, Granted, RoundFinished, SealMatched
+from vmth.guest import Guest
+from vmth.handshake import WIRE_PAGE_BYTES, check_blocks, make_offer, open_connection
+from vmth.journal import Journal, Side, StateDirectory, default_state_dir
+from vmth.memory import MappedBlock, map_blocks
+from vmth.options import MigrateOptions, check_plaintext
+from vmth.policy.standard import StandardPolicy
+from vmth.precopy import FinalPass, PreCopy, Tuning
+from vmth.queries import ask_destination, settle, tell_released
+from vmth.seal import Sealer, digest_text
+from vmth.source_record import SourceRecord
+from vmth.state_streams import StateSender
+from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
+from vmth.uri import Endpoint
+from vmth.wire.framing import Preamble
+from vmth.wire.handover import SourceEvent, SourceState
+from vmth.wire.messages import (
+    Abort,
+    AbortCode,
+    Accept,
+    Message,
+    Mode,
+    Paused,
+    Refuse,
+    ReleasedSeen,
+    Role,
+    RoundDone,
+    Seal,
+    Sealed,
+)
+
+__all__ = ["SourceSession"]
+
+log = logging.getLogger(__name__)
+
+#: The destination may have to make a guest: allocate memory, start a process.
+ACCEPT_TIMEOUT_S = 60.0
+#: How long the last message is waited for; it only lets both records go.
+RELEASED_SEEN_TIMEOUT_S = 2.0
+REASON_TIMEOUT_S = 1.0
+
+_ABORT_CODES: tuple[tuple[type[BaseException], AbortCode], ...] = (
+    (CancelledError, AbortCode.CANCELLED),
+    (NotConvergedError, AbortCode.NOT_CONVERGED),
+    (VerificationError, AbortCode.VERIFICATION),
+    (StreamError, AbortCode.PROTOCOL),
+    (GuestError, AbortCode.GUEST),
+)
+
+
+class SourceSession:
+    """One migration attempt. ``run()`` once, from one thread; ``cancel``, ``retune`` and ``stats`` from any.
+    Raises UsageError from the constructor for what is not allowed."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        endpoint: Endpoint,
+        options: MigrateOptions,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.session_id = secrets.token_bytes(16)
+        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.tuning = Tuning(
+            options.bandwidth_bps, options.downtime_limit_ns, options.timeout_ns, options.on_stall
+        )
+        self._guest = guest
+        self._endpoint = endpoint
+        self._options = options
+        self._clock = clock
+        self._fallbacks: list[str] = []
+        plaintext = check_plaintext(endpoint, options.insecure)
+        if plaintext is not None:
+            self._fallbacks.append(plaintext)
+        if options.mode is Mode.LIVE and not guest.dirty:
+            raise UsageError("the guest has no dirty source; allowed without one: mode cold")
+        self._hash_seed = secrets.randbits(64)
+        self._resources = contextlib.ExitStack()
+        self._control: ControlConnection | None = None
+        self._sender: NativeSender | None = None
+        self._precopy: PreCopy | None = None
+        self._record: SourceRecord | None = None
+        self._memory: list[MappedBlock] = []
+        self._cancelled = ""
+        self._peer_gone: VmthError | None = None
+        self._peer_abort: Abort | None = None
+        self._status = "setup"
+        self._started_ns = clock()
+        self._running_ns = 0
+        self._heard_why = threading.Event()
+        self._last_counters = TransferCounters()
+
+    # -- any thread --------------------------------------------------------------------------------
+
+    def cancel(self, reason: str) -> None:
+        """Ask for the end. Without effect once the grant is given."""
+        self._cancelled = self._cancelled or reason
+        self._wake(CancelledError(reason))
+
+    def retune(
+        self, bandwidth_bps: int | None, downtime_limit_ns: int | None, timeout_ns: int | None
+    ) -> None:
+        if bandwidth_bps is not None:
+            self.tuning.bandwidth_bps = bandwidth_bps
+            if self._sender is not None:
+                self._sender.set_bandwidth(bandwidth_bps)
+        if downtime_limit_ns is not None:
+            self.tuning.downtime_limit_ns = downtime_limit_ns
+        if timeout_ns is not None:
+            self.tuning.timeout_ns = timeout_ns
+
+    def stats(self) -> JobStats:
+        precopy, sender = self._precopy, self._sender
+        counters = self._last_counters
+        if sender is not None:
+            with contextlib.suppress(VmthError):
+                counters = self._last_counters = sender.counters()
+        last = precopy.rounds[-1] if precopy is not None and precopy.rounds else None
+        total = sum(block.used_length for block in self._guest.blocks)
+        sent = counters.normal_pages + counters.zero_pages + counters.hole_pages
+        elapsed_ns = self._clock() - self._started_ns
+        remaining = (
+            total - sent * WIRE_PAGE_BYTES if last is None else (last.dirty_pages * WIRE_PAGE_BYTES)
+        )
+        return JobStats(
+            status=self._status,
+            memory_iteration=len(precopy.rounds) if precopy is not None else 0,
+            memory_total=total,
+            memory_remaining=max(0, remaining),
+            memory_processed=sent * WIRE_PAGE_BYTES,
+            memory_bps=last.bandwidth_bps
+            if last is not None
+            else counters.acked_bytes * 1e9 / max(1, elapsed_ns),
+            memory_dirty_rate=last.dirty_rate_bps / WIRE_PAGE_BYTES if last is not None else 0.0,
+            memory_page_size=WIRE_PAGE_BYTES,
+            time_elapsed_ns=elapsed_ns,
+            downtime_expected_ns=last.expected_downtime_ns if last is not None else 0,
+            downtime_limit_ns=self.tuning.downtime_limit_ns,
+            bandwidth_limit_bps=self.tuning.bandwidth_bps,
+            throttle_percent=precopy.throttle_percent if precopy is not None else 0,
+            transfer=counters,
+        )
+
+    # -- the job's thread --------------------------------------------------------------------------
+
+    def run(self) -> MigrationResult:
+        """Returns when the guest runs at the destination and is released here. Raises MigrationError or
+        a child; unless that is InDoubtError the guest runs (or stays paused, as it was) here."""
+        try:
+            try:
+                self._meet()
+                final = self._send_rounds()
+                return self._hand_over(final)
+            except BaseException as error:
+                raise self._end(error) from error
+        finally:
+            self._resources.close()
+
+    def _meet(self) -> None:
+        blocks = self._guest.blocks
+        check_blocks(blocks)
+        directory = StateDirectory(self._options.state_dir or default_state_dir())
+        self._resources.enter_context(directory)
+        record = self._record = SourceRecord(
+            self.session_id,
+            self._create_journal(directory),
+            self._guest,
+            self._endpoint.display,
+        )
+        record.query = self._query
+        record.tell_released = self._tell_released
+        memory = self._memory = self._resources.enter_context(map_blocks(blocks))
+        accept = self._offer()
+        record.receiver_id = accept.receiver_id
+        record.apply(SourceEvent.START)
+        sender = self._sender = NativeSender(
+            memory,
+            WIRE_PAGE_BYTES,
+            hash_seed=self._hash_seed,
+            digest=self._options.digest,
+            zerocopy=self._options.zerocopy,
+        )
+        self._resources.callback(self._close_sender)
+        sender.set_bandwidth(self.tuning.bandwidth_bps)
+        for index in range(self._options.channels):
+            preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
+            with open_connection(self._endpoint, self._options.link, preamble, index + 1) as sock:
+                sender.add_channel(sock.fileno(), index)
+        self._check_wake()
+        self._status = "active"
+        self._emit(
+            Connected(
+                self._clock(),
+                self._endpoint.display,
+                accept.receiver_id.hex(),
+                self._options.channels,
+            )
+        )
+        for what in self._fallbacks:
+            self._emit(FellBack(self._clock(), what))
+
+    def _create_journal(self, directory: StateDirectory) -> Journal:
+        journal = directory.create_journal(self.session_id, Side.SOURCE)
+        self._resources.callback(journal.close)
+        return journal
+
+    def _offer(self) -> Accept:
+        options = self._options
+        sock = open_connection(
+            self._endpoint, options.link, Preamble(Role.CONTROL, self.session_id), 0
+        )
+        control = self._control = ControlConnection(
+            sock,
+            peer_timeout_s=options.peer_timeout_s,
+            on_failure=self._control_lost,
+            on_message=self._control_message,
+        )
+        self._resources.callback(control.close)
+        control.start()
+        self._check_wake()
+        control.send(make_offer(self.session_id, self._hash_seed, self._guest.blocks, options, {}))
+        reply = control.receive(ACCEPT_TIMEOUT_S)
+        if isinstance(reply, Refuse):
+            raise RefusedError(f"{self._endpoint.display} refused: {reply.reason}")
+        if not isinstance(reply, Accept):
+            raise StreamError(f"received {type(reply).__name__}, allowed Accept or Refuse")
+        assert self._record is not None
+        self._record.send = control.send
+        return reply
+
+    def _send_rounds(self) -> FinalPass:
+        assert self._sender is not None and self._record is not None
+        record = self._record
+        self._precopy = PreCopy(
+            guest=self._guest,
+            sender=self._sender,
+            policy=self._options.policy or StandardPolicy(),
+            tuning=self.tuning,
+            clock=self._clock,
+            emit=self._emit,
+            page_bytes=WIRE_PAGE_BYTES,
+            live=self._options.mode is Mode.LIVE,
+            pause_guest=self._pause,
+            resume_guest=lambda: record.apply(SourceEvent.RESUME),
+        )
+        self._resources.callback(self._stop_tracking)
+        return self._precopy.run()
+
+    def _pause(self) -> bool:
+        assert self._record is not None
+        self._check_wake()
+        self._record.apply(SourceEvent.PAUSE)
+        return self._record.was_running
+
+    def _hand_over(self, final: FinalPass) -> MigrationResult:
+        """From the last page to the guest running there. The guest is paused, every step is downtime."""
+        record, control, precopy = self._record, self._control, self._precopy
+        assert record is not None and control is not None and precopy is not None
+        assert self._sender is not None
+        self._status = "switchover"
+        control.send(Paused(time.time_ns(), final.was_running))
+        state = StateSender(control.send)
+        try:
+            self._guest.save_state(state.write)
+        except VmthError:
+            raise
+        except Exception as error:
+            raise GuestError(f"the source guest could not save its state: {error}") from error
+        state_ns = self._clock()
+        sealer = Sealer(
+            control,
+            self._sender,
+            precopy,
+            self._guest.blocks,
+            self._options.digest,
+            self._send_seal,
+            lambda: record.apply(SourceEvent.MISMATCH),
+        )
+        theirs = sealer.run(state.summary, self._rehash if self._options.audit else None)
+        record.apply(SourceEvent.SEALED)
+        self._emit(SealMatched(self._clock(), digest_text(theirs)))
+        sealed_ns = self._clock()
+        self._check_wake()
+        record.apply(SourceEvent.GRANT)
+        granted_ns = self._clock()
+        self._emit(Granted(granted_ns))
+        self._await_running()
+        running_ns = self._running_ns
+        parts = DowntimeParts(
+            pause_ns=final.paused_ns - final.pause_started_ns,
+            last_pages_ns=final.landed_ns - final.paused_ns,
+            state_ns=state_ns - final.landed_ns,
+            seal_ns=sealed_ns - state_ns,
+            grant_ns=granted_ns - sealed_ns,
+            resume_ns=running_ns - granted_ns,
+        )
+        self._status = "completed"
+        self._let_records_go()
+        return self._result(theirs, parts, running_ns)
+
+    def _send_seal(self, seal: Seal) -> None:
+        assert self._record is not None
+        self._record.seal = seal
+        self._record.apply(SourceEvent.SEAL)
+
+    def _rehash(self) -> MemoryDigests:
+        views = [mapped.view for mapped in self._memory]
+        return MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._hash_seed)
+
+    def _await_running(self) -> None:
+        """After the grant: until it is known where the guest runs. Raises what ended it otherwise."""
+        record, control = self._record, self._control
+        assert record is not None and control is not None
+        while record.state is SourceState.GRANTED:
+            try:
+                message = control.receive(self._options.peer_timeout_s)
+                self._running_ns = self._clock()  # before the clean-up that follows from it
+                record.apply_message(message)
+            except CancelledError:
+                continue  # too late: the right to run is given
+            except VmthError:
+                if record.state is SourceState.GRANTED:
+                    record.send = None
+                    record.apply(SourceEvent.CONNECTION_LOST)
+        if record.state is SourceState.IN_DOUBT:
+            settle(record, self._options.query_timeout_s)
+            self._running_ns = self._clock()
+        elif record.state is SourceState.KEPT:
+            raise MigrationError(
+                "the destination could not start the guest: it runs here as before"
+            )
+
+    def _let_records_go(self) -> None:
+        """Wait a little for ReleasedSeen; without it the record stays and ``vmth recover`` clears it."""
+        assert self._record is not None and self._control is not None
+        if self._record.state is not SourceState.RELEASED or self._record.send is None:
+            return
+        with contextlib.suppress(VmthError):
+            message = self._control.receive(RELEASED_SEEN_TIMEOUT_S)
+            if isinstance(message, ReleasedSeen):
+                self._record.apply_message(message)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _end(self, error: BaseException) -> BaseException:
+        """Undo what can be undone and turn the error into the outcome."""
+        outcome = self._outcome(error)
+        record = self._record
+        self._status = "failed"
+        if isinstance(outcome, CancelledError):
+            self._status = "cancelled"
+        if record is None or record.state in (SourceState.KEPT, SourceState.DONE, SourceState.NEW):
+            if self._control is not None:
+                with contextlib.suppress(VmthError):
+                    self._control.send(Abort(_abort_code(outcome), str(outcome)[:1024]))
+            return outcome
+        if record.guest_paused_for_good or record.state is SourceState.RELEASED:
+            return outcome
+        record.abort_code = _abort_code(outcome)
+        record.abort_reason = str(outcome)
+        try:
+            record.apply(SourceEvent.FAILURE)
+        except GuestError as trouble:
+            failed = GuestError(f"{outcome}; and then {trouble}: it is paused")
+            return failed
+        return outcome
+
+    def _outcome(self, error: BaseException) -> BaseException:
+        """Whose fault it was: a cancel or the peer's end shows first as a broken page channel."""
+        record = self._record
+        if record is not None and record.guest_paused_for_good:
+            return (
+                error
+                if isinstance(error, InDoubtError)
+                else InDoubtError(f"after the grant: {error}")
+            )
+        if self._cancelled:
+            return CancelledError(self._cancelled)
+        if isinstance(error, ChannelError) and self._control is not None:
+            self._heard_why.wait(
+                REASON_TIMEOUT_S
+            )  # a page channel may break before the reason is heard
+        if self._peer_abort is not None:
+            kind = {
+                AbortCode.VERIFICATION: VerificationError,
+                AbortCode.CANCELLED: CancelledError,
+            }.get(AbortCode(self._peer_abort.code), MigrationError)
+            return kind(f"the destination ended the migration: {self._peer_abort.reason}")
+        if self._peer_gone is not None and isinstance(error, (ChannelError, CancelledError)):
+            return MigrationError(str(self._peer_gone))
+        if isinstance(error, (MigrationError, UsageError, KeyboardInterrupt, SystemExit)):
+            return error
+        return MigrationError(str(error) if isinstance(error, VmthError) else repr(error))
+
+    def _wake(self, error: VmthError) -> None:
+        if self._sender is not None:
+            self._sender.cancel(str(error))
+        if self._control is not None:
+            self._control.interrupt(error)
+
+    def _check_wake(self) -> None:
+        if self._cancelled:
+            raise CancelledError(self._cancelled)
+        if self._peer_gone is not None:
+            raise self._peer_gone
+
+    def _control_lost(self, error: VmthError) -> None:
+        self._peer_gone = error
+        self._heard_why.set()
+        if self._sender is not None:
+            self._sender.cancel(str(error))
+
+    def _control_message(self, message: Message) -> None:
+        if isinstance(message, Abort):
+            self._peer_abort = message
+            self._heard_why.set()
+            self._wake(MigrationError(message.reason))
+
+    def _stop_tracking(self) -> None:
+        assert self._precopy is not None
+        try:
+            self._precopy.close()
+        except VmthError as error:  # the outcome stands; a released guest has nothing to stop
+            log.info("stopping the dirty sources: %s", error)
+
+    def _close_sender(self) -> None:
+        assert self._sender is not None
+        if self._status == "completed":
+            with contextlib.suppress(VmthError):
+                self._sender.finish()
+        with contextlib.suppress(VmthError):
+            self._last_counters = self._sender.counters()
+        self._sender.close()
+
+    def _query(self) -> Message | None:
+        assert self._record is not None
+        return ask_destination(
+            self._endpoint, self._options.link, self.session_id, self._record.receiver_id
+        )
+
+    def _tell_released(self) -> Message | None:
+        assert self._record is not None
+        return tell_released(
+            self._endpoint, self._options.link, self.session_id, self._record.receiver_id
+        )
+
+    def _emit(self, event: Event) -> None:
+        self.events.put(event)
+        if isinstance(event, RoundFinished) and self._control is not None:
+            stats = event.stats
+            done = RoundDone(
+                stats.round, stats.pages, stats.dirty_pages, stats.expected_downtime_ns
+            )
+            with contextlib.suppress(VmthError):  # informative; a lost connection shows elsewhere
+                self._control.send(done)
+
+    def _result(
+        self, theirs: tuple[int, int, int], parts: DowntimeParts, end_ns: int
+    ) -> MigrationResult:
+        assert self._sender is not None and self._precopy is not None and self._record is not None
+        counters = self._last_counters = self._sender.counters()
+        digest_on = self._options.digest
+        fallbacks = [*self._fallbacks, *self._sender.fallbacks()]
+        if not digest_on:
+            fallbacks.append("digest off: nothing was verified")
+        return MigrationResult(
+            verified=digest_on,
+            verified_scope="memory" if digest_on else "none",
+            mode=self._options.mode.name.lower(),
+            rounds=tuple(self._precopy.rounds),
+            total_ns=end_ns - self._started_ns,
+            downtime_ns=parts.total_ns,
+            downtime_parts=parts,
+            memory_bytes=sum(block.used_length for block in self._guest.blocks),
+            wire_bytes=counters.wire_bytes,
+            digest_source=digest_text(self._sender.digest()) if digest_on else "",
+            digest_destination=digest_text(theirs) if digest_on else "",
+            transfer=counters,
+            fallbacks=tuple(fallbacks),
+            audited=self._options.audit,
+            session_id=self.session_id.hex(),
+            receiver_id=self._record.receiver_id.hex(),
+            peer={"uri": self._endpoint.display},
+        )
+
+
+def _abort_code(error: BaseException) -> AbortCode:
+    for kind, code in _ABORT_CODES:
+        if isinstance(error, kind):
+            return code
+    return AbortCode.FAILED

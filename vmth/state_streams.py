@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU and device state on its way: streams cut into bounded messages, and put together again."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vmth.errors import StreamError, UsageError
+from vmth.guest import StateStream
+from vmth.wire.messages import Seal, State
+
+__all__ = ["STATE_CHUNK_BYTES", "STATE_MAX_BYTES", "StateCollector", "StateSender", "StateSummary"]
+
+STATE_CHUNK_BYTES = 256 << 10
+#: Of all streams of one guest together. A destination holds them in memory until the seal.
+STATE_MAX_BYTES = 256 << 20
+STATE_MAX_STREAMS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StateSummary:
+    """What the seal says of the state: CRC-32 over the streams' bytes in the order sent."""
+
+    streams: int = 0
+    total_bytes: int = 0
+    crc32: int = 0
+
+
+class StateSender:
+    """Hand ``write`` to ``Guest.save_state``; each stream goes out as it comes."""
+
+    def __init__(self, send: Callable[[State], None]) -> None:
+        self._send = send
+        self.summary = StateSummary()
+
+    def write(self, stream: StateStream) -> None:
+        """Raises UsageError for a stream that the protocol cannot carry."""
+        if not 1 <= len(stream.name.encode()) <= 255:
+            raise UsageError(f"state stream name {stream.name!r}: allowed 1 to 255 bytes")
+        if not 0 <= stream.version < 1 << 32:
+            raise UsageError(f"state stream {stream.name}: version {stream.version} out of range")
+        done = self.summary
+        total = done.total_bytes + len(stream.data)
+        if total > STATE_MAX_BYTES or done.streams >= STATE_MAX_STREAMS:
+            raise UsageError(
+                f"state stream {stream.name}: received {total} bytes in {done.streams + 1} streams "
+                f"so far, allowed {STATE_MAX_BYTES} bytes in {STATE_MAX_STREAMS}"
+            )
+        for offset, data, last in _chunks(stream.data):
+            self._send(State(stream.name, stream.version, offset, data, last))
+        self.summary = StateSummary(done.streams + 1, total, zlib.crc32(stream.data, done.crc32))
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bool]]:
+    for offset in range(0, max(1, len(data)), STATE_CHUNK_BYTES):
+        end = offset + STATE_CHUNK_BYTES
+        yield offset, data[offset:end], end >= len(data)
+
+
+class StateCollector:
+    """Puts the destination's streams together. The peer's numbers are checked here."""
+
+    def __init__(self) -> None:
+        self.streams: list[StateStream] = []
+        self._open: State | None = None
+        self._parts: list[bytes] = []
+        self._offset = 0
+        self._total = 0
+        self._crc32 = 0
+
+    def feed(self, message: State) -> None:
+        """Raises StreamError when chunks do not continue one another or grow beyond the bound."""
+        opened = self._open
+        if opened is None:
+            if len(self.streams) >= STATE_MAX_STREAMS:
+                raise StreamError(f"State: stream {len(self.streams) + 1} of {STATE_MAX_STREAMS}")
+            self._open, self._parts, self._offset = message, [], 0
+        elif (message.name, message.version) != (opened.name, opened.version):
+            raise StreamError(
+                f"State: received a piece of {message.name!r} version {message.version} inside "
+                f"{opened.name!r} version {opened.version}"
+            )
+        if message.offset != self._offset:
+            raise StreamError(
+                f"State {message.name!r}: received offset {message.offset}, allowed {self._offset}"
+            )
+        self._total += len(message.data)
+        if self._total > STATE_MAX_BYTES:
+            raise StreamError(
+                f"State: received {self._total} bytes, allowed at most {STATE_MAX_BYTES}"
+            )
+        self._parts.append(message.data)
+        self._offset += len(message.data)
+        self._crc32 = zlib.crc32(message.data, self._crc32)
+        if message.last:
+            self.streams.append(StateStream(message.name, message.version, b"".join(self._parts)))
+            self._open, self._parts = None, []
+
+    def check(self, seal: Seal) -> None:
+        """Raises StreamError unless everything that the seal speaks of has arrived intact."""
+        if self._open is not None:
+            raise StreamError(f"Seal: state stream {self._open.name!r} was never finished")
+        ours = (len(self.streams), self._total, self._crc32)
+        theirs = (seal.streams, seal.state_bytes, seal.state_crc32)
+        if ours != theirs:
+            raise StreamError(
+                "Seal: state differs: announced %d streams, %d bytes, CRC %08x; received %d, %d, %08x"
+                % (*theirs, *ours)
+            )
