@@ -40,9 +40,19 @@ struct hash_ops {
                        size_t page_bytes, size_t zero_blocks);
 };
 
+/* Each is defined only where it is built: kernel_table.c asks. */
 extern const struct bitmap_ops bitmap_scalar;
+extern const struct bitmap_ops bitmap_avx2;
+extern const struct bitmap_ops bitmap_avx512;
+extern const struct bitmap_ops bitmap_neon;
 extern const struct zero_ops zero_scalar;
+extern const struct zero_ops zero_avx2;
+extern const struct zero_ops zero_avx512;
+extern const struct zero_ops zero_neon;
 extern const struct hash_ops hash_scalar;
+extern const struct hash_ops hash_avx2;
+extern const struct hash_ops hash_avx512;
+extern const struct hash_ops hash_neon;
 
 /* The selected implementation; resolved to the default at the first use. Never NULL. */
 const struct bitmap_ops *kernel_bitmap(void);

@@ -10,9 +10,38 @@
 
 #define MAX_IMPLEMENTATIONS 4
 
+/* Taking the address of an implementation that this build lacks would not link. */
+#if defined(__x86_64__)
+#define ON_X86(ops) (&(ops))
+#define CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#else
+#define ON_X86(ops) NULL
+#define CPU_HAS(feature) false
+#endif
+#if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define ON_AARCH64(ops) (&(ops))
+#else
+#define ON_AARCH64(ops) NULL
+#endif
+
 static bool cpu_any(void)
 {
     return true;
+}
+
+static bool cpu_avx2(void)
+{
+    return CPU_HAS("avx2") && CPU_HAS("bmi") && CPU_HAS("popcnt");
+}
+
+static bool cpu_avx512(void)
+{
+    return cpu_avx2() && CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512vl");
+}
+
+static bool cpu_avx512_popcnt(void)
+{
+    return cpu_avx512() && CPU_HAS("avx512vpopcntdq");
 }
 
 struct implementation {
@@ -30,19 +59,19 @@ enum family_index { FAMILY_BITMAP, FAMILY_ZERO, FAMILY_HASH, NFAMILIES };
 
 static const struct family families[NFAMILIES] = {
     [FAMILY_BITMAP] = {"bitmap",
-                       {{"avx512", NULL, cpu_any},
-                        {"avx2", NULL, cpu_any},
-                        {"neon", NULL, cpu_any},
+                       {{"avx512", ON_X86(bitmap_avx512), cpu_avx512_popcnt},
+                        {"avx2", ON_X86(bitmap_avx2), cpu_avx2},
+                        {"neon", ON_AARCH64(bitmap_neon), cpu_any},
                         {"scalar", &bitmap_scalar, cpu_any}}},
     [FAMILY_ZERO] = {"zero",
-                     {{"avx512", NULL, cpu_any},
-                      {"avx2", NULL, cpu_any},
-                      {"neon", NULL, cpu_any},
+                     {{"avx512", ON_X86(zero_avx512), cpu_avx512},
+                      {"avx2", ON_X86(zero_avx2), cpu_avx2},
+                      {"neon", ON_AARCH64(zero_neon), cpu_any},
                       {"scalar", &zero_scalar, cpu_any}}},
     [FAMILY_HASH] = {"hash",
-                     {{"avx512", NULL, cpu_any},
-                      {"avx2", NULL, cpu_any},
-                      {"neon", NULL, cpu_any},
+                     {{"avx512", ON_X86(hash_avx512), cpu_avx512},
+                      {"avx2", ON_X86(hash_avx2), cpu_avx2},
+                      {"neon", ON_AARCH64(hash_neon), cpu_any},
                       {"scalar", &hash_scalar, cpu_any}}},
 };
 
