@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class MigrateOptions:
     peer_timeout_s: float = 10.0
     query_timeout_s: float = 10.0  #: how long a granted source asks before it is in doubt
     state_dir: Path | None = None
+    guest_info: Mapping[str, str] = field(default_factory=dict)  #: ``Incoming.guest`` over there
     link: LinkOptions = field(default_factory=LinkOptions)
 
     def __post_init__(self) -> None:

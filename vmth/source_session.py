@@ -251,7 +251,10 @@ class SourceSession:
         self._resources.callback(control.close)
         control.start()
         self._check_wake()
-        control.send(make_offer(self.session_id, self._hash_seed, self._guest.blocks, options, {}))
+        told = dict(options.guest_info)
+        control.send(
+            make_offer(self.session_id, self._hash_seed, self._guest.blocks, options, told)
+        )
         reply = control.receive(ACCEPT_TIMEOUT_S)
         if isinstance(reply, Refuse):
             raise RefusedError(f"{self._endpoint.display} refused: {reply.reason}")
