@@ -67,7 +67,7 @@ install_packages() {
     if ! command -v apt-get >/dev/null; then
         die "missing, by their Debian names: $*; install them and start again"
     elif [ "$(id -u)" -eq 0 ]; then
-        as_root=env
+        as_root='env'
     elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
         as_root='sudo -n env'
     else
