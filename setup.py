@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native build only; everything else is in pyproject.toml.
 
-csrc/core, csrc/sys and csrc/guest become static libraries without Python; the Cython modules and the one
-pybind11 module link them. VMTH_WERROR=1 turns warnings into errors (CI); no -O and no -march here, so
-that CFLAGS decide (a sanitizer build's -O1 stays).
+csrc/core, csrc/sys and csrc/guest become static libraries without Python; the Cython modules and
+the one pybind11 module link them. VMTH_WERROR=1 turns warnings into errors (CI); no -O and no
+-march here, so that CFLAGS decide (a sanitizer build's -O1 stays).
 """
 
 import os
@@ -18,7 +18,14 @@ INCLUDE = ["csrc/include", "csrc"]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.hpp", recursive=True))
 WERROR = ["-Werror"] if os.environ.get("VMTH_WERROR") == "1" else []
 WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wvla", *WERROR]
-C_FLAGS = ["-std=gnu11", "-fvisibility=hidden", "-fPIC", "-pthread", "-Wconversion", "-Wstrict-prototypes"]
+C_FLAGS = [
+    "-std=gnu11",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-pthread",
+    "-Wconversion",
+    "-Wstrict-prototypes",
+]
 
 
 def c_library(name: str, pattern: str) -> tuple[str, dict[str, object]]:

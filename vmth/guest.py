@@ -3,8 +3,8 @@
 
 vmth calls the methods of one guest one at a time, from one thread that it names ``vmth-job``; they
 may raise. A raise before the grant ends the migration, and vmth calls ``resume()`` if it had called
-``pause()``; a raise of ``resume()`` at the source after a failure is reported as ``GuestError`` and the
-guest is left paused. docs/embedding.md walks through an implementation.
+``pause()``; a raise of ``resume()`` at the source after a failure is reported as ``GuestError`` and
+the guest is left paused. docs/embedding.md walks through an implementation.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class DirtySource(Protocol):
     """Reports which pages were written. Several are ORed.
 
     The contract, checked by one conformance suite for every implementation: after ``start()``, a
-    write that is not followed by ``rearm()`` of its page is reported by every later ``fetch()`` until
-    the page is re-armed (or once, where fetch itself clears: ``rearm`` is then a no-op); a write after
-    ``rearm()`` is reported again. Pages may be reported that were not written. Which writes it cannot
-    see is in each implementation's docstring.
+    write that is not followed by ``rearm()`` of its page is reported by every later ``fetch()``
+    until the page is re-armed (or once, where fetch itself clears: ``rearm`` is then a no-op); a
+    write after ``rearm()`` is reported again. Pages may be reported that were not written. Which
+    writes it cannot see is in each implementation's docstring.
     """
 
     def start(self) -> None:
@@ -69,15 +69,16 @@ class Guest(Protocol):
 
     @property
     def dirty(self) -> Sequence[DirtySource]:
-        """At least one at a source of a live migration; not used at a destination or in cold mode."""
+        """At least one at a source of a live migration; not used at a destination or in cold
+        mode."""
 
     def pause(self) -> bool:
-        """Stop every vCPU; True if it was running. No vCPU runs, and no device writes memory, after it
-        returns. ``resume()`` undoes it. Idempotent."""
+        """Stop every vCPU; True if it was running. No vCPU runs, and no device writes memory, after
+        it returns. ``resume()`` undoes it. Idempotent."""
 
     def resume(self) -> None:
-        """Let the vCPUs run. At a destination it is called after ``load_state`` and needs nothing that
-        could still be missing."""
+        """Let the vCPUs run. At a destination it is called after ``load_state`` and needs nothing
+        that could still be missing."""
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         """Hand each stream of CPU and device state to ``write``. The guest is paused."""
@@ -95,8 +96,8 @@ class CanReportPopulated(Protocol):
     """Optional: the guest knows which pages were never populated better than the mapping tells."""
 
     def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
-        """Set bit (page + i) of ``out`` (a whole-block bitmap) for every page that may hold non-zero
-        bytes. A page left clear is sent as a hole and must read as zeros."""
+        """Set bit (page + i) of ``out`` (a whole-block bitmap) for every page that may hold
+        non-zero bytes. A page left clear is sent as a hole and must read as zeros."""
 
 
 @runtime_checkable
@@ -112,7 +113,8 @@ class CanHold(Protocol):
     """Optional: a guest in a process of its own that resumes by itself when the mover vanishes."""
 
     def hold(self) -> None:
-        """Stay paused from now on even if the mover vanishes: the grant is about to be journaled."""
+        """Stay paused from now on even if the mover vanishes: the grant is about to be
+        journaled."""
 
 
 @runtime_checkable

@@ -51,8 +51,8 @@ class RoundStats:
 
 @dataclass(frozen=True, slots=True)
 class DowntimeParts:
-    """Downtime: no vCPU runs anywhere, on the source's clock from pause to RUNNING received. The parts
-    add up to it."""
+    """Downtime: no vCPU runs anywhere, on the source's clock from pause to RUNNING received. The
+    parts add up to it."""
 
     pause_ns: int = 0
     last_pages_ns: int = 0
@@ -95,8 +95,8 @@ class JobStats:
 
 @dataclass(frozen=True, slots=True)
 class MigrationResult:
-    """How a migration went. ``verified`` is True only when the digests of all guest memory were equal
-    before the grant; ``verified_scope`` says how far the proof reaches ("memory", "none")."""
+    """How a migration went. ``verified`` is True only when the digests of all guest memory were
+    equal before the grant; ``verified_scope`` says how far the proof reaches ("memory", "none")."""
 
     verified: bool
     verified_scope: str

@@ -47,9 +47,9 @@ class BlockFlags(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """Where a ramblock's bytes are: a file (``fd`` + ``offset``, mapped shared) or an ``address`` in
-    this process. Exactly one of ``fd`` and ``address`` is set; the owner keeps both alive until the
-    job that uses them has ended.
+    """Where a ramblock's bytes are: a file (``fd`` + ``offset``, mapped shared) or an ``address``
+    in this process. Exactly one of ``fd`` and ``address`` is set; the owner keeps both alive until
+    the job that uses them has ended.
     """
 
     fd: int | None = None

@@ -1,4 +1,4 @@
-"""Cython over csrc/core. Arrays are C-contiguous; calls release the GIL; ValueError on bad sizes."""
+"""Cython over csrc/core. Arrays are C-contiguous; the GIL is released; ValueError on bad sizes."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,8 +1,9 @@
 """pybind11 over csrc/xfer: the page channels. Every blocking call releases the GIL.
 
-Threads: send/send_holes/barrier/close come from one thread; cancel, set_bandwidth, set_window, counters
-and digest from any. Once a channel has failed every blocking call raises TransferError(kind, message);
-``kind`` is one of "closed", "io", "protocol", "timeout", "cancelled", "usage".
+Threads: send/send_holes/barrier/close come from one thread; cancel, set_bandwidth, set_window,
+counters and digest from any. Once a channel has failed every blocking call raises
+TransferError(kind, message); ``kind`` is one of "closed", "io", "protocol", "timeout", "cancelled",
+"usage".
 """
 
 from collections.abc import Sequence
@@ -32,11 +33,13 @@ class Sender:
         queue_jobs: int = 2,  # send() calls that may wait unfinished before send() blocks
     ) -> None: ...
     def add_channel(self, fd: int, index: int) -> None:
-        """A connected stream socket past its preamble; the sender duplicates it. Starts its threads."""
+        """A connected stream socket past its preamble; the sender duplicates it. Starts its
+        threads."""
 
     def send(self, block: int, page: int, npages: int, bitmap: U64, round_: int) -> None:
-        """Queue the pages of [page, page + npages) whose bit is set in the whole-block ``bitmap`` (copied).
-        Blocks while the queue is full. Memory is read later, any time before barrier() returns."""
+        """Queue the pages of [page, page + npages) whose bit is set in the whole-block ``bitmap``
+        (copied). Blocks while the queue is full. Memory is read later, any time before barrier()
+        returns."""
 
     def send_holes(self, block: int, runs: U64, round_: int) -> None:
         """(n, 2) runs {page, npages} that were never populated: nothing is read."""
@@ -67,7 +70,8 @@ class Sender:
     def in_flight(self) -> int: ...
     def fallbacks(self) -> list[str]: ...
     def cancel(self, reason: str) -> None:
-        """Wake every blocked call with "cancelled"; sockets are shut down. Idempotent, any thread."""
+        """Wake every blocked call with "cancelled"; sockets are shut down. Idempotent, any
+        thread."""
 
     def finish(self) -> None:
         """Send END on every channel and join the workers."""
@@ -90,7 +94,8 @@ class Receiver:
         """A connected socket past its preamble; duplicated. Starts its thread."""
 
     def wait(self, timeout_ns: int) -> bool:
-        """True when every channel has ended with END; raises at the first failure; False at the timeout."""
+        """True when every channel has ended with END; raises at the first failure; False at the
+        timeout."""
 
     def digest(self) -> tuple[int, int, int]: ...
     def hashes(self, block: int, page: int, npages: int) -> U64: ...

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the round loop and the sessions need of the page channels.
 
-The native implementation is ``vmth.channel.pages``; tests drive the same loops with the in-memory pair
-of ``vmth.channel.fake``. Signatures and blocking rules: the docstrings of ``vmth._native._xfer``'s stub;
-errors arrive as ``ChannelError``, ``StreamError``, ``CancelledError`` or ``UsageError``.
+The native implementation is ``vmth.channel.pages``; tests drive the same loops with the in-memory
+pair of ``vmth.channel.fake``. Signatures and blocking rules: the docstrings of
+``vmth._native._xfer``'s stub; errors arrive as ``ChannelError``, ``StreamError``,
+``CancelledError`` or ``UsageError``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a holder process hosts: the ``Machine`` protocol, and the layout of its program area.
 
-A machine runs one small program, the *walker*: it goes through a schedule of writes that lies in the
-guest's own memory, for ever, and beats its heart every so many writes. The KVM micro-VM runs it as
-flat 32-bit code on a vCPU, the process guest as a native thread; memory looks the same in both:
+A machine runs one small program, the *walker*: it goes through a schedule of writes that lies in
+the guest's own memory, for ever, and beats its heart every so many writes. The KVM micro-VM runs it
+as flat 32-bit code on a vCPU, the process guest as a native thread; memory looks the same in both:
 
     gpa 0x0000   unused, zero
         0x1000   control block (ControlBlock below), one page
@@ -12,11 +12,11 @@ flat 32-bit code on a vCPU, the process guest as a native thread; memory looks t
         ...      counter table of the ``silent`` workload (u32 a page), page aligned
         ...      data pages up to the end of memory
 
-One step of the walker: store ``store_dwords`` dwords of (value + (loops & value_mask)) at write_gpa;
-add 1 to the dword at counter_gpa; next entry (after the last: index 0, loops + 1); countdown - 1, and at
-0: countdown = writes_per_beat, beats + 1, tell the host (KVM: OUT dword ``beats`` to port 0x510), which
-returns when the next beat is due: that paces the guest. In memory the control block is current at every
-beat; between beats the fields may live in registers.
+One step of the walker: store ``store_dwords`` dwords of (value + (loops & value_mask)) at
+write_gpa; add 1 to the dword at counter_gpa; next entry (after the last: index 0, loops + 1);
+countdown - 1, and at 0: countdown = writes_per_beat, beats + 1, tell the host (KVM: OUT dword
+``beats`` to port 0x510), which returns when the next beat is due: that paces the guest. In memory
+the control block is current at every beat; between beats the fields may live in registers.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class BeatReport:
 
 
 class Machine(Protocol):
-    """One guest inside its holder process, made from the holder's ``GuestMemory`` (memory.py), which
-    outlives it. Called from the holder's single request thread."""
+    """One guest inside its holder process, made from the holder's ``GuestMemory`` (memory.py),
+    which outlives it. Called from the holder's single request thread."""
 
     @property
     def blocks(self) -> Sequence[RamBlock]: ...
@@ -97,7 +97,8 @@ class Machine(Protocol):
     def pause(self) -> bool: ...
     def resume(self) -> None: ...
     def pause_at_beat(self, timeout_ns: int) -> bool:
-        """Pause at a heartbeat, where the control block in memory is exact. False at the timeout."""
+        """Pause at a heartbeat, where the control block in memory is exact. False at the
+        timeout."""
 
     def save_state(self) -> tuple[int, bytes]:
         """(version, bytes): vCPU registers, beat and pace state. Paused only."""

@@ -81,5 +81,5 @@ class Policy(Protocol):
         """After each round while the guest runs."""
 
     def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
-        """After the pause, with ``view.dirty_pages`` = the last set: SWITCH_OVER to go on, CONTINUE to
-        resume the guest and do another round."""
+        """After the pause, with ``view.dirty_pages`` = the last set: SWITCH_OVER to go on, CONTINUE
+        to resume the guest and do another round."""
