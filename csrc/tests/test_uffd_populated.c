@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Populated pages on a fake kernel: swapped and zero pages, holes, a hole punched while we look. */
+#define _GNU_SOURCE
+#include "sys/populated.h"
+
+#include <unistd.h>
+
+#include "t_fake_memory.h"
+#include "vmth/bitmap.h"
+
+#define FILE_FD 7
+#define FILE_PAGES 256u
+#define FILE_OFFSET (3u * FAKE_PAGE_BYTES)
+
+static struct fake_memory fake;
+static uint64_t words[FAKE_PAGES / 64];
+
+/* A file of FILE_PAGES pages: true where there is data. */
+static bool file_data[FILE_PAGES];
+static bool punch_after_seek_data;
+static int fail_lseek;
+
+static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t offset, int whence)
+{
+    uint64_t page = (uint64_t)offset / FAKE_PAGE_BYTES;
+    bool want = whence == SEEK_DATA;
+
+    (void)self;
+    T_EQUAL(fd, FILE_FD);
+    if (fail_lseek != 0) {
+        return fail_lseek;
+    }
+    if (page >= FILE_PAGES) {
+        return -ENXIO;
+    }
+    if (file_data[page] != want) {
+        while (page < FILE_PAGES && file_data[page] != want) {
+            page++;
+        }
+        if (page == FILE_PAGES && want) {
+            return -ENXIO;
+        }
+        offset = (int64_t)(page * FAKE_PAGE_BYTES);
+    }
+    if (want && punch_after_seek_data) {
+        punch_after_seek_data = false;
+        file_data[page] = false;
+    }
+    return offset;
+}
+
+static void reset(void)
+{
+    fake_init(&fake);
+    fake.ops.lseek = file_lseek;
+    memset(words, 0, sizeof(words));
+    memset(file_data, 0, sizeof(file_data));
+    punch_after_seek_data = false;
+    fail_lseek = 0;
+}
+
+static int ask_file(uint64_t npages, uint64_t page)
+{
+    return vmth_populated_file(&fake.ops, FILE_FD, FILE_OFFSET, npages, FAKE_PAGE_BYTES, words,
+                               page);
+}
+
+static void test_swapped_counts_and_the_page_of_zeros_does_not(void)
+{
+    reset();
+    fake.categories[1] = VMTH_PAGE_IS_PRESENT;
+    fake.categories[2] = VMTH_PAGE_IS_PRESENT | VMTH_PAGE_IS_PFNZERO;
+    fake.categories[3] = VMTH_PAGE_IS_SWAPPED;
+    fake.categories[4] = VMTH_PAGE_IS_WRITTEN | VMTH_PAGE_IS_WPALLOWED;
+    fake.categories[5] = VMTH_PAGE_IS_PRESENT | VMTH_PAGE_IS_HUGE | VMTH_PAGE_IS_FILE;
+    T_EQUAL(vmth_populated_anon(&fake.ops, FAKE_PAGEMAP, FAKE_BASE, FAKE_PAGES, FAKE_PAGE_BYTES,
+                                words, 0),
+            0);
+    T_EQUAL(words[0], 1u << 1 | 1u << 3 | 1u << 5);
+    T_EQUAL(vmth_bitmap_count(words, 0, FAKE_PAGES), 3);
+}
+
+static void test_bits_are_set_from_the_page_asked_for(void)
+{
+    reset();
+    memset(fake.categories, VMTH_PAGE_IS_PRESENT, sizeof(fake.categories));
+    T_EQUAL(vmth_populated_anon(&fake.ops, FAKE_PAGEMAP, FAKE_BASE, 3, FAKE_PAGE_BYTES, words, 62),
+            0);
+    T_EQUAL(words[0], UINT64_C(3) << 62);
+    T_EQUAL(words[1], 1);
+}
+
+static void test_data_of_a_file_at_its_offset(void)
+{
+    reset();
+    file_data[2] = true; /* before the block */
+    file_data[3] = true;
+    file_data[3 + 63] = true;
+    file_data[3 + 64] = true;
+    file_data[3 + 100] = true; /* behind what is asked */
+    T_EQUAL(ask_file(100, 0), 0);
+    T_EQUAL(words[0], UINT64_C(1) | UINT64_C(1) << 63);
+    T_EQUAL(words[1], 1);
+    memset(words, 0, sizeof(words));
+    T_EQUAL(ask_file(64, 10), 0);
+    T_EQUAL(words[0], UINT64_C(1) << 10);
+    T_EQUAL(words[1], UINT64_C(1) << 9);
+}
+
+static void test_a_full_file_and_an_empty_one(void)
+{
+    reset();
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), 0);
+    memset(file_data, 1, sizeof(file_data));
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), FILE_PAGES - 3);
+    T_EQUAL(ask_file(0, 0), 0);
+}
+
+static void test_a_hole_punched_between_two_questions_ends_no_search(void)
+{
+    reset();
+    file_data[3 + 5] = true;
+    file_data[3 + 9] = true;
+    punch_after_seek_data = true;
+    T_EQUAL(ask_file(20, 0), 0);
+    T_EQUAL(words[0], 1u << 9);
+}
+
+static void test_errors_are_passed_on(void)
+{
+    reset();
+    fail_lseek = -EINVAL;
+    T_EQUAL(ask_file(20, 0), -EINVAL);
+    fake.fail_scan = -ENOTTY;
+    T_EQUAL(vmth_populated_anon(&fake.ops, FAKE_PAGEMAP, FAKE_BASE, 1, FAKE_PAGE_BYTES, words, 0),
+            -ENOTTY);
+}
+
+int main(void)
+{
+    test_swapped_counts_and_the_page_of_zeros_does_not();
+    test_bits_are_set_from_the_page_asked_for();
+    test_data_of_a_file_at_its_offset();
+    test_a_full_file_and_an_empty_one();
+    test_a_hole_punched_between_two_questions_ends_no_search();
+    test_errors_are_passed_on();
+    return T_PASS;
+}
