@@ -167,10 +167,11 @@ class DestinationRecord:
         return DestinationEvent.RESUME_OK
 
     def _ask(self) -> DestinationEvent:
-        if not isinstance(self.guest, CanTell):
+        guest = self.guest
+        if guest is None or not isinstance(guest, CanTell):
             return DestinationEvent.GUEST_UNKNOWN
         try:
-            running = self.guest.is_running()
+            running = guest.is_running()
         except Exception as error:
             log.error("session %s: the guest cannot be asked: %s", self.session_id.hex(), error)
             return DestinationEvent.GUEST_UNKNOWN
@@ -221,6 +222,7 @@ class DestinationRecord:
 
     def _detail(self) -> dict[str, str]:
         detail = {"was_running": str(int(self.was_running))}
-        if isinstance(self.guest, CanDescribe):
-            detail |= {f"guest.{key}": value for key, value in self.guest.describe().items()}
+        guest = self.guest
+        if guest is not None and isinstance(guest, CanDescribe):
+            detail |= {f"guest.{key}": value for key, value in guest.describe().items()}
         return detail

@@ -344,7 +344,8 @@ class Listener:
     def _forget(self, session_id: bytes, record: DestinationRecord) -> None:
         if record.state is DestinationState.NO_RECORD:
             with self._lock:
-                if session_id not in self._sessions and self._records.pop(session_id, None):
+                if session_id not in self._sessions and session_id in self._records:
+                    del self._records[session_id]
                     record.close()
 
 

@@ -70,13 +70,7 @@ def settle(record: SourceRecord, timeout_s: float) -> None:
     Messages on a lost control connection prove nothing more, so only answers by session id count."""
     deadline = time.monotonic() + timeout_s
     wait = threading.Event()
-    while record.state is SourceState.IN_DOUBT:
-        answer = record.query() if record.query is not None and record.query_due else None
-        record.query_due = False
-        if answer is not None:
-            record.apply_message(answer)
-        if record.state is not SourceState.IN_DOUBT:
-            break
+    while not _answered(record):
         if time.monotonic() >= deadline:
             record.apply(SourceEvent.GIVE_UP)
             raise InDoubtError(_doubt(record))
@@ -84,6 +78,15 @@ def settle(record: SourceRecord, timeout_s: float) -> None:
         record.apply(SourceEvent.ASK_AGAIN)
     if record.state is SourceState.KEPT:
         raise MigrationError("the destination gave the guest back: it runs here as before")
+
+
+def _answered(record: SourceRecord) -> bool:
+    """Ask once if that is due; True when it is known where the guest runs."""
+    answer = record.query() if record.query is not None and record.query_due else None
+    record.query_due = False
+    if answer is not None:
+        record.apply_message(answer)
+    return record.state is not SourceState.IN_DOUBT
 
 
 def _doubt(record: SourceRecord) -> str:
