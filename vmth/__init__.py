@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vmth: the page-transfer core that moves running virtual machines between hosts.
 
-The simple API is ``migrate`` and ``receive``; ``start_migration`` returns a job to steer, ``Listener`` serves
-many sessions. What an embedder implements is ``Guest`` (vmth/guest.py, docs/embedding.md).
+The simple API is ``migrate`` and ``receive``; ``start_migration`` returns a job to steer,
+``Listener`` serves many sessions. What an embedder implements is ``Guest`` (vmth/guest.py,
+docs/embedding.md).
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ def start_migration(
 ) -> MigrationJob:
     """Begin to move ``guest`` to the destination that listens at ``uri``; returns at once.
 
-    ``changes`` are fields of ``MigrateOptions`` (``channels=4, downtime_limit_ns=...``). Raises UsageError
-    for a URI or option that is not allowed; everything later comes from ``job.wait()``. The guest belongs
-    to the job until that has ended.
+    ``changes`` are fields of ``MigrateOptions`` (``channels=4, downtime_limit_ns=...``). Raises
+    UsageError for a URI or option that is not allowed; everything later comes from ``job.wait()``.
+    The guest belongs to the job until that has ended.
     """
     chosen = options or MigrateOptions(**changes)
     return MigrationJob(SourceSession(guest, parse_endpoint(uri), chosen))
@@ -37,12 +37,12 @@ def start_migration(
 def migrate(
     guest: Guest, uri: str, options: MigrateOptions | None = None, /, **changes: Any
 ) -> MigrationResult:
-    """Move ``guest`` and wait for the end. Afterwards it runs at the destination and has been released
-    here. On KeyboardInterrupt the migration is cancelled and the guest runs on here.
+    """Move ``guest`` and wait for the end. Afterwards it runs at the destination and has been
+    released here. On KeyboardInterrupt the migration is cancelled and the guest runs on here.
 
-    Raises a MigrationError: after RefusedError, CancelledError, NotConvergedError, VerificationError and
-    MigrationError itself the guest runs here as before; after InDoubtError it is paused here and may run
-    there, and the message says what to do.
+    Raises a MigrationError: after RefusedError, CancelledError, NotConvergedError,
+    VerificationError and MigrationError itself the guest runs here as before; after InDoubtError it
+    is paused here and may run there, and the message says what to do.
     """
     job = start_migration(guest, uri, options, **changes)
     try:
@@ -65,9 +65,9 @@ def receive(
 ) -> ReceiveResult:
     """Listen at ``uri``, take in one guest and return when it is here; the listener is closed then.
 
-    ``make_guest`` gets an ``Incoming`` and returns a stopped guest with the same block table, or raises to
-    refuse. Raises the MigrationError of the first session that fails. To serve many sessions at once, or
-    to keep answering a source's queries after a restart, use ``Listener``.
+    ``make_guest`` gets an ``Incoming`` and returns a stopped guest with the same block table, or
+    raises to refuse. Raises the MigrationError of the first session that fails. To serve many
+    sessions at once, or to keep answering a source's queries after a restart, use ``Listener``.
     """
     chosen = options or ReceiveOptions(**changes)
     with Listener(parse_endpoint(uri, listening=True), make_guest, chosen) as listener:

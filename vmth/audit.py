@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests computed anew from guest memory, and the search for pages in which two ends differ.
 
-Both ends of a paused migration can hash all of their memory again; comparing that with the peer's catches
-what the running digest cannot: a dirty source that missed a write. Memory that was never populated is
-counted as zero pages without being touched.
+Both ends of a paused migration can hash all of their memory again; comparing that with the peer's
+catches what the running digest cannot: a dirty source that missed a write. Memory that was never
+populated is counted as zero pages without being touched.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ class MemoryDigests:
         at = area.page
         while at < end:
             count, at = kernels.bitmap_runs(bits, end, at, runs)
-            for first, n in runs[:count].tolist():
-                yield first, n
+            yield from ((first, n) for first, n in runs[:count].tolist())
 
 
 def differing_pages(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a destination knows of one session, and the one place where it decides to run.
 
-It drives the destination's table of ``vmth.wire.handover`` and executes its actions in order: journal,
-guest, messages. The session thread and query connections both come here; the lock makes a grant and a
-query exclude each other. After a restart the listener makes records from the journals that it finds.
+It drives the destination's table of ``vmth.wire.handover`` and executes its actions in order:
+journal, guest, messages. The session thread and query connections both come here; the lock makes a
+grant and a query exclude each other. After a restart the listener makes records from the journals
+that it finds.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Outgoing:
 
 
 class DestinationRecord:
-    """Thread-safe. ``journal`` is this session's; the guest is handed in with the acceptance, or found
-    again after a restart."""
+    """Thread-safe. ``journal`` is this session's; the guest is handed in with the acceptance, or
+    found again after a restart."""
 
     def __init__(
         self,

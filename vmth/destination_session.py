@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's side of one session: from the offer to a guest that runs here, or to nothing.
 
-The thread that runs it handles the control messages and alone calls the guest; page channels land in
-native threads. What may happen when, and what follows, is decided by the session's record
+The thread that runs it handles the control messages and alone calls the guest; page channels land
+in native threads. What may happen when, and what follows, is decided by the session's record
 (``vmth.destination_record``).
 """
 
@@ -79,7 +79,8 @@ MakeGuest = Callable[[Incoming], Guest]
 
 @dataclass(frozen=True, slots=True)
 class ReceiveResult:
-    """A guest that arrived. ``verified``: its memory's digest equalled the source's before it ran."""
+    """A guest that arrived. ``verified``: its memory's digest equalled the source's before it
+    ran."""
 
     session_id: str
     guest: Guest
@@ -93,8 +94,8 @@ class ReceiveResult:
 
 
 class DestinationSession:
-    """Made by the listener for a control connection. ``run()`` once; ``attach``, ``check_token`` and
-    ``cancel`` from any thread. ``make_record`` opens the session's journal."""
+    """Made by the listener for a control connection. ``run()`` once; ``attach``, ``check_token``
+    and ``cancel`` from any thread. ``make_record`` opens the session's journal."""
 
     def __init__(
         self,
@@ -144,8 +145,8 @@ class DestinationSession:
     # -- the session's thread ----------------------------------------------------------------------
 
     def run(self) -> ReceiveResult:
-        """Returns with the guest here: running, or paused as it was. Raises MigrationError, or a child
-        of it, after everything was freed that the session took."""
+        """Returns with the guest here: running, or paused as it was. Raises MigrationError, or a
+        child of it, after everything was freed that the session took."""
         self._control.start()
         try:
             try:
@@ -283,10 +284,9 @@ class DestinationSession:
                 f"DigestRequest: block {request.block}, allowed 0 to {len(blocks) - 1}"
             )
         npages = blocks[request.block].npages
-        if request.page + request.npages > npages:
-            raise StreamError(
-                f"DigestRequest: pages up to {request.page + request.npages}, allowed up to {npages}"
-            )
+        end = request.page + request.npages
+        if end > npages:
+            raise StreamError(f"DigestRequest: pages up to {end}, allowed up to {npages}")
         area = Area(request.block, request.page, request.npages)
         if request.source == DigestSource.MEMORY:
             views = [mapped.view for mapped in self._memory]

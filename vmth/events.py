@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job tells while it runs: one frozen record an occurrence. Times are monotonic nanoseconds."""
+"""What a job tells while it runs: one frozen record an occurrence. Times are monotonic
+nanoseconds."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from vmth.wire.framing import (
     PreambleReply,
     PreambleStatus,
 )
-from vmth.wire.messages import BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode, Role
+from vmth.wire.messages import BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode
 
 __all__ = [
     "FEATURES",
@@ -59,7 +59,7 @@ class Incoming:
         return sum(block.used_length for block in self.blocks)
 
 
-class OfferRefused(RefusedError):
+class OfferRefused(RefusedError):  # noqa: N818 - states a fact, as ChannelClosed does
     """Raised inside the destination; ``message`` is what the source is told."""
 
     def __init__(self, code: RefuseCode, reason: str) -> None:
@@ -137,7 +137,8 @@ def check_blocks(blocks: Sequence[RamBlock]) -> None:
             )
         if block.used_length <= 0 or block.used_length % WIRE_PAGE_BYTES:
             raise RefusedError(
-                f"{where}: length {block.used_length}, allowed multiples of {WIRE_PAGE_BYTES} above 0"
+                f"{where}: length {block.used_length}, allowed positive multiples of "
+                f"{WIRE_PAGE_BYTES}"
             )
 
 
@@ -194,7 +195,7 @@ def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: s
         if unknown:
             raise OfferRefused(
                 RefuseCode.BLOCKS,
-                f"ramblock {row.idstr!r}: critical flags received {unknown:#x}, allowed none of these",
+                f"ramblock {row.idstr!r}: critical flags received {unknown:#x}, allowed none",
             )
         if row.page_size != WIRE_PAGE_BYTES or row.used_length % WIRE_PAGE_BYTES:
             raise OfferRefused(

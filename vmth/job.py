@@ -20,9 +20,9 @@ __all__ = ["MigrationJob"]
 
 
 class MigrationJob:
-    """Made by ``vmth.start_migration``. Every method may be called from any thread; nothing needs an
-    event loop, and ``await job`` works in one. The job's own thread is named ``vmth-job``; it alone
-    calls the guest.
+    """Made by ``vmth.start_migration``. Every method may be called from any thread; nothing needs
+    an event loop, and ``await job`` works in one. The job's own thread is named ``vmth-job``; it
+    alone calls the guest.
     """
 
     def __init__(self, session: SourceSession) -> None:
@@ -43,7 +43,8 @@ class MigrationJob:
         return self._ended.is_set()
 
     def wait(self, timeout_s: float | None = None) -> MigrationResult:
-        """The result, or the MigrationError that says how it ended. TimeoutError leaves it running."""
+        """The result, or the MigrationError that says how it ended. TimeoutError leaves it
+        running."""
         if not self._ended.wait(timeout_s):
             raise TimeoutError(f"the migration has not ended within {timeout_s:g} s")
         if self._error is not None:
@@ -52,8 +53,8 @@ class MigrationJob:
         return self._result
 
     def cancel(self) -> None:
-        """Ask for the end: the source guest runs on. Without effect once the grant is given: the job
-        then ends by itself. Returns at once; ``wait()`` raises CancelledError."""
+        """Ask for the end: the source guest runs on. Without effect once the grant is given: the
+        job then ends by itself. Returns at once; ``wait()`` raises CancelledError."""
         self._session.cancel("cancelled by the caller")
 
     def switchover(self) -> None:
@@ -67,8 +68,8 @@ class MigrationJob:
         downtime_limit_ns: int | None = None,
         timeout_ns: int | None = None,
     ) -> None:
-        """Change settings while it runs; the bandwidth takes effect within 50 ms, the others with the
-        next decision. ``bandwidth_bps=0`` takes the cap away."""
+        """Change settings while it runs; the bandwidth takes effect within 50 ms, the others with
+        the next decision. ``bandwidth_bps=0`` takes the cap away."""
         for name, value, least in (
             ("bandwidth_bps", bandwidth_bps, 0),
             ("downtime_limit_ns", downtime_limit_ns, 1),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's listener: routes connections to sessions, and answers for those of the past.
 
-One accept thread; a short-lived thread reads each connection's preamble (at most MAX_UNKNOWN at once, so
-that silent strangers cannot exhaust it); each session has a thread of its own. The state directory is
-locked: one process answers for its destinations.
+One accept thread; a short-lived thread reads each connection's preamble (at most MAX_UNKNOWN at
+once, so that silent strangers cannot exhaust it); each session has a thread of its own. The state
+directory is locked: one process answers for its destinations.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class Listener:
     def _serve(
         self, sock: socket.socket, peer: str, known: Callable[[], None] = lambda: None
     ) -> None:
-        """One connection, in a thread of its own. ``known`` is called when the preamble was read."""
+        """One connection, in a thread of its own. ``known`` is called when the preamble was
+        read."""
         try:
             try:
                 preamble = read_preamble(sock, PREAMBLE_TIMEOUT_S)

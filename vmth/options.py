@@ -70,7 +70,8 @@ class ReceiveOptions:
 
 
 def check_plaintext(endpoint: Endpoint, insecure: bool) -> str | None:
-    """What to report when pages travel unencrypted beyond this machine; UsageError unless allowed."""
+    """What to report when pages travel unencrypted beyond this machine; UsageError unless
+    allowed."""
     if endpoint.is_loopback() or endpoint.scheme is Scheme.FD:
         return None  # a descriptor that the caller passes is the caller's to judge
     if not insecure:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The round loop: everything once, then what was dirtied meanwhile, until the rest fits.
 
-It reads as the algorithm and owns no socket, thread or clock: the guest, the page sender, the policy and
-the clock are handed in, so it runs on fakes. Order matters and is fixed (docs/invariants.md): a chunk
-is re-armed, then asked what of it was ever populated, then hashed and sent.
+It reads as the algorithm and owns no socket, thread or clock: the guest, the page sender, the
+policy and the clock are handed in, so it runs on fakes. Order matters and is fixed
+(docs/invariants.md): a chunk is re-armed, then asked what of it was ever populated, then hashed and
+sent.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class PreCopy:
 
     def run(self) -> FinalPass:
         """Returns with the guest paused and all pages landed. Tracking goes on, since stopping it
-        would be downtime: call ``close()`` when the guest runs somewhere again. After an exception the
-        caller resumes the guest if it is paused."""
+        would be downtime: call ``close()`` when the guest runs somewhere again. After an exception
+        the caller resumes the guest if it is paused."""
         self._started_ns = self.clock()
         largest = max(block.npages for block in self.guest.blocks)
         self._populated_bits = np.zeros(bitmap_words(largest), dtype=np.uint64)
@@ -223,7 +224,8 @@ class PreCopy:
         self.sender.send(block, first, n, self._populated_bits, 0)
 
     def _populated(self, block: int, first: int, n: int) -> Bitmap:
-        """The words of ``_populated_bits`` for pages [first, first + n); ``first`` is a multiple of 64."""
+        """The words of ``_populated_bits`` for pages [first, first + n); ``first`` is a multiple of
+        64."""
         out = self._populated_bits
         words = out[first // 64 : (first + n + 63) // 64]
         words.fill(0)
@@ -285,8 +287,8 @@ class PreCopy:
             source.fetch(self._todo)
 
     def _bound_queue(self) -> None:
-        """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the link
-        needs (bandwidth x RTT)."""
+        """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the
+        link needs (bandwidth x RTT)."""
         best_bps = max(stats.bandwidth_bps for stats in self.rounds)
         in_flight_ns = self.sender.counters().rtt_ns + self.tuning.downtime_limit_ns // 10
         self.sender.set_window(max(MIN_WINDOW_BYTES, int(best_bps * in_flight_ns / 1e9)))

@@ -26,8 +26,8 @@ RETRY_S = 0.5
 def ask_destination(
     endpoint: Endpoint, options: LinkOptions, session_id: bytes, receiver_id: bytes
 ) -> Message | None:
-    """One query; the answer, or None when the destination cannot be reached now. Fences a session that
-    is not starting: afterwards it never runs there."""
+    """One query; the answer, or None when the destination cannot be reached now. Fences a session
+    that is not starting: afterwards it never runs there."""
     return _exchange(endpoint, options, session_id, Query(session_id, receiver_id))
 
 
@@ -65,9 +65,10 @@ def _read_message(sock: socket.socket) -> Message:
 
 def settle(record: SourceRecord, timeout_s: float) -> None:
     """Ask until it is known where the guest runs. Returns when it runs at the destination; raises
-    MigrationError when it runs here again, InDoubtError when the time is up: it is paused here then.
+    MigrationError when it runs here again, InDoubtError when the time is up: it is paused then.
 
-    Messages on a lost control connection prove nothing more, so only answers by session id count."""
+    Messages on a lost control connection prove nothing more: only answers by session id count.
+    """
     deadline = time.monotonic() + timeout_s
     wait = threading.Event()
     while not _answered(record):
@@ -90,9 +91,10 @@ def _answered(record: SourceRecord) -> bool:
 
 
 def _doubt(record: SourceRecord) -> str:
+    session = record.session_id.hex()
     return (
-        f"session {record.session_id.hex()} is in doubt. Here: the guest is paused, the right to run "
-        f"was given to receiver {record.receiver_id.hex()}. There ({record.peer}): no RUNNING and no "
-        "ABORTED was heard. Do not resume it before the other host is known not to run it. Next: "
-        f"vmth recover --session {record.session_id.hex()}"
+        f"session {session} is in doubt. Here: the guest is paused, the right to run was given to "
+        f"receiver {record.receiver_id.hex()}. There ({record.peer}): no RUNNING and no ABORTED was "
+        "heard. Do not resume it before the other host is known not to run it. Next: "
+        f"vmth recover --session {session}"
     )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After a crash of the source's mover: read its journals, ask the destinations, carry out the answers.
+"""After a crash of the source's mover: read its journals, ask the destinations, carry out the
+answers.
 
-A guest in a process of its own outlives its mover. What may be done with it stands in the journal: before
-the grant it may always run here again; after it, only the destination's answer decides. A destination's
-journals are read by its ``Listener`` when that starts again.
+A guest in a process of its own outlives its mover. What may be done with it stands in the journal:
+before the grant it may always run here again; after it, only the destination's answer decides. A
+destination's journals are read by its ``Listener`` when that starts again.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ FindGuest = Callable[[Mapping[str, str]], Guest | None]
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What became of one session. ``state`` is a SourceState's value; ``in_doubt`` means that an operator
-    must decide; ``note`` says it in a sentence."""
+    """What became of one session. ``state`` is a SourceState's value; ``in_doubt`` means that an
+    operator must decide; ``note`` says it in a sentence."""
 
     session_id: str
     peer: str
@@ -48,9 +49,9 @@ def recover(
     timeout_s: float = 10.0,
     link: LinkOptions | None = None,
 ) -> list[Recovered]:
-    """Settle every source session of the state directory (or the one named) that no living mover owns.
-    Each destination is asked for at most ``timeout_s``. Raises JournalError for an unusable directory;
-    a damaged journal is reported in its session's note and left alone."""
+    """Settle every source session of the state directory (or the one named) that no living mover
+    owns. Each destination is asked for at most ``timeout_s``. Raises JournalError for an unusable
+    directory; a damaged journal is reported in its session's note and left alone."""
     done: list[Recovered] = []
     with StateDirectory(state_dir or default_state_dir()) as directory:
         for found, side in directory.sessions():

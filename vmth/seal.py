@@ -56,8 +56,8 @@ class Sealer:
     answer_timeout_s: float = 30.0
 
     def run(self, state: StateSummary, rehash: Callable[[], MemoryDigests] | None) -> Digest:
-        """Returns the destination's digest, equal to ours when the digest is on. With ``rehash`` both
-        ends hash all memory anew first (audit). Raises VerificationError."""
+        """Returns the destination's digest, equal to ours when the digest is on. With ``rehash``
+        both ends hash all memory anew first (audit). Raises VerificationError."""
         if rehash is not None:
             self._audit(rehash())
         for _ in range(MAX_SEAL_REPAIRS + 1):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source knows of one session: the grant is decided here, and what became of it is found out.
+"""What a source knows of one session: the grant is decided here, and what became of it is found
+out.
 
-It drives the source's table of ``vmth.wire.handover`` and executes its actions in order. A running session
-and a recovery after a crash use the same class; only the job's thread calls it.
+It drives the source's table of ``vmth.wire.handover`` and executes its actions in order. A running
+session and a recovery after a crash use the same class; only the job's thread calls it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 
 class SourceRecord:
     """One thread. ``send`` reaches the control connection while there is one; ``query`` asks the
-    destination on a connection of its own and returns its answer, or None when it cannot be reached;
-    ``tell_released`` does the same for the last message."""
+    destination on a connection of its own and returns its answer, or None when it cannot be
+    reached; ``tell_released`` does the same for the last message."""
 
     def __init__(
         self,
@@ -73,9 +74,9 @@ class SourceRecord:
         return self.state in (SourceState.GRANTED, SourceState.IN_DOUBT)
 
     def apply(self, event: SourceEvent) -> None:
-        """Take a transition and carry it out. A journal or hold() that fails takes the transition back
-        and raises; what the guest's resume() raises comes out as GuestError after the remaining
-        actions were carried out."""
+        """Take a transition and carry it out. A journal or hold() that fails takes the transition
+        back and raises; what the guest's resume() raises comes out as GuestError after the
+        remaining actions were carried out."""
         trouble: GuestError | None = None
         for action in self._handover.on(event):
             try:

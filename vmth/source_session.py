@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source's side of one session: meet, send rounds, seal, hand over, clean up.
 
-Runs in the job's thread, which alone calls the guest. ``run()`` reads as the migration; what may happen
-when is decided by the source's table (``vmth.source_record``), the rounds by ``vmth.precopy``.
+Runs in the job's thread, which alone calls the guest. ``run()`` reads as the migration; what may
+happen when is decided by the source's table (``vmth.source_record``), the rounds by
+``vmth.precopy``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ from vmth.wire.messages import (
     Role,
     RoundDone,
     Seal,
-    Sealed,
 )
 
 __all__ = ["SourceSession"]
@@ -82,8 +82,8 @@ _ABORT_CODES: tuple[tuple[type[BaseException], AbortCode], ...] = (
 
 
 class SourceSession:
-    """One migration attempt. ``run()`` once, from one thread; ``cancel``, ``retune`` and ``stats`` from any.
-    Raises UsageError from the constructor for what is not allowed."""
+    """One migration attempt. ``run()`` once, from one thread; ``cancel``, ``retune`` and ``stats``
+    from any. Raises UsageError from the constructor for what is not allowed."""
 
     def __init__(
         self,
@@ -177,8 +177,9 @@ class SourceSession:
     # -- the job's thread --------------------------------------------------------------------------
 
     def run(self) -> MigrationResult:
-        """Returns when the guest runs at the destination and is released here. Raises MigrationError or
-        a child; unless that is InDoubtError the guest runs (or stays paused, as it was) here."""
+        """Returns when the guest runs at the destination and is released here. Raises
+        MigrationError or a child; unless that is InDoubtError the guest runs (or stays paused, as
+        it was) here."""
         try:
             try:
                 self._meet()
@@ -289,7 +290,8 @@ class SourceSession:
         return self._record.was_running
 
     def _hand_over(self, final: FinalPass) -> MigrationResult:
-        """From the last page to the guest running there. The guest is paused, every step is downtime."""
+        """From the last page to the guest running there. The guest is paused, every step is
+        downtime."""
         record, control, precopy = self._record, self._control, self._precopy
         assert record is not None and control is not None and precopy is not None
         assert self._sender is not None
@@ -344,7 +346,8 @@ class SourceSession:
         return MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._hash_seed)
 
     def _await_running(self) -> None:
-        """After the grant: until it is known where the guest runs. Raises what ended it otherwise."""
+        """After the grant: until it is known where the guest runs. Raises what ended it
+        otherwise."""
         record, control = self._record, self._control
         assert record is not None and control is not None
         while record.state is SourceState.GRANTED:
@@ -367,7 +370,8 @@ class SourceSession:
             )
 
     def _let_records_go(self) -> None:
-        """Wait a little for ReleasedSeen; without it the record stays and ``vmth recover`` clears it."""
+        """Wait a little for ReleasedSeen; without it the record stays and ``vmth recover`` clears
+        it."""
         assert self._record is not None and self._control is not None
         if self._record.state is not SourceState.RELEASED or self._record.send is None:
             return
@@ -397,8 +401,7 @@ class SourceSession:
         try:
             record.apply(SourceEvent.FAILURE)
         except GuestError as trouble:
-            failed = GuestError(f"{outcome}; and then {trouble}: it is paused")
-            return failed
+            return GuestError(f"{outcome}; and then {trouble}: it is paused")
         return outcome
 
     def _outcome(self, error: BaseException) -> BaseException:

@@ -106,6 +106,5 @@ class StateCollector:
         theirs = (seal.streams, seal.state_bytes, seal.state_crc32)
         if ours != theirs:
             raise StreamError(
-                "Seal: state differs: announced %d streams, %d bytes, CRC %08x; received %d, %d, %08x"
-                % (*theirs, *ours)
+                f"Seal: state (streams, bytes, CRC-32): announced {theirs}, received {ours}"
             )

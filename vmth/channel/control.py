@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A control connection: messages over a connected socket, with liveness.
 
-One reader thread decodes what arrives, answers pings, sends its own, and queues the rest; ``receive``
-takes from the queue, ``send`` may be called from any thread. A peer that says nothing for
-``peer_timeout_s`` has gone silent, which is a failure even where TCP still acknowledges (a stopped
-process keeps its connections).
+One reader thread decodes what arrives, answers pings, sends its own, and queues the rest;
+``receive`` takes from the queue, ``send`` may be called from any thread. A peer that says nothing
+for ``peer_timeout_s`` has gone silent, which is a failure even where TCP still acknowledges (a
+stopped process keeps its connections).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PINGS_PER_TIMEOUT = 4
 
 
 class ControlConnection:
-    """Owns ``sock``. ``on_failure`` is called once, from the reader thread, when the connection ends or
-    breaks, so that an owner blocked elsewhere can be woken; not called after ``close()``.
+    """Owns ``sock``. ``on_failure`` is called once, from the reader thread, when the connection
+    ends or breaks, so that an owner blocked elsewhere can be woken; not called after ``close()``.
     """
 
     def __init__(

@@ -49,8 +49,8 @@ def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
 
 
 def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:
-    """Connect. ``index``: which connection of the session this is (0 control, k page channel k - 1);
-    it picks the descriptor of an ``fd:`` endpoint. Raises ChannelError naming the endpoint."""
+    """Connect. ``index``: which connection of the session this is (0 control, k page channel k -
+    1); it picks the descriptor of an ``fd:`` endpoint. Raises ChannelError naming the endpoint."""
     if endpoint.scheme is Scheme.FD:
         return _adopt(endpoint, index)
     try:
