@@ -94,7 +94,7 @@ def _doubt(record: SourceRecord) -> str:
     session = record.session_id.hex()
     return (
         f"session {session} is in doubt. Here: the guest is paused, the right to run was given to "
-        f"receiver {record.receiver_id.hex()}. There ({record.peer}): no RUNNING and no ABORTED was "
-        "heard. Do not resume it before the other host is known not to run it. Next: "
+        f"receiver {record.receiver_id.hex()}. There ({record.peer}): no RUNNING and no ABORTED "
+        "was heard. Do not resume it before the other host is known not to run it. Next: "
         f"vmth recover --session {session}"
     )
