@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* KVM's dirty ring behind start, collect, fetch and stop. */
+#include "sys/kvm_dirty_ring.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "vmth/bitmap.h"
+
+struct ring_slot {
+    struct vmth_kvm_slot slot;
+    uint64_t *collected; /* harvested and RESET, not handed out yet */
+};
+
+struct vcpu_ring {
+    struct kvm_dirty_gfn *entries; /* shared with the kernel: flags only through atomics */
+    uint32_t next;                 /* first entry not harvested; wraps at 2^32, a power of two */
+};
+
+struct vmth_kvm_ring {
+    /* Written only by create and free. */
+    const struct vmth_kvm_ops *ops;
+    int vm_fd;
+    uint32_t nentries;
+    vmth_kvm_kick kick;
+    void *kick_context;
+    size_t nrings;
+    size_t nslots;
+
+    /* Protected by `lock`: the vCPU threads and the fetching thread meet here. */
+    pthread_mutex_t lock;
+    bool started;
+    bool reset_due; /* entries were marked RESET and the kernel has not been told yet */
+    uint64_t times_full;
+    struct vcpu_ring *rings;
+    struct ring_slot *slots;
+};
+
+int vmth_kvm_ring_enable(const struct vmth_kvm_ops *ops, int vm_fd, uint32_t max_entries,
+                         uint32_t *entries)
+{
+    const int max_bytes = ops->ioctl(ops->context, vm_fd, KVM_CHECK_EXTENSION,
+                                     (void *)(uintptr_t)KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
+    if (max_bytes < 0) {
+        return max_bytes;
+    }
+    if (max_bytes == 0) {
+        return -ENOTSUP;
+    }
+    const uint32_t allowed = (uint32_t)max_bytes / (uint32_t)sizeof(struct kvm_dirty_gfn);
+    const uint32_t chosen = max_entries < allowed ? max_entries : allowed;
+    struct kvm_enable_cap cap = {
+        .cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+        .args = {(uint64_t)chosen * sizeof(struct kvm_dirty_gfn)},
+    };
+    const int rc = ops->ioctl(ops->context, vm_fd, KVM_ENABLE_CAP, &cap);
+    if (rc < 0) {
+        return rc;
+    }
+    *entries = chosen;
+    return 0;
+}
+
+int vmth_kvm_ring_create(const struct vmth_kvm_ops *ops, int vm_fd,
+                         struct kvm_dirty_gfn *const *rings, size_t nrings, uint32_t entries,
+                         const struct vmth_kvm_slot *slots, size_t nslots, vmth_kvm_kick kick,
+                         void *kick_context, struct vmth_kvm_ring **out)
+{
+    if (nrings == 0 || nslots == 0 || entries == 0 || (entries & (entries - 1)) != 0) {
+        return -EINVAL;
+    }
+    for (size_t i = 0; i < nslots; i++) {
+        if (slots[i].npages == 0) {
+            return -EINVAL;
+        }
+    }
+    struct vmth_kvm_ring *ring = calloc(1, sizeof(*ring));
+    if (ring == NULL) {
+        return -ENOMEM;
+    }
+    ring->ops = ops;
+    ring->vm_fd = vm_fd;
+    ring->nentries = entries;
+    ring->kick = kick;
+    ring->kick_context = kick_context;
+    const int rc = pthread_mutex_init(&ring->lock, NULL);
+    if (rc != 0) {
+        free(ring);
+        return -rc;
+    }
+    ring->rings = calloc(nrings, sizeof(ring->rings[0]));
+    ring->slots = calloc(nslots, sizeof(ring->slots[0]));
+    if (ring->rings == NULL || ring->slots == NULL) {
+        vmth_kvm_ring_free(ring);
+        return -ENOMEM;
+    }
+    for (ring->nrings = 0; ring->nrings < nrings; ring->nrings++) {
+        ring->rings[ring->nrings].entries = rings[ring->nrings];
+    }
+    for (ring->nslots = 0; ring->nslots < nslots; ring->nslots++) {
+        struct ring_slot *tracked = &ring->slots[ring->nslots];
+        tracked->slot = slots[ring->nslots];
+        tracked->collected =
+            calloc((size_t)VMTH_BITMAP_WORDS(tracked->slot.npages), sizeof(uint64_t));
+        if (tracked->collected == NULL) {
+            vmth_kvm_ring_free(ring);
+            return -ENOMEM;
+        }
+    }
+    *out = ring;
+    return 0;
+}
+
+void vmth_kvm_ring_free(struct vmth_kvm_ring *ring)
+{
+    if (ring == NULL) {
+        return;
+    }
+    (void)vmth_kvm_ring_stop(ring);
+    if (ring->slots != NULL) {
+        for (size_t i = 0; i < ring->nslots; i++) {
+            free(ring->slots[i].collected);
+        }
+    }
+    free(ring->slots);
+    free(ring->rings);
+    pthread_mutex_destroy(&ring->lock);
+    free(ring);
+}
+
+static int note_page(struct vmth_kvm_ring *ring, uint32_t slot, uint64_t page)
+{
+    for (size_t i = 0; i < ring->nslots; i++) {
+        if (ring->slots[i].slot.slot == slot && page < ring->slots[i].slot.npages) {
+            ring->slots[i].collected[page / 64] |= UINT64_C(1) << (page % 64);
+            return 0;
+        }
+    }
+    return -EPROTO;
+}
+
+/* At most one ringful of each ring: what the vCPU appends after that is a later write. */
+static int collect_locked(struct vmth_kvm_ring *ring)
+{
+    int harvested = 0;
+    int result = 0;
+
+    for (size_t r = 0; r < ring->nrings; r++) {
+        struct vcpu_ring *vcpu = &ring->rings[r];
+        uint32_t n = 0;
+        for (; n < ring->nentries; n++) {
+            struct kvm_dirty_gfn *entry = &vcpu->entries[vcpu->next & (ring->nentries - 1)];
+            /* Acquire pairs with the kernel's release: slot and offset are written before DIRTY. */
+            const uint32_t flags = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+            if ((flags & KVM_DIRTY_GFN_F_DIRTY) == 0) {
+                break;
+            }
+            const int rc = note_page(ring, entry->slot, entry->offset);
+            if (rc < 0 && result == 0) {
+                result = rc;
+            }
+            /* Release: the kernel may overwrite the entry once it sees RESET. */
+            __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+            vcpu->next++;
+        }
+        harvested += (int)n;
+    }
+    ring->reset_due = ring->reset_due || harvested > 0;
+    if (ring->reset_due) {
+        const int rc =
+            ring->ops->ioctl(ring->ops->context, ring->vm_fd, KVM_RESET_DIRTY_RINGS, NULL);
+        if (rc < 0) {
+            return rc;
+        }
+        ring->reset_due = false;
+    }
+    return result < 0 ? result : harvested;
+}
+
+static void forget_locked(struct vmth_kvm_ring *ring)
+{
+    for (size_t i = 0; i < ring->nslots; i++) {
+        memset(ring->slots[i].collected, 0,
+               (size_t)VMTH_BITMAP_WORDS(ring->slots[i].slot.npages) * sizeof(uint64_t));
+    }
+}
+
+int vmth_kvm_ring_start(struct vmth_kvm_ring *ring)
+{
+    int rc = -EALREADY;
+
+    pthread_mutex_lock(&ring->lock);
+    if (!ring->started) {
+        forget_locked(ring);
+        size_t i = 0;
+        for (rc = 0; rc == 0 && i < ring->nslots; i++) {
+            rc = vmth_kvm_set_slot(ring->ops, ring->vm_fd, &ring->slots[i].slot,
+                                   KVM_MEM_LOG_DIRTY_PAGES);
+        }
+        if (rc < 0) {
+            for (size_t j = 0; j + 1 < i; j++) {
+                /* Best effort: the first error is the one to report. */
+                if (vmth_kvm_set_slot(ring->ops, ring->vm_fd, &ring->slots[j].slot, 0) < 0) {
+                    continue;
+                }
+            }
+        }
+        ring->started = rc == 0;
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return rc;
+}
+
+int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring)
+{
+    pthread_mutex_lock(&ring->lock);
+    ring->times_full++;
+    const int rc = collect_locked(ring);
+    pthread_mutex_unlock(&ring->lock);
+    return rc;
+}
+
+int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
+{
+    /* Outside the lock: a vCPU on its way out may be in collect(). */
+    const int kicked = ring->kick(ring->kick_context);
+    if (kicked < 0) {
+        return kicked;
+    }
+    pthread_mutex_lock(&ring->lock);
+    int rc = ring->started ? collect_locked(ring) : -ENODEV;
+    if (rc >= 0) {
+        for (size_t i = 0; i < ring->nslots; i++) {
+            const uint64_t words = VMTH_BITMAP_WORDS(ring->slots[i].slot.npages);
+            for (uint64_t w = 0; w < words; w++) {
+                bitmaps[i][w] |= ring->slots[i].collected[w];
+            }
+        }
+        forget_locked(ring);
+        rc = 0;
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return rc;
+}
+
+uint64_t vmth_kvm_ring_times_full(struct vmth_kvm_ring *ring)
+{
+    pthread_mutex_lock(&ring->lock);
+    const uint64_t times = ring->times_full;
+    pthread_mutex_unlock(&ring->lock);
+    return times;
+}
+
+int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring)
+{
+    int first_error = 0;
+
+    pthread_mutex_lock(&ring->lock);
+    if (ring->started) {
+        ring->started = false;
+        for (size_t i = 0; i < ring->nslots; i++) {
+            const int rc = vmth_kvm_set_slot(ring->ops, ring->vm_fd, &ring->slots[i].slot, 0);
+            if (rc < 0 && first_error == 0) {
+                first_error = rc;
+            }
+        }
+        /* Entries that remain would fill the rings and be taken for writes of a later start(). */
+        const int rc = collect_locked(ring);
+        if (rc < 0 && first_error == 0) {
+            first_error = rc;
+        }
+        forget_locked(ring);
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return first_error;
+}
