@@ -1,0 +1,356 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The micro VM: creation, the calls of its owner, and its end. */
+#define _GNU_SOURCE
+#include "guest/micro_vm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "guest/micro_vm_internal.h"
+
+/* Intel's real-mode emulation wants these three plus one pages outside of every slot. */
+#define IDENTITY_MAP_GPA UINT64_C(0xfffbc000)
+#define TSS_GPA UINT64_C(0xfffbd000)
+#define RING_ENTRIES 65536
+
+/* ioctl() with the errno in the value. */
+static int kvm_call(int fd, unsigned long request, uintptr_t argument)
+{
+    return vmth_kvm_kernel.ioctl(vmth_kvm_kernel.context, fd, request, (void *)argument);
+}
+
+static int kick_and_wait(void *context)
+{
+    struct vmth_micro_vm *vm = context;
+    pthread_mutex_lock(&vm->lock);
+    if (vm->in_guest) {
+        const uint64_t seen = vm->guest_exits;
+        vm->kick_waiters++;
+        pthread_kill(vm->thread, VMTH_MICRO_VM_KICK);
+        while (vm->guest_exits == seen) {
+            pthread_cond_wait(&vm->from_vcpu, &vm->lock);
+        }
+        vm->kick_waiters--;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+static int create_vm(struct vmth_micro_vm *vm, int kvm_fd)
+{
+    const int version = kvm_call(kvm_fd, KVM_GET_API_VERSION, 0);
+    if (version != KVM_API_VERSION) {
+        return version < 0 ? version : -ENOTSUP;
+    }
+    vm->vm_fd = kvm_call(kvm_fd, KVM_CREATE_VM, 0);
+    if (vm->vm_fd < 0) {
+        return vm->vm_fd;
+    }
+    if (kvm_call(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SET_TSS_ADDR) > 0) {
+        uint64_t identity_map = IDENTITY_MAP_GPA;
+        int rc = kvm_call(vm->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, (uintptr_t)&identity_map);
+        if (rc == 0) {
+            rc = kvm_call(vm->vm_fd, KVM_SET_TSS_ADDR, (uintptr_t)TSS_GPA);
+        }
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    vm->has_xcrs = kvm_call(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_XCRS) > 0;
+    const int run_bytes = kvm_call(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
+    if (run_bytes < (int)sizeof(struct kvm_run)) {
+        return run_bytes < 0 ? run_bytes : -ENOTSUP;
+    }
+    vm->run_bytes = (size_t)run_bytes;
+    return 0;
+}
+
+static int create_vcpu(struct vmth_micro_vm *vm)
+{
+    vm->vcpu_fd = kvm_call(vm->vm_fd, KVM_CREATE_VCPU, 0);
+    if (vm->vcpu_fd < 0) {
+        return vm->vcpu_fd;
+    }
+    void *run = mmap(NULL, vm->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu_fd, 0);
+    if (run == MAP_FAILED) {
+        return -errno;
+    }
+    vm->run = run;
+
+    /* Inside KVM_RUN only the kick comes through; the kernel's sigset is 8 bytes. */
+    uint64_t blocked = ~(UINT64_C(1) << (VMTH_MICRO_VM_KICK - 1));
+    union {
+        struct kvm_signal_mask head;
+        uint8_t bytes[sizeof(struct kvm_signal_mask) + sizeof(uint64_t)];
+    } mask = {.head = {.len = sizeof(blocked)}};
+    memcpy(mask.bytes + sizeof(mask.head), &blocked, sizeof(blocked));
+    return kvm_call(vm->vcpu_fd, KVM_SET_SIGNAL_MASK, (uintptr_t)&mask);
+}
+
+static int create_ring(struct vmth_micro_vm *vm, uint32_t entries,
+                       const struct vmth_kvm_slot *slots, size_t nslots)
+{
+    vm->ring_bytes = entries * sizeof(struct kvm_dirty_gfn);
+    void *ring = mmap(NULL, vm->ring_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu_fd,
+                      (off_t)(KVM_DIRTY_LOG_PAGE_OFFSET * VMTH_KVM_PAGE_BYTES));
+    if (ring == MAP_FAILED) {
+        return -errno;
+    }
+    vm->ring_entries = ring;
+    return vmth_kvm_ring_create(&vmth_kvm_kernel, vm->vm_fd, &vm->ring_entries, 1, entries, slots,
+                                nslots, kick_and_wait, vm, &vm->ring);
+}
+
+/* The parts of a VM in the order in which the kernel wants them. */
+static int assemble(struct vmth_micro_vm *vm, int kvm_fd, const struct vmth_kvm_slot *slots,
+                    size_t nslots, enum vmth_micro_vm_tracker tracker)
+{
+    uint32_t ring_entries = 0;
+    int rc = create_vm(vm, kvm_fd);
+    if (rc < 0) {
+        return rc;
+    }
+    if (tracker == VMTH_MICRO_VM_RING) {
+        rc = vmth_kvm_ring_enable(&vmth_kvm_kernel, vm->vm_fd, RING_ENTRIES, &ring_entries);
+    } else {
+        rc = vmth_kvm_log_enable(&vmth_kvm_kernel, vm->vm_fd);
+        vm->log_mode = rc > 0 ? (enum vmth_kvm_log_mode)rc : VMTH_KVM_LOG_FETCH_CLEARS;
+    }
+    for (size_t i = 0; rc >= 0 && i < nslots; i++) {
+        rc = vmth_kvm_set_slot(&vmth_kvm_kernel, vm->vm_fd, &slots[i], 0);
+    }
+    if (rc < 0) {
+        return rc;
+    }
+    rc = create_vcpu(vm);
+    if (rc < 0) {
+        return rc;
+    }
+    if (tracker == VMTH_MICRO_VM_RING) {
+        return create_ring(vm, ring_entries, slots, nslots);
+    }
+    return vmth_kvm_log_create(&vmth_kvm_kernel, vm->vm_fd, vm->log_mode, slots, nslots, &vm->log);
+}
+
+static int start_thread(struct vmth_micro_vm *vm)
+{
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: the process's signals go elsewhere */
+    const int rc = pthread_create(&vm->thread, NULL, vmth_micro_vm_vcpu_main, vm);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc != 0) {
+        return -rc;
+    }
+    vm->thread_started = true;
+    pthread_mutex_lock(&vm->lock);
+    while (!vm->thread_ready) {
+        pthread_cond_wait(&vm->from_vcpu, &vm->lock);
+    }
+    const bool failed = vm->wish == VMTH_VCPU_QUIT;
+    pthread_mutex_unlock(&vm->lock);
+    return failed ? -EAGAIN : 0;
+}
+
+static int init_locks(struct vmth_micro_vm *vm)
+{
+    pthread_condattr_t monotonic;
+    int rc = pthread_condattr_init(&monotonic);
+    if (rc != 0) {
+        return -rc;
+    }
+    (void)pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    (void)pthread_mutex_init(&vm->lock, NULL); /* on Linux neither these nor destroy can fail */
+    (void)pthread_cond_init(&vm->to_vcpu, &monotonic);
+    (void)pthread_cond_init(&vm->from_vcpu, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    return 0;
+}
+
+int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
+                         enum vmth_micro_vm_tracker tracker, struct vmth_micro_vm **out)
+{
+    if (nslots == 0 || nslots > VMTH_MICRO_VM_SLOTS) {
+        return -EINVAL;
+    }
+    struct vmth_micro_vm *vm = calloc(1, sizeof(*vm));
+    if (vm == NULL) {
+        return -ENOMEM;
+    }
+    vm->vm_fd = -1;
+    vm->vcpu_fd = -1;
+    vm->wish = VMTH_VCPU_PARK;
+    vm->parked = true;
+    int rc = init_locks(vm);
+    if (rc < 0) {
+        free(vm);
+        return rc;
+    }
+    const int kvm_fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    if (kvm_fd < 0) {
+        rc = -errno;
+    } else {
+        rc = assemble(vm, kvm_fd, slots, nslots, tracker);
+        close(kvm_fd);
+    }
+    if (rc == 0) {
+        rc = start_thread(vm);
+    }
+    if (rc < 0) {
+        vmth_micro_vm_free(vm);
+        return rc;
+    }
+    *out = vm;
+    return 0;
+}
+
+static void wish_locked(struct vmth_micro_vm *vm, enum vmth_vcpu_wish wish)
+{
+    vm->wish = wish;
+    pthread_cond_broadcast(&vm->to_vcpu);
+    if (vm->in_guest) {
+        pthread_kill(vm->thread, VMTH_MICRO_VM_KICK);
+    }
+}
+
+void vmth_micro_vm_free(struct vmth_micro_vm *vm)
+{
+    if (vm == NULL) {
+        return;
+    }
+    if (vm->thread_started) {
+        pthread_mutex_lock(&vm->lock);
+        wish_locked(vm, VMTH_VCPU_QUIT);
+        pthread_mutex_unlock(&vm->lock);
+        pthread_join(vm->thread, NULL);
+    }
+    vmth_kvm_log_free(vm->log);
+    vmth_kvm_ring_free(vm->ring);
+    if (vm->ring_entries != NULL) {
+        munmap(vm->ring_entries, vm->ring_bytes);
+    }
+    if (vm->run != NULL) {
+        munmap(vm->run, vm->run_bytes);
+    }
+    if (vm->vcpu_fd >= 0) {
+        close(vm->vcpu_fd);
+    }
+    if (vm->vm_fd >= 0) {
+        close(vm->vm_fd);
+    }
+    pthread_cond_destroy(&vm->from_vcpu);
+    pthread_cond_destroy(&vm->to_vcpu);
+    pthread_mutex_destroy(&vm->lock);
+    free(vm);
+}
+
+int vmth_micro_vm_pause(struct vmth_micro_vm *vm, bool *was_running)
+{
+    pthread_mutex_lock(&vm->lock);
+    const bool ran = vm->wish != VMTH_VCPU_PARK && !vm->crashed;
+    wish_locked(vm, VMTH_VCPU_PARK);
+    while (!vm->parked) {
+        pthread_cond_wait(&vm->from_vcpu, &vm->lock);
+    }
+    const int rc = vm->crashed ? -EIO : 0;
+    pthread_mutex_unlock(&vm->lock);
+    *was_running = ran;
+    return rc;
+}
+
+int vmth_micro_vm_resume(struct vmth_micro_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    const int rc = vm->crashed ? -EIO : 0;
+    if (rc == 0 && vm->wish == VMTH_VCPU_PARK) {
+        /* Here, not in the thread: whoever asks next must not take the old parking for a new one. */
+        vm->parked = false;
+        vm->unparked_at_ns = vmth_clock_ns(CLOCK_MONOTONIC);
+        wish_locked(vm, VMTH_VCPU_RUN);
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return rc;
+}
+
+int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns)
+{
+    const uint64_t now = vmth_clock_ns(CLOCK_MONOTONIC);
+    const uint64_t hour = UINT64_C(3600) * 1000000000;
+    const uint64_t until = now + (timeout_ns < hour ? timeout_ns : hour);
+    const struct timespec at = {.tv_sec = (time_t)(until / 1000000000),
+                                .tv_nsec = (long)(until % 1000000000)};
+    int rc = 0;
+
+    pthread_mutex_lock(&vm->lock);
+    if (vm->wish == VMTH_VCPU_PARK) {
+        rc = vm->at_beat ? 0 : -EBUSY;
+    } else {
+        wish_locked(vm, VMTH_VCPU_RUN_TO_BEAT);
+        int waited = 0;
+        while (!vm->parked && waited == 0) {
+            waited = pthread_cond_timedwait(&vm->from_vcpu, &vm->lock, &at);
+        }
+        if (vm->parked) {
+            vm->wish = VMTH_VCPU_PARK;
+        } else {
+            wish_locked(vm, VMTH_VCPU_RUN);
+            rc = -ETIMEDOUT;
+        }
+    }
+    if (vm->crashed) {
+        rc = -EIO;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return rc;
+}
+
+int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, unsigned int percent)
+{
+    if (percent > 99) {
+        return -EINVAL;
+    }
+    pthread_mutex_lock(&vm->lock);
+    vm->throttle_percent = percent;
+    wish_locked(vm, vm->wish); /* wakes a nap, and kicks a vCPU that has no slice yet */
+    const int rc = vm->crashed ? -EIO : 0;
+    pthread_mutex_unlock(&vm->lock);
+    return rc;
+}
+
+void vmth_micro_vm_report(struct vmth_micro_vm *vm, struct vmth_beat_report *out)
+{
+    pthread_mutex_lock(&vm->lock);
+    *out = vm->beats;
+    out->running_ns = vmth_micro_vm_running_locked(vm);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+const char *vmth_micro_vm_crash(struct vmth_micro_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    const char *text = vm->crashed ? vm->crash_text : NULL;
+    pthread_mutex_unlock(&vm->lock);
+    return text;
+}
+
+struct vmth_kvm_log *vmth_micro_vm_log(struct vmth_micro_vm *vm)
+{
+    return vm->log;
+}
+
+struct vmth_kvm_ring *vmth_micro_vm_ring(struct vmth_micro_vm *vm)
+{
+    return vm->ring;
+}
+
+enum vmth_kvm_log_mode vmth_micro_vm_log_mode(const struct vmth_micro_vm *vm)
+{
+    return vm->log_mode;
+}

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A micro virtual machine on /dev/kvm: memory slots, one vCPU, one output port, a pace.
+ *
+ *   caller's thread                      vCPU thread (owned by the VM, named vmth-vcpu)
+ *   create, start_fresh ------------->   parked
+ *   resume ---------------------------->  KVM_RUN ... OUT 0x510 -> heartbeat: count, wait until due
+ *   pause: kick ----------------------->  complete the I/O, park; registers can be read
+ *
+ * The guest runs flat unpaged 32-bit code from an entry gpa (KVM that only emulates runs that too)
+ * and beats its heart by OUT of a dword to port 0x510; the instruction returns when the next beat
+ * is due. "Running time" is time not parked; beats are due by running time, so a pause is no reason
+ * to catch up (guest/beat_pace.h).
+ *
+ * A vCPU that stops for a reason that this VM does not have (internal error, triple fault, unknown
+ * exit) parks for good: the VM is crashed, and calls return -EIO until it is freed.
+ *
+ * All calls come from one thread at a time, in the process that created the VM. Calls return 0 or a
+ * negative errno. Memory is the caller's and outlives the VM. */
+#ifndef VMTH_GUEST_MICRO_VM_H
+#define VMTH_GUEST_MICRO_VM_H
+
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "guest/beat_pace.h"
+#include "sys/kvm_dirty_log.h"
+#include "sys/kvm_dirty_ring.h"
+#include "vmth/common.h"
+
+VMTH_BEGIN_DECLS
+
+#define VMTH_MICRO_VM_SLOTS 2
+#define VMTH_MICRO_VM_PACES 16
+#define VMTH_MICRO_VM_MSRS 3
+#define VMTH_MICRO_VM_BEAT_PORT 0x510
+#define VMTH_MICRO_VM_THROTTLE_PERIOD_NS UINT64_C(10000000)
+
+enum vmth_micro_vm_tracker {
+    VMTH_MICRO_VM_LOG = 1,
+    VMTH_MICRO_VM_RING, /* must be chosen at creation: it excludes the log */
+};
+
+/* Times are CLOCK_REALTIME ns, 0 for none yet. */
+struct vmth_beat_report {
+    uint64_t beats;
+    uint64_t first_beat_at_ns;
+    uint64_t last_beat_at_ns;
+    uint64_t max_gap_ns;
+    uint64_t running_ns;
+    uint64_t out_of_order; /* beats that did not follow their predecessor by exactly one */
+};
+
+/* Everything beside memory that moves with the guest. */
+struct vmth_micro_vm_state {
+    struct kvm_regs regs;
+    struct kvm_sregs sregs;
+    struct kvm_fpu fpu;
+    struct kvm_mp_state mp_state;
+    struct kvm_vcpu_events events;
+    struct kvm_xcrs xcrs; /* nr_xcrs is 0 where this KVM has none */
+    uint32_t nmsrs;
+    struct kvm_msr_entry msrs[VMTH_MICRO_VM_MSRS];
+    uint64_t beats;
+    uint64_t out_of_order;
+    uint64_t running_ns;
+    uint64_t due_ns; /* running time at which the current or next beat is due */
+    bool at_beat;    /* the OUT is complete, the guest waits for due_ns */
+    uint32_t npaces;
+    struct vmth_pace paces[VMTH_MICRO_VM_PACES]; /* ascending from_ns */
+};
+
+struct vmth_micro_vm;
+
+/* A VM with its vCPU, parked. Slots get the ids 0 .. nslots-1. Returns 0, or what /dev/kvm said
+ * (-ENOENT, -EACCES: no KVM here), -ENOTSUP for a tracker that this kernel has not, -ENOMEM. */
+VMTH_MUST_CHECK int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
+                                         enum vmth_micro_vm_tracker tracker,
+                                         struct vmth_micro_vm **out);
+
+/* Stops the vCPU, joins its thread and frees everything but the memory. NULL is allowed. */
+void vmth_micro_vm_free(struct vmth_micro_vm *vm);
+
+/* Begin at `entry_gpa` with flat segments and the given paces. Parked only, else -EBUSY; -EINVAL
+ * for too many paces or descending ones. */
+VMTH_MUST_CHECK int vmth_micro_vm_start_fresh(struct vmth_micro_vm *vm, uint64_t entry_gpa,
+                                              const struct vmth_pace *paces, size_t npaces);
+
+/* Park the vCPU; *was_running says whether it ran. Its last I/O is complete afterwards. */
+VMTH_MUST_CHECK int vmth_micro_vm_pause(struct vmth_micro_vm *vm, bool *was_running);
+
+VMTH_MUST_CHECK int vmth_micro_vm_resume(struct vmth_micro_vm *vm);
+
+/* Park the vCPU at its next heartbeat (the current one, if it waits in one). Returns 0, or
+ * -ETIMEDOUT: it goes on running. A parked VM is not run: 0 if it stands at a beat, else -EBUSY. */
+VMTH_MUST_CHECK int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns);
+
+/* Parked only, else -EBUSY. A failed load leaves registers undefined: the VM must not run. */
+VMTH_MUST_CHECK int vmth_micro_vm_get_state(struct vmth_micro_vm *vm,
+                                            struct vmth_micro_vm_state *out);
+VMTH_MUST_CHECK int vmth_micro_vm_set_state(struct vmth_micro_vm *vm,
+                                            const struct vmth_micro_vm_state *state);
+
+/* Take `percent` (0 .. 99) of the vCPU's time, by parking it inside every 10 ms. */
+VMTH_MUST_CHECK int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, unsigned int percent);
+
+void vmth_micro_vm_report(struct vmth_micro_vm *vm, struct vmth_beat_report *out);
+
+/* Why the vCPU crashed, or NULL. Valid until free. */
+const char *vmth_micro_vm_crash(struct vmth_micro_vm *vm);
+
+/* The tracker, owned by the VM; NULL for the other kind. */
+struct vmth_kvm_log *vmth_micro_vm_log(struct vmth_micro_vm *vm);
+struct vmth_kvm_ring *vmth_micro_vm_ring(struct vmth_micro_vm *vm);
+enum vmth_kvm_log_mode vmth_micro_vm_log_mode(const struct vmth_micro_vm *vm);
+
+VMTH_END_DECLS
+
+#endif

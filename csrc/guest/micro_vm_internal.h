@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The micro VM's struct, shared by its three files: setup and calls, vCPU thread, state. */
+#ifndef VMTH_GUEST_MICRO_VM_INTERNAL_H
+#define VMTH_GUEST_MICRO_VM_INTERNAL_H
+
+#include <pthread.h>
+#include <signal.h>
+
+#include "guest/micro_vm.h"
+
+/* Kicks the vCPU thread out of KVM_RUN. It is blocked in that thread and only let through by the
+ * signal mask of KVM_RUN itself, so it never runs a handler and no handler is installed. */
+#define VMTH_MICRO_VM_KICK SIGUSR1
+
+enum vmth_vcpu_wish {
+    VMTH_VCPU_PARK = 1,
+    VMTH_VCPU_RUN,
+    VMTH_VCPU_RUN_TO_BEAT,
+    VMTH_VCPU_QUIT,
+};
+
+struct vmth_micro_vm {
+    /* Written only by create and free. */
+    int vm_fd;
+    int vcpu_fd;
+    struct kvm_run *run; /* the vCPU thread's while not parked */
+    size_t run_bytes;
+    struct kvm_dirty_gfn *ring_entries;
+    size_t ring_bytes;
+    struct vmth_kvm_log *log;
+    struct vmth_kvm_ring *ring;
+    enum vmth_kvm_log_mode log_mode;
+    pthread_t thread;
+    bool thread_started;
+    bool has_xcrs;
+
+    /* The vCPU thread's own. */
+    timer_t slice_timer;
+    uint64_t slice_end_ns; /* monotonic; 0: no throttled slice under way */
+    uint64_t nap_until_ns; /* monotonic */
+    bool io_pending;       /* KVM finishes the last OUT at the next entry */
+
+    /* Protected by `lock`. */
+    pthread_mutex_t lock;
+    pthread_cond_t to_vcpu;   /* wish or throttle changed */
+    pthread_cond_t from_vcpu; /* parked, or left the guest while someone waits for that */
+    enum vmth_vcpu_wish wish;
+    bool thread_ready;
+    bool parked;
+    bool in_guest;
+    bool crashed;
+    bool at_beat;
+    unsigned int kick_waiters;
+    unsigned int throttle_percent;
+    uint64_t guest_exits;
+    uint64_t running_base_ns; /* running time up to the last unparking */
+    uint64_t unparked_at_ns;  /* monotonic */
+    uint64_t due_ns;
+    struct vmth_beat_report beats; /* running_ns is filled on report */
+    uint32_t npaces;
+    struct vmth_pace paces[VMTH_MICRO_VM_PACES];
+    char crash_text[160];
+};
+
+uint64_t vmth_clock_ns(clockid_t clock);
+
+/* Running time now. The lock is held. */
+uint64_t vmth_micro_vm_running_locked(const struct vmth_micro_vm *vm);
+
+/* The vCPU thread: parks at once, sets thread_ready, serves wishes until QUIT. */
+void *vmth_micro_vm_vcpu_main(void *vm);
+
+#endif
