@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest memory of a holder process: one sealed memfd a ramblock, mapped shared.
 
-Memory up to 3 GiB is one block, ``ram``; more is cut into ``ram-low`` below the 3 GiB line, where the
-walker's flat 32-bit code reaches, and ``ram-high`` from gpa 4 GiB on, which the host fills and which
-moves idle. A memfd is handed to movers by SCM_RIGHTS; its size is sealed, so that none of them
-can take pages away below the guest. Machines are built on it: ``ProcessMachine(memory)``,
+Memory up to 3 GiB is one block, ``ram``; more is cut into ``ram-low`` below the 3 GiB line, where
+the walker's flat 32-bit code reaches, and ``ram-high`` from gpa 4 GiB on, which the host fills and
+which moves idle. A memfd is handed to movers by SCM_RIGHTS; its size is sealed, so that none of
+them can take pages away below the guest. Machines are built on it: ``ProcessMachine(memory)``,
 ``KvmMachine(memory)``.
 """
 
@@ -49,11 +49,12 @@ class BlockPlan:
 
 
 def plan_blocks(memory_bytes: int) -> list[BlockPlan]:
-    """The block table of a guest of ``memory_bytes``. UsageError outside 1 MiB .. 64 TiB or for a part
-    of a page."""
+    """The block table of a guest of ``memory_bytes``. UsageError outside 1 MiB .. 64 TiB or for a
+    part of a page."""
     if not MEMORY_MIN_BYTES <= memory_bytes <= MEMORY_MAX_BYTES:
         raise UsageError(
-            f"guest memory of {memory_bytes} bytes: must be {MEMORY_MIN_BYTES} to {MEMORY_MAX_BYTES}"
+            f"guest memory of {memory_bytes} bytes:"
+            f" must be {MEMORY_MIN_BYTES} to {MEMORY_MAX_BYTES}"
         )
     if memory_bytes % PAGE_BYTES:
         raise UsageError(f"guest memory of {memory_bytes} bytes: not a multiple of {PAGE_BYTES}")
@@ -66,11 +67,12 @@ def plan_blocks(memory_bytes: int) -> list[BlockPlan]:
 
 
 class GuestMemory:
-    """Owns the memfds and their mappings. ``blocks[i].mapping.address`` is where block i is mapped in
-    this process, ``views[i]`` the same bytes, ``fds[i]`` its memfd. All stay valid until ``close()``.
+    """Owns the memfds and their mappings. ``blocks[i].mapping.address`` is where block i is mapped
+    in this process, ``views[i]`` the same bytes, ``fds[i]`` its memfd. All stay valid until
+    ``close()``.
 
-    Nothing is populated by making it. OSError when a memfd or a mapping cannot be had: what was made
-    before is freed.
+    Nothing is populated by making it. OSError when a memfd or a mapping cannot be had: what was
+    made before is freed.
     """
 
     def __init__(self, plans: Sequence[BlockPlan]) -> None:
@@ -108,7 +110,8 @@ class GuestMemory:
         return sum(block.used_length for block in self.blocks)
 
     def close(self) -> None:
-        """Close the memfds and drop the mappings. Idempotent. Whoever uses an address stops first."""
+        """Close the memfds and drop the mappings. Idempotent. Whoever uses an address stops
+        first."""
         self.blocks.clear()
         self.views.clear()
         while self.fds:

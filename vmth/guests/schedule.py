@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seeded access schedules: what the walker writes, in which order and how fast.
+
+``plan()`` turns a ``Workload`` into a ``Program`` (schedule entries, control block, paces) for the
+layout that machine.py draws, ``install()`` puts it into guest memory, and check.py computes from it
+what must stand there later. Everything is vectorised; the entries are bounded (``ENTRIES_MAX``, and
+1/32 of guest memory), so that a schedule takes at most 16 MiB in the guest and some 100 MiB while
+it is made.
+
+    workload    pages of one loop                             stores                 counter
+    idle        one page, a write a millisecond               64 dwords              in the page
+    sequential  the working set, in order                     64 dwords              in the page
+    uniform     random draws from the working set             64 dwords              in the page
+    zipf        draws with frequency 1/rank^0.99              64 dwords              in the page
+    silent      the working set, shuffled                     64 dwords, the same    counter table
+    sparse      the working set, shuffled                     2 dwords               in the page
+    always      all pages that the walker reaches, in order   64 dwords, no pacing   in the page
+
+A page's stores lie at one seeded offset of it, its counter at offset 0: no two entries overlap in
+part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmth.errors import UsageError
+from vmth.guests.machine import (
+    CONTROL_FIELDS,
+    CONTROL_GPA,
+    ENTRY_BYTES,
+    LOW_MEMORY_LIMIT,
+    SCHEDULE_GPA,
+    Pace,
+)
+from vmth.guests.memory import MEMORY_MIN_BYTES, PAGE_BYTES
+
+__all__ = [
+    "ENTRIES_MAX",
+    "WORKLOADS",
+    "Control",
+    "Program",
+    "Workload",
+    "install",
+    "plan",
+    "rate_reached_bps",
+]
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+
+WORKLOADS = ("idle", "sequential", "uniform", "zipf", "silent", "sparse", "always")
+#: Entries of one schedule, 16 bytes each.
+ENTRIES_MAX = 1 << 20
+#: Draws that uniform and zipf make where the working set needs no more.
+DRAWS_MAX = 1 << 18
+DRAWS_MIN = 1 << 10
+ZIPF_EXPONENT = 0.99
+
+STORE_DWORDS = 64
+SPARSE_STORE_DWORDS = 2
+#: Offsets below this in a page are the counter's.
+STORE_OFFSET_MIN = 64
+
+BEAT_NS = 1_000_000
+BEAT_INTERVAL_MAX_NS = 50_000_000
+UNPACED_WRITES_PER_BEAT = 256
+RATE_MIN_BPS = PAGE_BYTES
+RATE_MAX_BPS = 1 << 40
+DEFAULT_WORKING_SET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the guest does. ``rate_bps``: bytes/s of dirtied pages, that is page writes/s x 4096 (0:
+    as fast as it can; idle ignores it). ``working_set_bytes`` 0: 256 MiB or a quarter of what there
+    is, whichever is less. ``jump``: from that guest running time (ns) on, another rate."""
+
+    kind: str = "uniform"
+    rate_bps: int = 50_000_000
+    working_set_bytes: int = 0
+    seed: int = 0
+    jump: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in WORKLOADS:
+            raise UsageError(f"workload {self.kind!r}: one of {', '.join(WORKLOADS)}")
+        _check_rate(self.rate_bps)
+        if not 0 <= self.working_set_bytes <= LOW_MEMORY_LIMIT:
+            raise UsageError(
+                f"working set of {self.working_set_bytes} bytes: must be 0 to {LOW_MEMORY_LIMIT}"
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"seed {self.seed}: must be 0 to 2^64 - 1")
+        if self.jump is not None:
+            if not 0 < self.jump[0] < 1 << 62:
+                raise UsageError(f"rate jump at {self.jump[0]} ns: must be later than 0")
+            _check_rate(self.jump[1])
+
+
+def _check_rate(rate_bps: int) -> None:
+    if rate_bps != 0 and not RATE_MIN_BPS <= rate_bps <= RATE_MAX_BPS:
+        raise UsageError(
+            f"dirty rate of {rate_bps} bytes/s: must be 0 (unpaced) or"
+            f" {RATE_MIN_BPS} to {RATE_MAX_BPS}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The control block: u32 each, in the order of ``CONTROL_FIELDS``."""
+
+    index: int
+    entries: int
+    schedule_gpa: int
+    loops: int
+    beats: int
+    writes_per_beat: int
+    countdown: int
+    store_dwords: int
+    value_mask: int
+
+    @classmethod
+    def read(cls, memory: U8) -> Control:
+        """From guest memory (gpa 0 first). Current only where the guest was paused at a beat."""
+        dwords = memory[CONTROL_GPA : CONTROL_GPA + 4 * len(CONTROL_FIELDS)].view("<u4")
+        return cls(*(int(dword) for dword in dwords))
+
+    def write(self, memory: U8) -> None:
+        dwords = memory[CONTROL_GPA : CONTROL_GPA + 4 * len(CONTROL_FIELDS)].view("<u4")
+        dwords[:] = [getattr(self, name) for name in CONTROL_FIELDS]
+
+    @property
+    def writes(self) -> int:
+        """Page writes so far, as long as ``loops`` did not wrap."""
+        return self.loops * self.entries + self.index
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A planned workload. ``schedule``: (entries, 4) u32 {write_gpa, value, counter_gpa, 0}."""
+
+    workload: Workload
+    schedule: U32
+    control: Control
+    paces: tuple[Pace, ...]
+    data_gpa: int  #: first byte behind schedule and counter table
+    working_set_gpa: int
+    working_set_pages: int
+
+    @property
+    def rate_asked_bps(self) -> int:
+        """Bytes/s of dirtied pages before a jump; 0: unpaced or idle."""
+        return 0 if self.workload.kind == "idle" else self.workload.rate_bps
+
+
+def rate_reached_bps(beats: int, writes_per_beat: int, running_ns: int) -> float:
+    """Bytes/s of dirtied pages: page writes per second of guest running time, times 4096. Writes
+    that hit one page twice between two fetches count twice, as they do in the rate asked for."""
+    return 0.0 if running_ns <= 0 else beats * writes_per_beat * PAGE_BYTES * 1e9 / running_ns
+
+
+def _align(value: int) -> int:
+    return -(-value // PAGE_BYTES) * PAGE_BYTES
+
+
+def _entries_wanted(kind: str, pages: int, low_bytes: int) -> int:
+    most = min(ENTRIES_MAX, low_bytes // 32 // ENTRY_BYTES)
+    if kind == "idle":
+        return 1
+    if kind in ("uniform", "zipf"):
+        return min(most, max(pages, min(4 * pages, DRAWS_MAX), DRAWS_MIN))
+    return min(most, pages)
+
+
+def _page_order(kind: str, pages: int, entries: int, rng: np.random.Generator) -> U32:
+    """Page of the working set for each entry."""
+    if kind in ("sequential", "always", "idle"):
+        return np.arange(entries, dtype=np.uint32)
+    if kind in ("silent", "sparse"):
+        return rng.permutation(pages)[:entries].astype(np.uint32)
+    if kind == "uniform":
+        return rng.integers(0, pages, entries, dtype=np.uint32)
+    cumulative = np.cumsum(np.arange(1, pages + 1, dtype=np.float64) ** -ZIPF_EXPONENT)
+    ranks = np.searchsorted(cumulative, rng.random(entries) * cumulative[-1], side="right")
+    # Hot pages lie scattered over the working set, not at its head.
+    page_of_rank: U32 = rng.permutation(pages).astype(np.uint32)
+    order: U32 = page_of_rank[np.minimum(ranks, pages - 1)]
+    return order
+
+
+def _beats(workload: Workload) -> tuple[int, tuple[Pace, ...]]:
+    """(writes_per_beat, paces): beats near a millisecond apart at the highest rate, and where that
+    allows it at most 50 ms apart at the lowest."""
+    if workload.kind == "idle":
+        return 1, (Pace(0, BEAT_NS),)
+    phases = [(0, workload.rate_bps)]
+    if workload.jump is not None:
+        phases.append(workload.jump)
+    paced = [rate for _, rate in phases if rate > 0]
+    if not paced:
+        return UNPACED_WRITES_PER_BEAT, (Pace(0, 0),)
+    at_highest = max(paced) * BEAT_NS // (PAGE_BYTES * 1_000_000_000)
+    at_lowest = min(paced) * BEAT_INTERVAL_MAX_NS // (PAGE_BYTES * 1_000_000_000)
+    writes = max(1, min(at_highest, at_lowest))
+    return writes, tuple(
+        Pace(at_ns, 0 if rate == 0 else writes * PAGE_BYTES * 1_000_000_000 // rate)
+        for at_ns, rate in phases
+    )
+
+
+def plan(workload: Workload, low_bytes: int) -> Program:
+    """The program for a guest with ``low_bytes`` of memory in reach of the walker.
+
+    Deterministic for one workload, memory size and NumPy version. UsageError when the working set
+    does not fit beside the schedule."""
+    if not MEMORY_MIN_BYTES <= low_bytes <= LOW_MEMORY_LIMIT:
+        raise UsageError(
+            f"{low_bytes} bytes of low memory: must be {MEMORY_MIN_BYTES} to {LOW_MEMORY_LIMIT}"
+        )
+    kind = workload.kind
+    all_pages = (low_bytes - SCHEDULE_GPA) // PAGE_BYTES
+    if kind == "idle":
+        pages = 1
+    elif workload.working_set_bytes:
+        pages = max(1, workload.working_set_bytes // PAGE_BYTES)
+    elif kind == "always":
+        pages = all_pages
+    else:
+        pages = max(1, min(DEFAULT_WORKING_SET_BYTES // PAGE_BYTES, all_pages // 4))
+    entries = _entries_wanted(kind, pages, low_bytes)
+    counter_gpa = _align(SCHEDULE_GPA + entries * ENTRY_BYTES)
+    data_gpa = counter_gpa + (_align(4 * pages) if kind == "silent" else 0)
+    room = (low_bytes - data_gpa) // PAGE_BYTES
+    if kind == "always" and not workload.working_set_bytes:
+        pages = min(pages, room)
+        entries = min(entries, pages)
+    if pages > room:
+        raise UsageError(
+            f"working set of {pages * PAGE_BYTES} bytes: this guest has room for"
+            f" {max(0, room) * PAGE_BYTES}"
+        )
+
+    rng = np.random.default_rng([workload.seed, WORKLOADS.index(kind)])
+    first_gpa = data_gpa + int(rng.integers(0, room - pages + 1)) * PAGE_BYTES
+    store_dwords = SPARSE_STORE_DWORDS if kind == "sparse" else STORE_DWORDS
+    offsets = rng.integers(
+        STORE_OFFSET_MIN // 4, (PAGE_BYTES - 4 * store_dwords) // 4 + 1, pages, dtype=np.uint32
+    ) * np.uint32(4)
+    order = _page_order(kind, pages, entries, rng)
+    schedule = np.zeros((entries, 4), dtype=np.uint32)
+    page_gpas = np.uint32(first_gpa) + order * np.uint32(PAGE_BYTES)
+    schedule[:, 0] = page_gpas + offsets[order]
+    schedule[:, 1] = rng.integers(0, 1 << 32, entries, dtype=np.uint32)
+    schedule[:, 2] = (
+        np.uint32(counter_gpa) + order * np.uint32(4) if kind == "silent" else page_gpas
+    )
+    writes_per_beat, paces = _beats(workload)
+    return Program(
+        workload=workload,
+        schedule=schedule,
+        control=Control(
+            index=0,
+            entries=entries,
+            schedule_gpa=SCHEDULE_GPA,
+            loops=0,
+            beats=0,
+            writes_per_beat=writes_per_beat,
+            countdown=writes_per_beat,
+            store_dwords=store_dwords,
+            value_mask=0 if kind == "silent" else 0xFFFFFFFF,
+        ),
+        paces=paces,
+        data_gpa=data_gpa,
+        working_set_gpa=first_gpa,
+        working_set_pages=pages,
+    )
+
+
+def install(program: Program, memory: U8, holes: npt.NDArray[np.bool_] | None = None) -> None:
+    """Write the program into guest memory (gpa 0 first), after its content: control block,
+    schedule, counters at zero, and for silent the bytes that will be stored again and again. Pages
+    marked in ``holes`` (one a page) read as zeros already and are not touched for their counter."""
+    program.control.write(memory)
+    schedule_bytes = program.schedule.astype("<u4", copy=False).view(np.uint8).reshape(-1)
+    start = program.control.schedule_gpa
+    memory[start : start + len(schedule_bytes)] = schedule_bytes
+    dwords = memory.view("<u4")
+    counters = np.unique(program.schedule[:, 2])
+    if holes is not None:
+        counters = counters[~holes[counters // PAGE_BYTES]]
+    dwords[counters // 4] = 0
+    if program.control.value_mask == 0:
+        first = program.schedule[:, 0] // 4
+        for dword in range(program.control.store_dwords):
+            dwords[first + np.uint32(dword)] = program.schedule[:, 1]

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts holders and finds them again: the way to a shipped guest.
+
+spawn_source()       a filled, running guest       (the demo's and the tests' source)
+spawn_destination()  an empty, stopped one         (what ``make_guest`` of ``vmth.receive`` returns)
+attach()             the guest of a holder whose mover went
+choose_guest()       "kvm" where /dev/kvm can run it, else "process", and why
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmth.errors import GuestError, RefusedError, UsageError
+from vmth.guests import requests as rq
+from vmth.guests.client import HolderConnection, HolderGuest
+from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
+from vmth.guests.memory import BlockPlan, plan_blocks
+from vmth.guests.schedule import Workload
+from vmth.types import RamBlock
+
+__all__ = [
+    "DIRTY_SOURCES",
+    "attach",
+    "available_memory_bytes",
+    "choose_guest",
+    "spawn_destination",
+    "spawn_source",
+]
+
+#: The dirty sources of each kind of guest, its default first.
+DIRTY_SOURCES = {"kvm": ("kvm-log", "kvm-ring"), "process": ("uffd-wp",)}
+
+SPAWN_S = 60.0
+#: What a holder needs beside the guest's memory.
+HOLDER_BYTES = 64 << 20
+LINGER_S = 600.0
+HOLD_LINGER_S = 24 * 3600.0
+
+
+def choose_guest(asked: str | None) -> tuple[str, str]:
+    """(kind, reason). ``asked`` None: kvm where it runs, else process. RefusedError when "kvm" is
+    asked for and cannot run; UsageError for another kind."""
+    if asked is not None and asked not in DIRTY_SOURCES:
+        raise UsageError(f"guest {asked!r}: one of {', '.join(DIRTY_SOURCES)}")
+    if asked == "process":
+        return "process", "asked for"
+    from vmth.guests.kvm_machine import probe
+
+    problem = probe()
+    if problem is None:
+        return "kvm", "asked for" if asked else "/dev/kvm runs it"
+    if asked == "kvm":
+        raise RefusedError(f"guest kvm: {problem}")
+    return "process", f"no kvm: {problem}"
+
+
+def spawn_source(
+    kind: str,
+    memory_bytes: int,
+    *,
+    content: str = DEFAULT_CONTENT,
+    workload: Workload | None = None,
+    dirty_source: str | None = None,
+    owned: bool = True,
+    linger_s: float = LINGER_S,
+    hold_linger_s: float = HOLD_LINGER_S,
+    start: bool = True,
+) -> tuple[HolderGuest, rq.Prepared]:
+    """A guest with that content and workload, running unless ``start`` is False; and how its memory
+    was filled. ``workload.seed`` seeds both.
+
+    ``owned``: it ends with this process (unless held); else it lives ``linger_s`` without a mover.
+    UsageError for values outside their bounds, RefusedError without enough memory, GuestError when
+    the holder fails; nothing is left over then.
+    """
+    workload = workload or Workload()
+    blocks = plan_blocks(memory_bytes)
+    ContentSpec.parse(content)
+    source = _dirty_source(kind, dirty_source)
+    _check_memory(memory_bytes)
+    guest = _spawn(kind, blocks, source, owned, linger_s, hold_linger_s)
+    try:
+        prepared = guest.prepare(content, workload)
+        if start:
+            guest.start()
+    except BaseException:
+        guest.shutdown()
+        raise
+    return guest, prepared
+
+
+def spawn_destination(
+    kind: str,
+    blocks: int | Sequence[RamBlock] | Sequence[BlockPlan],
+    *,
+    dirty_source: str | None = None,
+    owned: bool = True,
+    linger_s: float = LINGER_S,
+    hold_linger_s: float = HOLD_LINGER_S,
+) -> HolderGuest:
+    """An empty, stopped guest: of so many bytes, or with the block table of another.
+
+    RefusedError (its text begins with "memory") when this host or its cgroup has less memory left
+    than the guest may need; otherwise as ``spawn_source``.
+    """
+    plans = plan_blocks(blocks) if isinstance(blocks, int) else [_plan_of(row) for row in blocks]
+    source = _dirty_source(kind, dirty_source)
+    _check_memory(sum(row.length_bytes for row in plans))
+    return _spawn(kind, plans, source, owned, linger_s, hold_linger_s)
+
+
+def attach(socket_path: str, dirty_source: str | None = None) -> HolderGuest:
+    """Become the mover of the guest at ``socket_path``. GuestError: nobody there, or it has a mover
+    ("has a mover already")."""
+    connection = HolderConnection.open(socket_path)
+    try:
+        attached, _ = connection.ask(rq.Attach(rq.HOLDER_PROTOCOL), rq.Attached)
+        source = _dirty_source(attached.kind, dirty_source)
+    except BaseException:
+        connection.close()
+        raise
+    return HolderGuest(connection, attached, source)
+
+
+def _plan_of(row: RamBlock | BlockPlan) -> BlockPlan:
+    if isinstance(row, BlockPlan):
+        return row
+    return BlockPlan(row.idstr, row.gpa, row.used_length)
+
+
+def _dirty_source(kind: str, asked: str | None) -> str:
+    if kind not in DIRTY_SOURCES:
+        raise UsageError(f"guest {kind!r}: one of {', '.join(DIRTY_SOURCES)}")
+    names = DIRTY_SOURCES[kind]
+    if asked is None:
+        return names[0]
+    if asked not in names:
+        raise UsageError(f"dirty source {asked!r}: the {kind} guest has {', '.join(names)}")
+    return asked
+
+
+def _spawn(
+    kind: str,
+    blocks: Sequence[BlockPlan],
+    dirty_source: str,
+    owned: bool,
+    linger_s: float,
+    hold_linger_s: float,
+) -> HolderGuest:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = dict(os.environ)
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [root, environment.get("PYTHONPATH", "")])
+    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vmth.guests.holder", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            start_new_session=True,  # the terminal's Ctrl-C is the mover's
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    connection = HolderConnection(ours, f"{kind} guest's holder (pid {process.pid})")
+    setup = rq.Setup(
+        protocol=rq.HOLDER_PROTOCOL,
+        kind=kind,
+        blocks=[rq.BlockRow(row.idstr, row.gpa, row.length_bytes) for row in blocks],
+        owner_pid=os.getpid() if owned else 0,
+        linger_s=linger_s,
+        hold_linger_s=hold_linger_s,
+    )
+    try:
+        attached, _ = connection.ask(setup, rq.Attached, SPAWN_S)
+        return HolderGuest(connection, attached, dirty_source, process)
+    except BaseException:
+        connection.close()
+        process.kill()
+        process.wait()
+        raise
+
+
+# ---- memory of this host -------------------------------------------------------------------------
+
+
+def _check_memory(memory_bytes: int) -> None:
+    available, where = available_memory_bytes()
+    needed = memory_bytes + HOLDER_BYTES
+    if needed > available:
+        raise RefusedError(
+            f"memory: the guest needs {needed} bytes with its holder, {where} has {available} left"
+        )
+
+
+def available_memory_bytes(root: str = "/") -> tuple[int, str]:
+    """(bytes, where): the least of MemAvailable and what each cgroup above us leaves. ``root``
+    stands for / in tests."""
+    best = _mem_available(Path(root, "proc/meminfo")), "this host"
+    for folder in _cgroup_folders(root):
+        left = _cgroup_left(folder)
+        if left is not None and left < best[0]:
+            best = left, f"cgroup {folder.name or '/'}"
+    return best
+
+
+def _mem_available(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise GuestError(f"{meminfo} has no MemAvailable")
+
+
+def _cgroup_folders(root: str) -> list[Path]:
+    """Our cgroup and those above it (v2, or the memory controller of v1)."""
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base = Path(root, "sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            base = Path(root, "sys/fs/cgroup/memory")
+        else:
+            continue
+        parts = Path(path.lstrip("/")).parts
+        folders += [base.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return folders
+
+
+def _cgroup_left(folder: Path) -> int | None:
+    """Limit minus what is used and cannot be reclaimed; None without a limit."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            usage = int((folder / usage_name).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit == "max":
+            return None
+        return max(0, int(limit) - usage + _reclaimable(folder))
+    return None
+
+
+def _reclaimable(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    stat = dict(line.split(None, 1) for line in lines if " " in line)
+    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
