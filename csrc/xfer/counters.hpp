@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cumulative counters of one end, written by its threads and read by any. Units in the names.
+#ifndef VMTH_XFER_COUNTERS_HPP
+#define VMTH_XFER_COUNTERS_HPP
+
+#include <atomic>
+#include <cstdint>
+
+namespace vmth {
+
+class Counter {
+public:
+    void add(uint64_t n) noexcept { value_.fetch_add(n, std::memory_order_relaxed); }
+    uint64_t get() const noexcept { return value_.load(std::memory_order_relaxed); }
+
+private:
+    std::atomic<uint64_t> value_{0};
+};
+
+// What is live. Each counter stands alone; no order between two of them is promised.
+struct Counters {
+    Counter normal_pages;
+    Counter zero_pages;
+    Counter hole_pages;
+    Counter free_pages;
+    Counter missed_pages;
+    Counter wire_bytes;
+    Counter acked_bytes;
+    Counter packets;
+    Counter torn_packets;
+    Counter zerocopy_sends;
+    Counter zerocopy_copied;
+};
+
+// Of the slowest channel; zeros where no channel is TCP.
+struct PathInfo {
+    uint64_t rtt_ns = 0;
+    uint64_t retransmits = 0;
+    uint64_t path_mtu = 0;
+};
+
+}  // namespace vmth
+
+#endif

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Window and bandwidth of all channels together.
+#include "xfer/flow_control.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+namespace vmth {
+
+namespace {
+
+constexpr uint64_t min_window_packet = 64 * 1024;
+
+int64_t now_ns()
+{
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+}  // namespace
+
+FlowControl::FlowControl(uint64_t packet_bytes, uint64_t page_bytes)
+    : packet_bytes_(packet_bytes), page_bytes_(page_bytes)
+{
+}
+
+void FlowControl::set_window(uint64_t nbytes)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    window_ = nbytes;
+    changed_.notify_all();
+}
+
+void FlowControl::set_bandwidth(uint64_t bytes_per_second)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    bucket_.set_rate(bytes_per_second, now_ns());
+    changed_.notify_all();
+}
+
+uint64_t FlowControl::packet_payload() const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t nbytes = packet_bytes_;
+    if (window_ != 0) {
+        nbytes = std::min(nbytes, std::max(min_window_packet, window_ / 4));
+    }
+    if (bucket_.limited()) {
+        nbytes = std::min(nbytes, bucket_.packet_bytes());
+    }
+    return std::max(nbytes / page_bytes_, uint64_t{1}) * page_bytes_;
+}
+
+bool FlowControl::reserve(uint64_t nbytes)
+{
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!stopped_) {
+        uint64_t used = reserved_ + in_flight_;
+        if (window_ != 0 && used != 0 && used + nbytes > window_) {
+            changed_.wait(lock);
+            continue;
+        }
+        int64_t wait = bucket_.wait_ns(now_ns());
+        if (wait == 0) {
+            reserved_ += nbytes;
+            bucket_.take(static_cast<int64_t>(nbytes));
+            return true;
+        }
+        changed_.wait_for(lock, std::chrono::nanoseconds(wait));
+    }
+    return false;
+}
+
+void FlowControl::settle(uint64_t reserved, uint64_t actual)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    reserved_ -= reserved;
+    in_flight_ += actual;
+    bucket_.take(static_cast<int64_t>(actual) - static_cast<int64_t>(reserved));
+    if (actual < reserved && (window_ != 0 || bucket_.limited())) {
+        changed_.notify_all();
+    }
+}
+
+void FlowControl::acked(uint64_t nbytes)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_ -= nbytes;
+    if (window_ != 0) {
+        changed_.notify_all();
+    }
+}
+
+uint64_t FlowControl::in_flight() const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    return in_flight_;
+}
+
+void FlowControl::stop()
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+    changed_.notify_all();
+}
+
+}  // namespace vmth

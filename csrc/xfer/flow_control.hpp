@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// How much may be under way: the window of unacknowledged bytes and the bandwidth, over all channels.
+//
+//   reserve(most)  before the pages are read, so that little time passes between hash and send
+//   settle         when the packet's size is known: the rest goes back
+//   acked          when it has landed
+#ifndef VMTH_XFER_FLOW_CONTROL_HPP
+#define VMTH_XFER_FLOW_CONTROL_HPP
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+#include "xfer/token_bucket.hpp"
+
+namespace vmth {
+
+class FlowControl {
+public:
+    FlowControl(uint64_t packet_bytes, uint64_t page_bytes);
+
+    void set_window(uint64_t nbytes);
+    void set_bandwidth(uint64_t bytes_per_second);
+    // Payload of a full packet now: whole pages, at least one.
+    uint64_t packet_payload() const;
+
+    // Blocks until `nbytes` may be sent. With nothing in flight a packet always may, however small the
+    // window is. Returns false when stopped.
+    bool reserve(uint64_t nbytes);
+    void settle(uint64_t reserved, uint64_t actual);
+    void acked(uint64_t nbytes);
+    uint64_t in_flight() const;
+    void stop();
+
+private:
+    const uint64_t packet_bytes_;
+    const uint64_t page_bytes_;
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;
+    // Under mutex_:
+    TokenBucket bucket_;
+    uint64_t window_ = 0;
+    uint64_t reserved_ = 0;
+    uint64_t in_flight_ = 0;
+    bool stopped_ = false;
+};
+
+}  // namespace vmth
+
+#endif

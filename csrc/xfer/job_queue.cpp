@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cutting queued jobs into batches.
+#include "xfer/job_queue.hpp"
+
+#include <algorithm>
+
+namespace vmth {
+
+namespace {
+
+// A batch that is not read costs next to nothing a page; its bounds keep packets and locks short.
+constexpr uint64_t told_pages = 1u << 20;
+constexpr size_t told_runs = 4096;
+// A shared remainder is not cut finer than this.
+constexpr uint64_t min_share_pages = 16;
+// Bits examined at once for runs: bounds the work of one pull where runs are longer than a batch.
+constexpr uint64_t scan_bits = 4096;
+
+void take_run(Job &job, Batch &batch, uint64_t page, uint64_t npages)
+{
+    batch.runs.push_back({page, npages});
+    batch.npages += npages;
+    job.remaining -= npages;
+}
+
+void cut_bitmap(Job &job, Batch &batch, uint64_t max_pages)
+{
+    uint64_t window = std::max(scan_bits, 4 * max_pages);
+    while (batch.npages < max_pages && job.remaining > 0) {
+        vmth_run runs[64];
+        size_t nruns = 0;
+        uint64_t resume = 0;
+        uint64_t end = std::min(job.nbits, job.cursor + window);
+        if (vmth_bitmap_runs(job.words.data(), end, job.cursor, runs, 64, &nruns, &resume) != 0) {
+            job.remaining = 0;  // unreachable: the arguments are in range
+            return;
+        }
+        window = nruns == 0 ? 2 * window : window;
+        job.cursor = resume;
+        for (size_t i = 0; i < nruns; i++) {
+            uint64_t take = std::min(runs[i].npages, max_pages - batch.npages);
+            if (take > 0) {
+                take_run(job, batch, job.base + runs[i].page, take);
+            }
+            if (take < runs[i].npages) {
+                job.cursor = runs[i].page + take;
+                return;
+            }
+        }
+    }
+}
+
+void cut_runs(Job &job, Batch &batch)
+{
+    while (job.remaining > 0 && batch.npages < told_pages && batch.runs.size() < told_runs) {
+        const vmth_run &run = job.runs[job.run];
+        uint64_t take = std::min(run.npages - job.cursor, told_pages - batch.npages);
+        if (take > 0) {
+            take_run(job, batch, run.page + job.cursor, take);
+        }
+        job.cursor += take;
+        if (job.cursor == run.npages) {
+            job.run++;
+            job.cursor = 0;
+        }
+    }
+}
+
+}  // namespace
+
+void JobQueue::add_worker() noexcept
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    workers_++;
+}
+
+bool JobQueue::push(Job &&job)
+{
+    std::unique_lock<std::mutex> lock(mutex_);
+    room_.wait(lock, [this] { return stopped_ || jobs_.size() < capacity_; });
+    if (stopped_) {
+        return false;
+    }
+    if (job.remaining > 0) {
+        jobs_.push_back(std::move(job));
+        work_.notify_all();
+    }
+    return true;
+}
+
+void JobQueue::close_round(uint32_t round)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    barriers_++;
+    barrier_round_ = round;
+    work_.notify_all();
+}
+
+void JobQueue::close()
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+    work_.notify_all();
+}
+
+void JobQueue::stop()
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+    work_.notify_all();
+    room_.notify_all();
+}
+
+void JobQueue::take_locked(Batch &batch, uint64_t max_pages)
+{
+    Job &job = jobs_.front();
+    if (job.form == VMTH_FORM_NORMAL) {
+        uint64_t left = 0;
+        for (const Job &waiting : jobs_) {
+            left += waiting.remaining;
+        }
+        uint64_t share = left / std::max<uint64_t>(2 * workers_, 1);
+        cut_bitmap(job, batch, std::min(max_pages, std::max(share, min_share_pages)));
+    } else {
+        cut_runs(job, batch);
+    }
+    if (job.remaining == 0) {
+        jobs_.pop_front();
+        room_.notify_one();
+    }
+}
+
+Pulled JobQueue::pull(Batch &batch, uint64_t max_pages, uint64_t &barriers)
+{
+    batch.runs.clear();
+    batch.npages = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    work_.wait(lock, [&] { return stopped_ || !jobs_.empty() || barriers < barriers_ || closed_; });
+    if (stopped_) {
+        return Pulled::stopped;
+    }
+    if (!jobs_.empty()) {
+        batch.form = jobs_.front().form;
+        batch.block = jobs_.front().block;
+        batch.round = jobs_.front().round;
+        take_locked(batch, max_pages);
+        return Pulled::batch;
+    }
+    if (barriers < barriers_) {
+        barriers++;
+        batch.round = barrier_round_;
+        return Pulled::barrier;
+    }
+    return Pulled::end;
+}
+
+bool JobQueue::pull_more(Batch &batch, uint64_t max_pages)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stopped_ || jobs_.empty()) {
+        return false;
+    }
+    const Job &job = jobs_.front();
+    if (job.form != batch.form || job.block != batch.block || job.round != batch.round) {
+        return false;
+    }
+    batch.runs.clear();
+    batch.npages = 0;
+    take_locked(batch, max_pages);
+    return true;
+}
+
+size_t JobQueue::waiting() const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    return jobs_.size();
+}
+
+}  // namespace vmth

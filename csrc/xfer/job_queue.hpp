@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pages waiting to be sent, which the channels' workers take in batches.
+//
+//   send() --> | job | job | --> pull() by whichever channel is free --> batch --> packet
+//              block, round, form, and a bitmap copy or a list of runs
+//
+// A job leaves the queue when its last batch was taken. A barrier is not a job: each worker sees it once,
+// when no job is left, and sends its own barrier packet behind its own pages.
+#ifndef VMTH_XFER_JOB_QUEUE_HPP
+#define VMTH_XFER_JOB_QUEUE_HPP
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <vector>
+
+#include "vmth/bitmap.h"
+#include "vmth/packet.h"
+
+namespace vmth {
+
+struct Batch {
+    vmth_page_form form = VMTH_FORM_NORMAL;  // NORMAL: to be read; HOLE, FREE: only told
+    uint32_t block = 0;
+    uint32_t round = 0;
+    std::vector<vmth_run> runs;
+    uint64_t npages = 0;
+};
+
+// What one send() asked for. `words` covers pages from the multiple of 64 at or below `cursor`.
+struct Job {
+    vmth_page_form form = VMTH_FORM_NORMAL;
+    uint32_t block = 0;
+    uint32_t round = 0;
+    std::vector<uint64_t> words;  // NORMAL
+    uint64_t base = 0;            // NORMAL: page of bit 0 of words
+    uint64_t cursor = 0;          // NORMAL: next bit of words; else pages taken of runs[run]
+    uint64_t nbits = 0;           // NORMAL: end of words
+    std::vector<vmth_run> runs;   // HOLE, FREE
+    size_t run = 0;               // HOLE, FREE: next run
+    uint64_t remaining = 0;       // pages not taken yet
+};
+
+enum class Pulled { batch, barrier, end, stopped };
+
+class JobQueue {
+public:
+    explicit JobQueue(size_t capacity) : capacity_(capacity) {}
+
+    void add_worker() noexcept;
+    // Blocks while `capacity` jobs wait. Returns false when stopped.
+    bool push(Job &&job);
+    // Every worker pulls `barrier` once, after the jobs queued before; batch.round is then this.
+    void close_round(uint32_t round);
+    void close();  // every worker pulls `end`, after the jobs queued before
+    void stop();   // every call returns at once, from now on
+
+    // `barriers` counts those this worker has pulled. A NORMAL batch has at most `max_pages` pages, and
+    // fewer where what is left should be shared among the workers.
+    Pulled pull(Batch &batch, uint64_t max_pages, uint64_t &barriers);
+    // More of the same block, round and form, without waiting: false if there is none at the front.
+    bool pull_more(Batch &batch, uint64_t max_pages);
+    // Jobs with pages not yet taken.
+    size_t waiting() const;
+
+private:
+    void take_locked(Batch &batch, uint64_t max_pages);
+
+    const size_t capacity_;
+    mutable std::mutex mutex_;
+    std::condition_variable room_;  // push waits for it
+    std::condition_variable work_;  // pull waits for it
+    // Under mutex_:
+    std::deque<Job> jobs_;
+    uint64_t workers_ = 0;
+    uint64_t barriers_ = 0;
+    uint32_t barrier_round_ = 0;
+    bool closed_ = false;
+    bool stopped_ = false;
+};
+
+}  // namespace vmth
+
+#endif

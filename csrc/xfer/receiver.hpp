@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// The destination's end of all page channels: one thread a channel lands packets in guest memory.
+//
+//   socket k --> header, descriptors: all checked --> claim pages --> invalidate their hashes
+//            --> payload into guest memory, piece by piece --> hash what landed --> acknowledge
+//
+// The peer is not trusted: nothing is written before a packet's every number was checked. The first
+// failure ends all channels. Calls come from any thread; attach and close from one.
+#ifndef VMTH_XFER_RECEIVER_HPP
+#define VMTH_XFER_RECEIVER_HPP
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "sys/sock_zerocopy.h"
+#include "xfer/atomic_bitmap.hpp"
+#include "xfer/counters.hpp"
+#include "xfer/guest_memory.hpp"
+#include "xfer/hash_table.hpp"
+#include "xfer/round_gate.hpp"
+
+namespace vmth {
+
+class ReceiverChannel;
+
+struct ReceiverOptions {
+    uint64_t hash_seed = 0;
+    bool digest = true;
+    unsigned channels = 1;
+    const vmth_sock_ops *ops = nullptr;  // nullptr: the kernel's
+};
+
+// What the channels' threads share; each member says who may touch it.
+class ReceiverShared {
+public:
+    ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
+                   const ReceiverOptions &options);
+
+    void fail(const TransferError &error);
+    void channel_ended();
+
+    const ReceiverOptions options;
+    const GuestMemory memory;
+    HashTable hashes;
+    RoundGate gate;
+    // Bit set: our page may hold non-zero bytes. Written by whoever claimed the page.
+    std::vector<AtomicBitmap> maybe_nonzero;
+    Counters counters;
+    FailureLatch latch;
+
+    std::mutex mutex;
+    std::condition_variable changed;
+    // Under mutex:
+    std::vector<std::unique_ptr<ReceiverChannel>> channels;
+    unsigned ended = 0;
+};
+
+class Receiver {
+public:
+    // `maybe_nonzero[i]` points at `nwords[i]` words, copied: the pages of block i that may hold
+    // non-zero bytes now. A page whose bit is clear is a proven hole, and a zero page leaves it one.
+    Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes, const ReceiverOptions &options,
+             const std::vector<const uint64_t *> &maybe_nonzero, const std::vector<size_t> &nwords);
+    ~Receiver();
+    Receiver(const Receiver &) = delete;
+    Receiver &operator=(const Receiver &) = delete;
+
+    void attach(int fd, unsigned index);
+    // True when every channel has ended with END; false at the timeout (0: none).
+    bool wait(int64_t timeout_ns);
+    void cancel(const std::string &reason);
+    void close();
+
+    const HashTable &hashes() const noexcept { return shared_.hashes; }
+    const Counters &counters() const noexcept { return shared_.counters; }
+
+private:
+    ReceiverShared shared_;
+};
+
+}  // namespace vmth
+
+#endif

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sender's calls: queueing, barriers, the end.
+#include "xfer/sender.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#include "sys/sock_options.h"
+#include "xfer/sender_channel.hpp"
+
+namespace vmth {
+
+namespace {
+
+SenderOptions checked(SenderOptions options, size_t page_bytes)
+{
+    if (options.packet_bytes < 4096 || options.packet_bytes > VMTH_PACKET_MAX_PAYLOAD_BYTES) {
+        throw TransferError(ErrorKind::usage,
+                            "packet_bytes " + std::to_string(options.packet_bytes) +
+                                ", allowed 4096 to " +
+                                std::to_string(VMTH_PACKET_MAX_PAYLOAD_BYTES));
+    }
+    if (options.queue_jobs == 0) {
+        throw TransferError(ErrorKind::usage, "queue_jobs 0, allowed 1 or more");
+    }
+    options.packet_bytes = std::max(options.packet_bytes, static_cast<uint32_t>(page_bytes));
+    if (options.ops == nullptr) {
+        options.ops = vmth_sock_system_ops();
+    }
+    return options;
+}
+
+TransferError sent_twice(uint32_t block)
+{
+    return TransferError(ErrorKind::usage, "block " + std::to_string(block) +
+                                               ": a page was already sent since the last barrier");
+}
+
+}  // namespace
+
+// ---- shared -----------------------------------------------------------------------------------------
+
+SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
+                           const SenderOptions &given)
+    : options(checked(given, page_bytes)), memory(std::move(blocks), page_bytes),
+      hashes(memory, options.hash_seed, options.digest), flow(options.packet_bytes, page_bytes),
+      queue(options.queue_jobs), missed(memory)
+{
+}
+
+void SenderShared::fail(const TransferError &error)
+{
+    latch.set(error);
+    queue.stop();
+    flow.stop();
+    std::lock_guard<std::mutex> lock(mutex);
+    for (const std::unique_ptr<SenderChannel> &channel : channels) {
+        channel->channel().shutdown();
+    }
+    changed.notify_all();
+}
+
+void SenderShared::barrier_part_done()
+{
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--barrier_parts == 0) {
+        changed.notify_all();
+    }
+}
+
+void SenderShared::ledger_drained()
+{
+    std::lock_guard<std::mutex> lock(mutex);
+    changed.notify_all();
+}
+
+void SenderShared::fallback(const std::string &name)
+{
+    std::lock_guard<std::mutex> lock(mutex);
+    fallbacks.insert(name);
+}
+
+// ---- sender -----------------------------------------------------------------------------------------
+
+Sender::Sender(std::vector<MemoryBlock> blocks, size_t page_bytes, const SenderOptions &options)
+    : shared_(std::move(blocks), page_bytes, options)
+{
+    for (size_t block = 0; block < shared_.memory.nblocks(); block++) {
+        claims_.emplace_back(shared_.memory.npages(block));
+    }
+}
+
+Sender::~Sender()
+{
+    close();
+}
+
+void Sender::check_open() const
+{
+    shared_.latch.check();
+    if (finished_) {
+        throw TransferError(ErrorKind::usage, "the sender has finished");
+    }
+}
+
+void Sender::add_channel(int fd, unsigned index)
+{
+    check_open();
+    if (index >= VMTH_MAX_CHANNELS) {
+        throw TransferError(ErrorKind::usage, "channel " + std::to_string(index) +
+                                                  ", allowed 0 to " +
+                                                  std::to_string(VMTH_MAX_CHANNELS - 1));
+    }
+    if (any_barrier_) {
+        throw TransferError(ErrorKind::usage, "channels are added before the first barrier");
+    }
+    auto channel = std::make_unique<SenderChannel>(shared_, fd, index);
+    SenderChannel &added = *channel;
+    {
+        std::lock_guard<std::mutex> lock(shared_.mutex);
+        for (const std::unique_ptr<SenderChannel> &other : shared_.channels) {
+            if (other->channel().index() == index) {
+                throw TransferError(ErrorKind::usage,
+                                    "channel " + std::to_string(index) + " was added before");
+            }
+        }
+        shared_.channels.push_back(std::move(channel));
+        if (shared_.latch.failed()) {
+            added.channel().shutdown();
+        }
+    }
+    shared_.queue.add_worker();
+    try {
+        added.start();
+    } catch (const std::exception &error) {
+        shared_.fail(TransferError(ErrorKind::io, std::string("thread: ") + error.what()));
+        shared_.latch.check();
+    }
+}
+
+void Sender::push(Job &&job)
+{
+    {
+        std::lock_guard<std::mutex> lock(shared_.mutex);
+        if (shared_.channels.empty()) {
+            throw TransferError(ErrorKind::usage, "no channel was added");
+        }
+    }
+    if (!shared_.queue.push(std::move(job))) {
+        shared_.latch.check();
+    }
+}
+
+void Sender::send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t *words,
+                  size_t nwords, uint32_t round)
+{
+    check_open();
+    shared_.memory.check_range(block, page, npages);
+    if (nwords < VMTH_BITMAP_WORDS(shared_.memory.npages(block))) {
+        throw TransferError(ErrorKind::usage,
+                            "bitmap of " + std::to_string(nwords) + " words, allowed " +
+                                std::to_string(VMTH_BITMAP_WORDS(shared_.memory.npages(block))));
+    }
+    if (barrier_pending_) {
+        throw TransferError(ErrorKind::usage, "the barrier of round " +
+                                                  std::to_string(pending_round_) +
+                                                  " is not acknowledged yet");
+    }
+    if (npages == 0) {
+        return;
+    }
+    Job job;
+    job.block = block;
+    job.round = round;
+    job.base = page / 64 * 64;
+    job.nbits = page + npages - job.base;
+    const uint64_t *first = words + job.base / 64;
+    job.words.assign(first, first + VMTH_BITMAP_WORDS(job.nbits));
+    vmth_bitmap_clear_range(job.words.data(), 0, page - job.base);
+    if (job.nbits % 64 != 0) {
+        job.words.back() &= (uint64_t{1} << (job.nbits % 64)) - 1;
+    }
+    job.remaining = vmth_bitmap_count(job.words.data(), 0, job.nbits);
+    if (!claims_[block].claim_words(job.base, job.words.data(), job.words.size())) {
+        throw sent_twice(block);
+    }
+    push(std::move(job));
+}
+
+void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run> runs,
+                       uint32_t round)
+{
+    check_open();
+    if (barrier_pending_) {
+        throw TransferError(ErrorKind::usage, "the barrier of round " +
+                                                  std::to_string(pending_round_) +
+                                                  " is not acknowledged yet");
+    }
+    Job job;
+    job.form = form;
+    job.block = block;
+    job.round = round;
+    for (const vmth_run &run : runs) {
+        shared_.memory.check_range(block, run.page, run.npages);
+        if (run.npages > 0 && claims_[block].first_run(run.page, run.npages)) {
+            throw sent_twice(block);
+        }
+        job.remaining += run.npages;
+    }
+    bool free = true;
+    for (const vmth_run &run : runs) {
+        free = claims_[block].claim_range(run.page, run.npages) && free;
+    }
+    if (!free) {
+        throw sent_twice(block);  // the runs overlap one another
+    }
+    job.runs = std::move(runs);
+    push(std::move(job));
+}
+
+bool Sender::barrier(uint32_t round, int64_t timeout_ns)
+{
+    check_open();
+    std::unique_lock<std::mutex> lock(shared_.mutex);
+    if (shared_.channels.empty()) {
+        throw TransferError(ErrorKind::usage, "no channel was added");
+    }
+    if (barrier_pending_ && round != pending_round_) {
+        throw TransferError(ErrorKind::usage, "barrier of round " + std::to_string(round) +
+                                                  ", allowed " + std::to_string(pending_round_) +
+                                                  ": it is not acknowledged yet");
+    }
+    if (!barrier_pending_) {
+        any_barrier_ = true;
+        barrier_pending_ = true;
+        pending_round_ = round;
+        shared_.barrier_parts = 2 * shared_.channels.size();
+        shared_.queue.close_round(round);
+    }
+    auto done = [this] { return shared_.latch.failed() || shared_.barrier_parts == 0; };
+    if (timeout_ns <= 0) {
+        shared_.changed.wait(lock, done);
+    } else if (!shared_.changed.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) {
+        return false;
+    }
+    shared_.latch.check();
+    barrier_pending_ = false;
+    for (AtomicBitmap &claims : claims_) {
+        claims.reset();
+    }
+    return true;
+}
+
+void Sender::finish()
+{
+    check_open();
+    if (barrier_pending_) {
+        throw TransferError(ErrorKind::usage, "the barrier of round " +
+                                                  std::to_string(pending_round_) +
+                                                  " is not acknowledged yet");
+    }
+    shared_.queue.close();
+    join_workers();
+    {
+        std::unique_lock<std::mutex> lock(shared_.mutex);
+        shared_.changed.wait(lock, [this] {
+            return shared_.latch.failed() ||
+                   std::all_of(shared_.channels.begin(), shared_.channels.end(),
+                               [](const auto &channel) { return channel->drained(); });
+        });
+        for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+            channel->channel().shutdown_read();
+        }
+    }
+    join_readers();
+    shared_.latch.check();
+    finished_ = true;
+}
+
+void Sender::cancel(const std::string &reason)
+{
+    shared_.fail(TransferError(ErrorKind::cancelled, reason));
+}
+
+void Sender::close()
+{
+    if (!finished_) {
+        cancel("closed");
+    }
+    join_workers();
+    join_readers();
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    shared_.channels.clear();
+    finished_ = true;
+}
+
+// Only the calling thread adds and removes channels, so it walks the list without the lock.
+void Sender::join_workers()
+{
+    for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+        channel->join_worker();
+    }
+}
+
+void Sender::join_readers()
+{
+    for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+        channel->join_reader();
+    }
+}
+
+uint64_t Sender::take_missed(const std::vector<uint64_t *> &bitmaps,
+                             const std::vector<size_t> &nwords)
+{
+    if (bitmaps.size() != shared_.memory.nblocks() || nwords.size() != bitmaps.size()) {
+        throw TransferError(ErrorKind::usage, std::to_string(bitmaps.size()) +
+                                                  " bitmaps, allowed " +
+                                                  std::to_string(shared_.memory.nblocks()));
+    }
+    for (size_t block = 0; block < bitmaps.size(); block++) {
+        const uint64_t need = VMTH_BITMAP_WORDS(shared_.memory.npages(block));
+        if (nwords[block] < need) {
+            throw TransferError(ErrorKind::usage, "bitmap of " + std::to_string(nwords[block]) +
+                                                      " words, allowed " + std::to_string(need));
+        }
+    }
+    return shared_.missed.take(bitmaps);
+}
+
+PathInfo Sender::path_info() const
+{
+    PathInfo path;
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+        vmth_sock_info info;
+        if (vmth_sock_get_info(channel->channel().fd(), &info) != 0 || !info.tcp) {
+            continue;
+        }
+        path.rtt_ns = std::max(path.rtt_ns, info.rtt_ns);
+        path.retransmits += info.retransmits;
+        bool smaller = path.path_mtu == 0 || info.path_mtu < path.path_mtu;
+        path.path_mtu = smaller ? info.path_mtu : path.path_mtu;
+    }
+    return path;
+}
+
+std::vector<std::string> Sender::fallbacks() const
+{
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    return {shared_.fallbacks.begin(), shared_.fallbacks.end()};
+}
+
+}  // namespace vmth

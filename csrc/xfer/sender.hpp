@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// The source's end of all page channels.
+//
+//   caller --send()--> JobQueue --batches--> worker of channel k: read, hash, packet --> socket k
+//          <-barrier()-- ledgers <--------- reader of channel k: acknowledgements  <---- socket k
+//
+// Threads: send*, barrier, finish and close come from one thread; everything else from any. The first
+// failure ends all channels: sockets are shut down, blocked calls wake and throw it, later ones too.
+#ifndef VMTH_XFER_SENDER_HPP
+#define VMTH_XFER_SENDER_HPP
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "sys/sock_zerocopy.h"
+#include "xfer/atomic_bitmap.hpp"
+#include "xfer/counters.hpp"
+#include "xfer/flow_control.hpp"
+#include "xfer/guest_memory.hpp"
+#include "xfer/hash_table.hpp"
+#include "xfer/job_queue.hpp"
+#include "xfer/missed_pages.hpp"
+
+namespace vmth {
+
+class SenderChannel;
+
+struct SenderOptions {
+    uint64_t hash_seed = 0;
+    bool digest = true;
+    bool zerocopy = true;
+    uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
+    unsigned queue_jobs = 2;                 // send() calls that may wait unfinished
+    uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
+    const vmth_sock_ops *ops = nullptr;      // nullptr: the kernel's
+};
+
+// What the channels' threads share; each member says who may touch it.
+class SenderShared {
+public:
+    SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes, const SenderOptions &options);
+
+    // Record the first failure and wake everything. Any thread.
+    void fail(const TransferError &error);
+    // Worker or reader of a channel: its half of the pending barrier is done.
+    void barrier_part_done();
+    // Reader: a ledger has become empty. Wakes finish().
+    void ledger_drained();
+    // Any thread; each name is kept once.
+    void fallback(const std::string &name);
+
+    const SenderOptions options;
+    const GuestMemory memory;
+    HashTable hashes;
+    FlowControl flow;
+    JobQueue queue;
+    MissedPages missed;
+    Counters counters;
+    FailureLatch latch;
+
+    mutable std::mutex mutex;
+    std::condition_variable changed;
+    // Under mutex:
+    std::vector<std::unique_ptr<SenderChannel>> channels;
+    uint64_t barrier_parts = 0;  // outstanding halves (acknowledged; completions) of a barrier
+    std::set<std::string> fallbacks;
+};
+
+class Sender {
+public:
+    Sender(std::vector<MemoryBlock> blocks, size_t page_bytes, const SenderOptions &options);
+    ~Sender();
+    Sender(const Sender &) = delete;
+    Sender &operator=(const Sender &) = delete;
+
+    // Channels are added before the first barrier; the descriptor is duplicated.
+    void add_channel(int fd, unsigned index);
+
+    // `words` is the whole block's bitmap (`nwords` long); the pages of [page, page + npages) whose bit
+    // is set are queued, and read any time before barrier() returns true. Throws usage, and queues
+    // nothing, for a page already sent since the last barrier.
+    void send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t *words, size_t nwords,
+              uint32_t round);
+    // HOLE or FREE pages: nothing is read.
+    void send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run> runs, uint32_t round);
+    // True when everything of the round has landed and the kernel reads no page any more; false when
+    // `timeout_ns` (0: none) came first: call again with the same round.
+    bool barrier(uint32_t round, int64_t timeout_ns);
+    void finish();
+    void cancel(const std::string &reason);
+    void close();
+
+    // `nwords[i]` are checked against the blocks.
+    uint64_t take_missed(const std::vector<uint64_t *> &bitmaps, const std::vector<size_t> &nwords);
+    const HashTable &hashes() const noexcept { return shared_.hashes; }
+    const Counters &counters() const noexcept { return shared_.counters; }
+    PathInfo path_info() const;
+    void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
+    void set_window(uint64_t nbytes) { shared_.flow.set_window(nbytes); }
+    uint64_t in_flight() const { return shared_.flow.in_flight(); }
+    std::vector<std::string> fallbacks() const;
+
+private:
+    void check_open() const;
+    void join_workers();
+    void join_readers();
+    void push(Job &&job);
+
+    SenderShared shared_;
+    // The calling thread's:
+    std::vector<AtomicBitmap> claims_;  // pages sent since the last barrier
+    bool any_barrier_ = false;
+    bool barrier_pending_ = false;
+    uint32_t pending_round_ = 0;
+    bool finished_ = false;
+};
+
+}  // namespace vmth
+
+#endif

@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+// One channel of the sender: packets out, acknowledgements in.
+#include "xfer/sender_channel.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "xfer/worker_thread.hpp"
+
+namespace vmth {
+
+namespace {
+
+// A packet stops growing at these, so that zero-dense memory fills packets without delaying acks.
+constexpr uint64_t grow_pages = 16384;
+constexpr size_t grow_descs = 4096;
+// Below this, pinning pages costs more than copying them.
+constexpr uint64_t zerocopy_min_bytes = 32 * 1024;
+constexpr int completion_poll_ms = 50;
+
+using Clock = std::chrono::steady_clock;
+
+uint64_t most_bytes(uint64_t payload_bytes, uint64_t ndesc)
+{
+    return VMTH_PACKET_HEADER_BYTES + ndesc * VMTH_DESC_BYTES + payload_bytes;
+}
+
+template <typename Body> void guarded(SenderShared &shared, const std::string &where, Body body)
+{
+    try {
+        body();
+    } catch (const TransferError &error) {
+        shared.fail(error);
+    } catch (const std::exception &error) {
+        shared.fail(TransferError(ErrorKind::io, where + ": " + error.what()));
+    }
+}
+
+}  // namespace
+
+SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
+    : shared_(shared), channel_(fd, index, shared.options.ops),
+      builder_(shared.memory, shared.hashes, index)
+{
+    if (!shared.options.zerocopy) {
+        return;
+    }
+    int result = channel_.tcp() ? vmth_zerocopy_enable(channel_.fd()) : -EOPNOTSUPP;
+    zerocopy_ = result == 0;
+    if (result != 0) {
+        stop_zerocopy("not supported by this kind of socket");
+    }
+}
+
+void SenderChannel::start()
+{
+    std::string index = std::to_string(channel_.index());
+    reader_ = start_thread("vmth-ack-" + index,
+                           [this] { guarded(shared_, channel_.name(), [this] { read_acks(); }); });
+    worker_ = start_thread("vmth-send-" + index,
+                           [this] { guarded(shared_, channel_.name(), [this] { work(); }); });
+}
+
+void SenderChannel::join_worker()
+{
+    if (worker_.joinable()) {
+        worker_.join();
+    }
+}
+
+void SenderChannel::join_reader()
+{
+    if (reader_.joinable()) {
+        reader_.join();
+    }
+}
+
+// ---- worker ---------------------------------------------------------------------------------------
+
+void SenderChannel::work()
+{
+    Batch batch;
+    uint64_t barriers = 0;
+    for (;;) {
+        uint64_t max_pages = shared_.flow.packet_payload() / shared_.memory.page_bytes();
+        switch (shared_.queue.pull(batch, max_pages, barriers)) {
+        case Pulled::batch:
+            send_batch(batch);
+            break;
+        case Pulled::barrier:
+            send_control(VMTH_PACKET_BARRIER, batch.round);
+            wait_completions();
+            shared_.barrier_part_done();
+            break;
+        case Pulled::end:
+            wait_completions();
+            ending_.store(true, std::memory_order_release);
+            send_control(VMTH_PACKET_END, round_);
+            return;
+        case Pulled::stopped:
+            return;
+        }
+    }
+}
+
+void SenderChannel::send_batch(Batch &batch)
+{
+    const uint64_t page_bytes = shared_.memory.page_bytes();
+    const bool read = batch.form == VMTH_FORM_NORMAL;
+    const uint64_t limit =
+        std::max(shared_.flow.packet_payload(), read ? batch.npages * page_bytes : 0);
+    const uint64_t reserved =
+        read ? most_bytes(limit, limit / page_bytes) : most_bytes(0, batch.runs.size());
+    if (!shared_.flow.reserve(reserved)) {
+        return;
+    }
+    round_ = batch.round;
+    builder_.begin(batch.block, batch.round);
+    builder_.add(batch);
+    while (read && builder_.npages() < grow_pages && builder_.ndesc() < grow_descs) {
+        // Zero pages take no room: fill up, but only from what is there now.
+        uint64_t room = (limit - builder_.payload_bytes()) / page_bytes;
+        if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(batch, room)) {
+            break;
+        }
+        builder_.add(batch);
+    }
+    SentPacket sent = builder_.finish(++seq_);
+    shared_.flow.settle(reserved, sent.bytes);
+    ledger_.push(std::move(sent));
+    send_packet();
+}
+
+void SenderChannel::send_packet()
+{
+    std::vector<iovec> &payload = builder_.payload();
+    if (worth_zerocopy(builder_.payload_bytes())) {
+        // The header's buffer is reused at once, so it goes by copy.
+        write_packet(&builder_.head(), 1, MSG_MORE);
+        write_packet(payload.data(), payload.size(), MSG_ZEROCOPY);
+    } else {
+        payload.insert(payload.begin(), builder_.head());
+        write_packet(payload.data(), payload.size(), 0);
+    }
+    Counters &counters = shared_.counters;
+    counters.packets.add(1);
+    counters.normal_pages.add(builder_.counts().normal);
+    counters.zero_pages.add(builder_.counts().zero);
+    counters.hole_pages.add(builder_.counts().hole);
+    counters.free_pages.add(builder_.counts().free);
+}
+
+void SenderChannel::send_control(vmth_packet_kind kind, uint32_t round)
+{
+    vmth_packet_header header = {};
+    header.kind = static_cast<uint8_t>(kind);
+    header.round = round;
+    header.channel = static_cast<uint16_t>(channel_.index());
+    header.seq = ++seq_;
+    uint8_t raw[VMTH_PACKET_HEADER_BYTES] = {};
+    vmth_packet_encode_header(&header, raw, shared_.hashes.key().seed, raw);
+    if (kind == VMTH_PACKET_BARRIER) {
+        SentPacket sent;
+        sent.seq = seq_;
+        sent.kind = kind;
+        sent.bytes = sizeof(raw);
+        shared_.flow.settle(0, sent.bytes);
+        ledger_.push(std::move(sent));
+    }
+    iovec iov = {raw, sizeof(raw)};
+    write_packet(&iov, 1, 0);
+}
+
+void SenderChannel::write_packet(iovec *iov, size_t count, int flags)
+{
+    uint64_t nbytes = 0;
+    for (size_t i = 0; i < count; i++) {
+        nbytes += iov[i].iov_len;
+    }
+    if (flags == MSG_ZEROCOPY) {
+        write_zerocopy(iov, count);
+    } else {
+        channel_.write_vec(iov, count, flags);
+    }
+    shared_.counters.wire_bytes.add(nbytes);
+}
+
+// ---- zero copy ------------------------------------------------------------------------------------
+
+bool SenderChannel::worth_zerocopy(uint64_t payload_bytes) const noexcept
+{
+    return zerocopy_ && payload_bytes >= zerocopy_min_bytes;
+}
+
+void SenderChannel::write_zerocopy(iovec *iov, size_t count)
+{
+    while (count > 0) {
+        if (!zerocopy_) {
+            channel_.write_vec(iov, count);
+            return;
+        }
+        ssize_t sent = channel_.write_some(iov, count, MSG_ZEROCOPY);
+        if (sent == -ENOBUFS) {
+            // The socket's or the process's limit on pinned memory. Completions may free some; what
+            // does not fit goes by copy.
+            reap();
+            if (completions_.outstanding == 0) {
+                stop_zerocopy("no room for pinned pages (optmem_max or RLIMIT_MEMLOCK)");
+            } else {
+                channel_.wait(POLLOUT, completion_poll_ms);
+                reap();
+            }
+            sent = channel_.write_some(iov, count, 0);
+            if (sent == -ENOBUFS) {
+                throw system_error(channel_.name() + ": send", ENOBUFS);
+            }
+        } else if (sent > 0) {
+            vmth_zerocopy_sent(&completions_);
+            shared_.counters.zerocopy_sends.add(1);
+        }
+        if (sent > 0) {
+            size_t used = advance(iov, count, static_cast<size_t>(sent));
+            iov += used;
+            count -= used;
+        } else {
+            channel_.wait(POLLOUT, completion_poll_ms);
+        }
+        reap();
+    }
+}
+
+void SenderChannel::reap()
+{
+    uint32_t reaped = 0;
+    const uint64_t copied_before = completions_.copied;
+    int result = vmth_zerocopy_reap(&channel_.ops(), channel_.fd(), &completions_, &reaped);
+    if (result != 0) {
+        throw system_error(channel_.name() + ": zero-copy completion", -result);
+    }
+    const uint64_t copied = completions_.copied - copied_before;
+    if (copied > 0) {
+        shared_.counters.zerocopy_copied.add(copied);
+        stop_zerocopy("the kernel copied all the same (loopback, or a device without it)");
+    }
+}
+
+void SenderChannel::wait_completions()
+{
+    const auto patience = std::chrono::milliseconds(shared_.options.completion_timeout_ms);
+    Clock::time_point since = Clock::now();
+    while (completions_.outstanding > 0) {
+        uint32_t before = completions_.outstanding;
+        reap();
+        if (completions_.outstanding == 0) {
+            return;
+        }
+        shared_.latch.check();
+        // Time counts only once the peer has acknowledged everything: a slow link is not a lost one.
+        if (completions_.outstanding != before || !drained()) {
+            since = Clock::now();
+        } else if (Clock::now() - since > patience) {
+            throw TransferError(ErrorKind::timeout,
+                                channel_.name() + ": " + std::to_string(completions_.outstanding) +
+                                    " zero-copy completions did not come within " +
+                                    std::to_string(shared_.options.completion_timeout_ms) + " ms");
+        }
+        channel_.wait(0, completion_poll_ms);
+    }
+}
+
+void SenderChannel::stop_zerocopy(const std::string &why)
+{
+    zerocopy_ = false;
+    shared_.fallback("zerocopy: " + why);
+}
+
+// ---- reader ---------------------------------------------------------------------------------------
+
+void SenderChannel::read_acks()
+{
+    uint8_t raw[VMTH_PACKET_HEADER_BYTES];
+    try {
+        while (channel_.read(raw, sizeof(raw))) {
+            read_packet(raw);
+        }
+    } catch (const TransferError &error) {
+        // A peer that has everything may close in any way it likes.
+        if (error.kind() == ErrorKind::protocol || !ending_.load(std::memory_order_acquire) ||
+            !drained()) {
+            throw;
+        }
+        return;
+    }
+    if (!ending_.load(std::memory_order_acquire) || !drained()) {
+        throw TransferError(ErrorKind::closed, channel_.name() +
+                                                   ": the peer closed the connection with " +
+                                                   std::to_string(shared_.flow.in_flight()) +
+                                                   " bytes not acknowledged");
+    }
+}
+
+void SenderChannel::read_packet(const uint8_t *raw)
+{
+    const vmth_packet_limits limits =
+        shared_.memory.limits(channel_.index(), 1u << VMTH_FORM_SAME);
+    vmth_packet_header header;
+    vmth_packet_error error = {};
+    if (vmth_packet_decode_header(raw, &limits, &header, &error) != 0) {
+        throw packet_error(channel_.name(), error);
+    }
+    if (header.kind != VMTH_PACKET_ACK) {
+        throw packet_error(channel_.name(), {"kind", header.kind, VMTH_PACKET_ACK});
+    }
+    desc_.resize(header.desc_bytes);
+    if (!channel_.read(desc_.data(), desc_.size())) {
+        throw TransferError(ErrorKind::closed,
+                            channel_.name() + ": the peer closed the connection inside a packet");
+    }
+    if (vmth_packet_verify(raw, desc_.data(), desc_.size(), shared_.hashes.key().seed, &error) != 0) {
+        throw packet_error(channel_.name(), error);
+    }
+    std::vector<vmth_ack> acks(header.ndesc);
+    for (size_t i = 0; i < acks.size(); i++) {
+        if (vmth_ack_decode(desc_.data() + i * VMTH_ACK_BYTES, &acks[i], &error) != 0) {
+            throw packet_error(channel_.name(), error);
+        }
+    }
+    if (header.seq != acks.back().seq) {
+        throw packet_error(channel_.name(), {"seq", header.seq, acks.back().seq});
+    }
+    check_missed(header, acks);
+    for (const vmth_ack &ack : acks) {
+        take_ack(ack);
+    }
+    if (drained()) {
+        shared_.ledger_drained();
+    }
+}
+
+// The list of missed pages must be well formed and belong to acknowledgements with that status; which of
+// a packet's pages it names does not matter here, because all of them are sent again.
+void SenderChannel::check_missed(const vmth_packet_header &header, const std::vector<vmth_ack> &acks)
+{
+    const vmth_packet_limits limits =
+        shared_.memory.limits(channel_.index(), 1u << VMTH_FORM_SAME);
+    const vmth_ack *missed = nullptr;
+    for (const vmth_ack &ack : acks) {
+        if (ack.status == VMTH_ACK_MISSED) {
+            missed = &ack;
+        }
+    }
+    const size_t start = acks.size() * VMTH_ACK_BYTES;
+    if (missed == nullptr && start != desc_.size()) {
+        throw packet_error(channel_.name(), {"desc_bytes", desc_.size(), start});
+    }
+    uint64_t npages = 0;
+    for (size_t at = start; at < desc_.size();) {
+        vmth_desc desc;
+        size_t used = 0;
+        vmth_packet_error error = {};
+        if (vmth_desc_decode(desc_.data() + at, desc_.size() - at,
+                             static_cast<uint16_t>(missed->block), &limits, &desc, &used,
+                             &error) != 0) {
+            throw packet_error(channel_.name(), error);
+        }
+        npages += desc.npages;
+        at += used;
+    }
+    if (npages != header.npages) {
+        throw packet_error(channel_.name(), {"npages", header.npages, npages});
+    }
+}
+
+void SenderChannel::take_ack(const vmth_ack &ack)
+{
+    std::optional<SentPacket> sent = ledger_.pop(ack.seq);
+    if (!sent) {
+        throw packet_error(channel_.name(), {"ack.seq", ack.seq, ledger_.next()});
+    }
+    shared_.flow.acked(sent->bytes);
+    shared_.counters.acked_bytes.add(sent->bytes);
+    if (sent->kind == VMTH_PACKET_BARRIER) {
+        shared_.barrier_part_done();
+        return;
+    }
+    const bool same = ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi;
+    if (ack.status == VMTH_ACK_LANDED && same) {
+        return;
+    }
+    if (ack.status == VMTH_ACK_LANDED) {
+        shared_.counters.torn_packets.add(1);
+    }
+    shared_.counters.missed_pages.add(shared_.missed.add(sent->block, sent->runs));
+}
+
+}  // namespace vmth

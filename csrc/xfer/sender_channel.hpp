@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// One channel of the sender: its worker (sends) and its reader (acknowledgements).
+#ifndef VMTH_XFER_SENDER_CHANNEL_HPP
+#define VMTH_XFER_SENDER_CHANNEL_HPP
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "xfer/channel.hpp"
+#include "xfer/ledger.hpp"
+#include "xfer/packet_builder.hpp"
+#include "xfer/sender.hpp"
+
+namespace vmth {
+
+class SenderChannel {
+public:
+    SenderChannel(SenderShared &shared, int fd, unsigned index);
+
+    void start();  // may throw; whoever owns the object joins what was started
+    void join_worker();
+    void join_reader();
+    Channel &channel() noexcept { return channel_; }
+    bool drained() const { return ledger_.next() == 0; }
+
+private:
+    // Worker thread.
+    void work();
+    void send_batch(Batch &batch);
+    void send_packet();
+    void send_control(vmth_packet_kind kind, uint32_t round);
+    void write_packet(iovec *iov, size_t count, int flags);
+    void write_zerocopy(iovec *iov, size_t count);
+    bool worth_zerocopy(uint64_t payload_bytes) const noexcept;
+    void reap();
+    void wait_completions();
+    void stop_zerocopy(const std::string &why);
+
+    // Reader thread.
+    void read_acks();
+    void read_packet(const uint8_t *raw);
+    void take_ack(const vmth_ack &ack);
+    void check_missed(const vmth_packet_header &header, const std::vector<vmth_ack> &acks);
+
+    SenderShared &shared_;
+    Channel channel_;
+    Ledger ledger_;  // pushed by the worker, popped by the reader
+    std::thread worker_;
+    std::thread reader_;
+    std::atomic<bool> ending_{false};  // END is being sent: an end of stream is no failure any more
+    // Worker:
+    PacketBuilder builder_;
+    uint64_t seq_ = 0;
+    uint32_t round_ = 0;
+    bool zerocopy_ = false;
+    vmth_zerocopy completions_ = {};
+    // Reader:
+    std::vector<uint8_t> desc_;
+};
+
+}  // namespace vmth
+
+#endif

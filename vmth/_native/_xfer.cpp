@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+// pybind11 over csrc/xfer: argument checks, GIL release, exception translation; nothing else.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wshadow"  // pybind11's own
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#pragma GCC diagnostic pop
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sys/sock_options.h"
+#include "xfer/receiver.hpp"
+#include "xfer/sender.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using vmth::ErrorKind;
+using vmth::TransferError;
+
+using Words = py::array_t<uint64_t, py::array::c_style>;
+
+// Threads are joined on destruction; none of them takes the GIL, and others may run meanwhile.
+struct DeleteWithoutGil {
+    template <typename T> void operator()(T *object) const
+    {
+        py::gil_scoped_release release;
+        delete object;
+    }
+};
+template <typename T> using Holder = std::unique_ptr<T, DeleteWithoutGil>;
+
+TransferError usage(const std::string &message)
+{
+    return TransferError(ErrorKind::usage, message);
+}
+
+std::vector<vmth::MemoryBlock> memory_blocks(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks)
+{
+    std::vector<vmth::MemoryBlock> memory;
+    memory.reserve(blocks.size());
+    for (const auto &[address, npages] : blocks) {
+        memory.push_back({reinterpret_cast<uint8_t *>(address), npages});
+    }
+    return memory;
+}
+
+// A C-contiguous uint64 array as it is: a converted copy would lose what is written to it.
+Words words_of(const py::handle &object)
+{
+    if (!py::isinstance<Words>(object)) {
+        throw usage("expected a C-contiguous uint64 array");
+    }
+    return py::reinterpret_borrow<Words>(object);
+}
+
+std::vector<vmth_run> runs_of(const py::handle &object)
+{
+    Words array = words_of(object);
+    if (array.ndim() != 2 || array.shape(1) != 2) {
+        throw usage("expected runs of shape (n, 2)");
+    }
+    std::vector<vmth_run> runs(static_cast<size_t>(array.shape(0)));
+    for (size_t i = 0; i < runs.size(); i++) {
+        runs[i] = {array.data()[2 * i], array.data()[2 * i + 1]};
+    }
+    return runs;
+}
+
+Words array_of(std::vector<vmth_u128> &&hashes)
+{
+    auto owner = std::make_unique<std::vector<vmth_u128>>(std::move(hashes));
+    auto *data = reinterpret_cast<uint64_t *>(owner->data());
+    const py::ssize_t rows = static_cast<py::ssize_t>(owner->size());
+    py::capsule keep(owner.get(), [](void *p) { delete static_cast<std::vector<vmth_u128> *>(p); });
+    owner.release();
+    return Words({rows, py::ssize_t{2}}, data, keep);
+}
+
+py::tuple digest_of(const vmth::HashTable &hashes)
+{
+    vmth_digest digest;
+    {
+        py::gil_scoped_release release;
+        digest = hashes.total();
+    }
+    return py::make_tuple(digest.sum.lo, digest.sum.hi, digest.pages);
+}
+
+Words copy_hashes(const vmth::HashTable &hashes, uint32_t block, uint64_t page, uint64_t npages)
+{
+    std::vector<vmth_u128> copy;
+    {
+        py::gil_scoped_release release;
+        copy = hashes.copy(block, page, npages);
+    }
+    return array_of(std::move(copy));
+}
+
+Words subdigests(const vmth::HashTable &hashes, uint32_t block, uint64_t page, uint64_t npages,
+                 uint64_t step)
+{
+    std::vector<vmth_u128> sums;
+    {
+        py::gil_scoped_release release;
+        sums = hashes.subdigests(block, page, npages, step);
+    }
+    return array_of(std::move(sums));
+}
+
+py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
+{
+    using namespace pybind11::literals;
+    return py::dict(
+        "normal_pages"_a = counters.normal_pages.get(), "zero_pages"_a = counters.zero_pages.get(),
+        "hole_pages"_a = counters.hole_pages.get(), "free_pages"_a = counters.free_pages.get(),
+        "missed_pages"_a = counters.missed_pages.get(), "wire_bytes"_a = counters.wire_bytes.get(),
+        "acked_bytes"_a = counters.acked_bytes.get(), "packets"_a = counters.packets.get(),
+        "torn_packets"_a = counters.torn_packets.get(),
+        "zerocopy_sends"_a = counters.zerocopy_sends.get(),
+        "zerocopy_copied"_a = counters.zerocopy_copied.get(), "rtt_ns"_a = path.rtt_ns,
+        "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
+}
+
+std::unique_ptr<vmth::Sender, DeleteWithoutGil>
+make_sender(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks, size_t page_bytes,
+            uint64_t hash_seed, bool digest, bool zerocopy, uint32_t packet_bytes,
+            unsigned queue_jobs)
+{
+    vmth::SenderOptions options;
+    options.hash_seed = hash_seed;
+    options.digest = digest;
+    options.zerocopy = zerocopy;
+    options.packet_bytes = packet_bytes;
+    options.queue_jobs = queue_jobs;
+    return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
+}
+
+std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
+make_receiver(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks, size_t page_bytes,
+              uint64_t hash_seed, bool digest, const py::sequence &maybe_nonzero, unsigned channels)
+{
+    vmth::ReceiverOptions options;
+    options.hash_seed = hash_seed;
+    options.digest = digest;
+    options.channels = channels;
+    std::vector<Words> arrays;
+    std::vector<const uint64_t *> words;
+    std::vector<size_t> nwords;
+    for (const py::handle &item : maybe_nonzero) {
+        arrays.push_back(words_of(item));
+        words.push_back(arrays.back().data());
+        nwords.push_back(static_cast<size_t>(arrays.back().size()));
+    }
+    return Holder<vmth::Receiver>(
+        new vmth::Receiver(memory_blocks(blocks), page_bytes, options, words, nwords));
+}
+
+uint64_t take_missed(vmth::Sender &sender, const py::sequence &bitmaps)
+{
+    std::vector<Words> arrays;
+    std::vector<uint64_t *> words;
+    std::vector<size_t> nwords;
+    for (const py::handle &item : bitmaps) {
+        arrays.push_back(words_of(item));
+        words.push_back(arrays.back().mutable_data());
+        nwords.push_back(static_cast<size_t>(arrays.back().size()));
+    }
+    py::gil_scoped_release release;
+    return sender.take_missed(words, nwords);
+}
+
+void send_told(vmth::Sender &sender, vmth_page_form form, uint32_t block, const py::handle &runs,
+               uint32_t round)
+{
+    std::vector<vmth_run> list = runs_of(runs);
+    py::gil_scoped_release release;
+    sender.send_told(form, block, std::move(list), round);
+}
+
+void connect_options(int fd, int dscp, int keepalive_s, int user_timeout_ms, int send_buffer_bytes,
+                     int receive_buffer_bytes)
+{
+    const vmth_sock_options options = {dscp, keepalive_s, user_timeout_ms, send_buffer_bytes,
+                                       receive_buffer_bytes};
+    const char *option = "";
+    int result = vmth_sock_set_options(fd, &options, &option);
+    if (result == -EINVAL) {
+        throw TransferError(ErrorKind::usage, std::string(option) + " is outside its range",
+                            -result);
+    }
+    if (result != 0) {
+        throw vmth::system_error(option, -result);
+    }
+}
+
+py::dict tcp_info(int fd)
+{
+    using namespace pybind11::literals;
+    vmth_sock_info info;
+    int result = vmth_sock_get_info(fd, &info);
+    if (result != 0) {
+        throw vmth::system_error("tcp_info", -result);
+    }
+    return py::dict("tcp"_a = info.tcp, "rtt_ns"_a = info.rtt_ns, "rttvar_ns"_a = info.rttvar_ns,
+                    "retransmits"_a = info.retransmits, "path_mtu"_a = info.path_mtu,
+                    "congestion_window"_a = info.congestion_window,
+                    "delivery_bps"_a = info.delivery_bps);
+}
+
+// Lives as long as the module; holds the Python type of TransferError.
+PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> error_type;
+
+void translate(std::exception_ptr pointer)
+{
+    try {
+        if (pointer) {
+            std::rethrow_exception(pointer);
+        }
+    } catch (const TransferError &error) {
+        py::object type = error_type.get_stored();
+        py::object instance = type(py::str(error.what()));
+        instance.attr("kind") = vmth::kind_name(error.kind());
+        instance.attr("errno") = error.error();
+        PyErr_SetObject(type.ptr(), instance.ptr());
+    }
+}
+
+void bind_sender(py::module_ &module)
+{
+    using Release = py::call_guard<py::gil_scoped_release>;
+    using vmth::Sender;
+    py::class_<Sender, Holder<Sender>>(module, "Sender")
+        .def(py::init(&make_sender), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
+             py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
+             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2)
+        .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"), Release())
+        .def(
+            "send",
+            [](Sender &self, uint32_t block, uint64_t page, uint64_t npages, const py::object &bitmap,
+               uint32_t round) {
+                Words words = words_of(bitmap);
+                const uint64_t *data = words.data();
+                const size_t nwords = static_cast<size_t>(words.size());
+                py::gil_scoped_release release;
+                self.send(block, page, npages, data, nwords, round);
+            },
+            py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("bitmap"),
+            py::arg("round_"))
+        .def(
+            "send_holes",
+            [](Sender &self, uint32_t block, const py::object &runs, uint32_t round) {
+                send_told(self, VMTH_FORM_HOLE, block, runs, round);
+            },
+            py::arg("block"), py::arg("runs"), py::arg("round_"))
+        .def(
+            "send_free",
+            [](Sender &self, uint32_t block, const py::object &runs, uint32_t round) {
+                send_told(self, VMTH_FORM_FREE, block, runs, round);
+            },
+            py::arg("block"), py::arg("runs"), py::arg("round_"))
+        .def("barrier", &Sender::barrier, py::arg("round_"), py::arg("timeout_ns"), Release())
+        .def("take_missed", &take_missed, py::arg("bitmaps"))
+        .def("digest", [](const Sender &self) { return digest_of(self.hashes()); })
+        .def(
+            "hashes",
+            [](const Sender &self, uint32_t block, uint64_t page, uint64_t npages) {
+                return copy_hashes(self.hashes(), block, page, npages);
+            },
+            py::arg("block"), py::arg("page"), py::arg("npages"))
+        .def(
+            "subdigests",
+            [](const Sender &self, uint32_t block, uint64_t page, uint64_t npages, uint64_t step) {
+                return subdigests(self.hashes(), block, page, npages, step);
+            },
+            py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("step"))
+        .def("counters",
+             [](const Sender &self) { return counters_of(self.counters(), self.path_info()); })
+        .def("set_bandwidth", &Sender::set_bandwidth, py::arg("bytes_per_second"), Release())
+        .def("set_window", &Sender::set_window, py::arg("nbytes"), Release())
+        .def("in_flight", &Sender::in_flight, Release())
+        .def("fallbacks", &Sender::fallbacks)
+        .def("cancel", &Sender::cancel, py::arg("reason"), Release())
+        .def("finish", &Sender::finish, Release())
+        .def("close", &Sender::close, Release());
+}
+
+void bind_receiver(py::module_ &module)
+{
+    using Release = py::call_guard<py::gil_scoped_release>;
+    using vmth::Receiver;
+    py::class_<Receiver, Holder<Receiver>>(module, "Receiver")
+        .def(py::init(&make_receiver), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
+             py::arg("hash_seed"), py::arg("digest") = true, py::arg("maybe_nonzero"),
+             py::arg("channels"))
+        .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
+        .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
+        .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })
+        .def(
+            "hashes",
+            [](const Receiver &self, uint32_t block, uint64_t page, uint64_t npages) {
+                return copy_hashes(self.hashes(), block, page, npages);
+            },
+            py::arg("block"), py::arg("page"), py::arg("npages"))
+        .def(
+            "subdigests",
+            [](const Receiver &self, uint32_t block, uint64_t page, uint64_t npages,
+               uint64_t step) { return subdigests(self.hashes(), block, page, npages, step); },
+            py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("step"))
+        .def("counters", [](const Receiver &self) { return counters_of(self.counters(), {}); })
+        .def("cancel", &Receiver::cancel, py::arg("reason"), Release())
+        .def("close", &Receiver::close, Release());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_xfer, module)
+{
+    module.doc() = "Page channels: sender and receiver worker pools over stream sockets.";
+    error_type.call_once_and_store_result([&module]() -> py::object {
+        const std::string name = std::string(py::str(module.attr("__name__"))) + ".TransferError";
+        return py::reinterpret_steal<py::object>(
+            PyErr_NewException(name.c_str(), PyExc_Exception, nullptr));
+    });
+    module.attr("TransferError") = error_type.get_stored();
+    py::register_exception_translator(&translate);
+    bind_sender(module);
+    bind_receiver(module);
+    module.def("connect_options", &connect_options, py::arg("fd"), py::kw_only(),
+               py::arg("dscp") = -1, py::arg("keepalive_s") = 0, py::arg("user_timeout_ms") = 0,
+               py::arg("send_buffer_bytes") = 0, py::arg("receive_buffer_bytes") = 0);
+    module.def("tcp_info", &tcp_info, py::arg("fd"));
+}
