@@ -62,3 +62,26 @@ int vmth_pagemap_scan(const struct vmth_memory_ops *ops, int pagemap_fd,
     }
     return 0;
 }
+
+static void add_pages(void *context, uint64_t page, uint64_t npages, uint64_t categories)
+{
+    uint64_t *count = context;
+
+    (void)page;
+    (void)categories;
+    *count += npages;
+}
+
+int vmth_pagemap_count(const struct vmth_memory_ops *ops, int pagemap_fd,
+                       const struct vmth_page_query *query, uint64_t start, uint64_t npages,
+                       uint64_t page_bytes, uint64_t *count)
+{
+    uint64_t counted = 0;
+    int result = vmth_pagemap_scan(ops, pagemap_fd, query, start, npages, page_bytes, add_pages,
+                                   &counted);
+
+    if (result == 0) {
+        *count = counted;
+    }
+    return result;
+}

@@ -90,6 +90,11 @@ VMTH_MUST_CHECK int vmth_pagemap_scan(const struct vmth_memory_ops *ops, int pag
                                       uint64_t npages, uint64_t page_bytes,
                                       vmth_page_region_fn *found, void *context);
 
+/* Count the pages that match. Same errors; *count is untouched on error. */
+VMTH_MUST_CHECK int vmth_pagemap_count(const struct vmth_memory_ops *ops, int pagemap_fd,
+                                       const struct vmth_page_query *query, uint64_t start,
+                                       uint64_t npages, uint64_t page_bytes, uint64_t *count);
+
 VMTH_END_DECLS
 
 #endif

@@ -29,6 +29,9 @@ class UffdWp:
     def close(self) -> None:
         """End all tracking. Idempotent."""
 
+def huge_pages(address: int, npages: int) -> int:
+    """How many of these pages a huge page maps."""
+
 def populated_anon(address: int, npages: int, bitmap: U64, page: int) -> None:
     """Private anonymous memory: set bit (page + i) for each populated page i from ``address``."""
 

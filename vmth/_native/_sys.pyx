@@ -8,7 +8,7 @@ OSError with the errno; sizes that do not fit a bitmap are ValueError.
 import os
 
 from libc.stdint cimport uint64_t
-from libc.string cimport strerror
+from libc.string cimport memset, strerror
 
 
 cdef extern from "stdbool.h":
@@ -18,6 +18,17 @@ cdef extern from "sys/memory_ops.h" nogil:
     struct vmth_memory_ops:
         pass
     const vmth_memory_ops *vmth_memory_ops_kernel()
+
+cdef extern from "sys/pagemap_scan.h" nogil:
+    enum:
+        VMTH_PAGE_IS_HUGE
+
+    struct vmth_page_query:
+        uint64_t category_mask
+        uint64_t return_mask
+
+    int vmth_pagemap_count(const vmth_memory_ops *ops, int pagemap_fd, const vmth_page_query *query,
+                           uint64_t start, uint64_t npages, uint64_t page_bytes, uint64_t *count)
 
 cdef extern from "sys/uffd_wp.h" nogil:
     enum vmth_uffd_missing:
@@ -133,6 +144,24 @@ cdef class UffdWp:
 
     def close(self):
         vmth_uffd_wp_close(&self._tracker)
+
+
+def huge_pages(uint64_t address, uint64_t npages) -> int:
+    cdef vmth_page_query query
+    cdef uint64_t count = 0
+    cdef int pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    cdef int result
+    memset(&query, 0, sizeof(query))
+    query.category_mask = query.return_mask = VMTH_PAGE_IS_HUGE
+    try:
+        with nogil:
+            result = vmth_pagemap_count(vmth_memory_ops_kernel(), pagemap_fd, &query, address, npages,
+                                        _page_bytes, &count)
+    finally:
+        os.close(pagemap_fd)
+    if result < 0:
+        raise _os_error(result, "PAGEMAP_SCAN")
+    return count
 
 
 def populated_anon(uint64_t address, uint64_t npages, uint64_t[::1] bitmap not None, uint64_t page):

@@ -52,8 +52,9 @@ def probe() -> Mapping[str, Finding]:
     - ``kernel-writes``: a system call's write into tracked memory is reported.
     - ``discard-anon``: MADV_DONTNEED of private anonymous memory is reported (it reads as zeros
       afterwards, so it is a write).
-    - ``discard-anon-thp``: the same for a transparent huge page.
+    - ``discard-anon-thp``: the same for a transparent huge page (absent: none was to be had).
     - ``discard-shared``: a hole punched in shared memory is reported.
+    - ``pagemap-scan``: PAGEMAP_SCAN tells a written page from one that never was.
     - ``seek-data``: SEEK_DATA finds a page of a memfd that was written with pwrite.
 
     Raises nothing that a machine could cause: what does not work is a finding.
@@ -69,6 +70,7 @@ def probe() -> Mapping[str, Finding]:
         findings[name] = (
             _finding(check) if findings["uffd-wp"] == _OK else Finding(Status.ABSENT, "no uffd-wp")
         )
+    findings["pagemap-scan"] = _finding(_check_pagemap_scan)
     findings["seek-data"] = _finding(_check_seek_data)
     return MappingProxyType(findings)
 
@@ -99,6 +101,9 @@ class _Tracked:
         self.bytes[:] = 1
         self._tracker = _sys.UffdWp()
         self._tracker.add(self._address, _HUGE_PAGES)
+
+    def is_huge(self) -> bool:
+        return _sys.huge_pages(self._address, _HUGE_PAGES) == _HUGE_PAGES
 
     def discard(self, advice: int) -> None:
         self._mapped.madvise(advice, self._offset, _HUGE_BYTES)
@@ -134,8 +139,12 @@ def _check_discard_anon() -> Finding:
 
 
 def _check_discard_anon_thp() -> Finding:
+    tracked = _Tracked(mmap.MAP_PRIVATE, mmap.MADV_HUGEPAGE)
+    if not tracked.is_huge():
+        tracked.close()
+        return Finding(Status.ABSENT, "no transparent huge page was to be had")
     return _check_discard(
-        _Tracked(mmap.MAP_PRIVATE, mmap.MADV_HUGEPAGE),
+        tracked,
         mmap.MADV_DONTNEED,
         "this kernel does not report discarded transparent huge pages",
     )
@@ -157,6 +166,18 @@ def _check_discard(tracked: _Tracked, advice: int, fault: str) -> Finding:
         tracked.close()
     if written < _HUGE_PAGES:
         return Finding(Status.FAULTY, f"{fault} ({written} of {_HUGE_PAGES} pages)")
+    return _OK
+
+
+def _check_pagemap_scan() -> Finding:
+    mapped = mmap.mmap(-1, _HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    view = np.frombuffer(mapped, dtype=np.uint8)
+    view[3 * _sys.PAGE_BYTES] = 1
+    bitmap = np.zeros(bitmap_words(_HUGE_PAGES), dtype=np.uint64)
+    _sys.populated_anon(address_of(view), _HUGE_PAGES, bitmap, 0)
+    if int(bitmap[0]) != 1 << 3 or bitmap[1:].any():
+        return Finding(Status.FAULTY, "PAGEMAP_SCAN does not find the one page that was written")
     return _OK
 
 
