@@ -175,7 +175,7 @@ class NativeSender:
 
 
 class NativeReceiver:
-    """``PageReceiver`` over sockets. A context manager: leaving it closes. Errors as the sender's."""
+    """``PageReceiver`` over sockets. A context manager: leaving it closes. Errors: the sender's."""
 
     def __init__(
         self,
