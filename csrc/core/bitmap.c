@@ -7,6 +7,7 @@
 #include "core/endian.h"
 #include "core/kernel_ops.h"
 #include "core/popcount.h"
+#include "core/run_sink.h"
 
 /* The bits below `bit` of a word; bit in 0..63. */
 static inline uint64_t low_bits(uint64_t bit)
@@ -145,61 +146,26 @@ int vmth_bitmap_runs(const uint64_t *words, uint64_t npages, uint64_t from, stru
     }
     const struct bitmap_ops *bitmap = kernel_bitmap();
     const uint64_t nwords = VMTH_BITMAP_WORDS(npages);
-    uint64_t start = 0;
+    const uint64_t whole_end = npages / 64;
+    struct run_sink sink = {.out = out, .cap = cap};
     uint64_t i = from / 64;
-    bool open = false; /* a run that began at `start` reaches the end of the words seen */
-    size_t n = 0;
 
+    *resume = npages;
     while (i < nwords) {
-        uint64_t word = word_within(words, i, from, npages);
-
-        if (!open) {
-            if (word == 0) {
-                i = bitmap->skip_empty(words, i + 1, nwords);
-                continue;
-            }
-        } else if (word == ~UINT64_C(0)) {
-            i++;
-            continue;
-        } else {
-            const unsigned ones = (unsigned)__builtin_ctzll(~word);
-
-            out[n].page = start;
-            out[n].npages = 64 * i + ones - start;
-            n++;
-            open = false;
-            word &= ~low_bits(ones);
-        }
-        while (word != 0) {
-            const unsigned first = (unsigned)__builtin_ctzll(word);
-            const uint64_t rest = ~(word | low_bits(first));
-
-            if (n == cap) {
-                *nruns = n;
-                *resume = 64 * i + first;
-                return 0;
-            }
-            start = 64 * i + first;
-            if (rest == 0) {
-                open = true;
-                break;
-            }
-            const unsigned past = (unsigned)__builtin_ctzll(rest);
-
-            out[n].page = start;
-            out[n].npages = past - first;
-            n++;
-            word &= ~low_bits(past);
+        /* The first and the last word may be partial, and where room is short a word is walked to the
+         * last entry: all that is done here, everything else by the kernel. */
+        if (!sink_word(&sink, word_within(words, i, from, npages), 64 * i, resume)) {
+            break;
         }
         i++;
+        if (i < whole_end) {
+            i = bitmap->runs(words, i, whole_end, &sink);
+        }
     }
-    if (open) {
-        out[n].page = start;
-        out[n].npages = npages - start;
-        n++;
+    if (sink.open) {
+        sink_put(&sink, sink.start, npages);
     }
-    *nruns = n;
-    *resume = npages;
+    *nruns = sink.n;
     return 0;
 }
 

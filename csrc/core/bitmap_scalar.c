@@ -2,6 +2,7 @@
 /* Whole-word bitmap loops, scalar: defines the answer for every other implementation. */
 #include "core/kernel_ops.h"
 #include "core/popcount.h"
+#include "core/run_sink.h"
 
 static uint64_t count_scalar(const uint64_t *words, size_t n)
 {
@@ -24,12 +25,20 @@ static uint64_t merge_scalar(uint64_t *into, const uint64_t *from, size_t n)
     return bits;
 }
 
-static size_t skip_empty_scalar(const uint64_t *words, size_t from, size_t n)
+static size_t runs_scalar(const uint64_t *words, size_t from, size_t to, struct run_sink *sink)
 {
-    while (from < n && words[from] == 0) {
-        from++;
+    for (; from < to; from++) {
+        uint64_t resume; /* stays unset: there is room */
+
+        if (words[from] == 0 && !sink->open) {
+            continue;
+        }
+        if (sink->cap - sink->n < RUN_SINK_ROOM) {
+            break;
+        }
+        (void)sink_word(sink, words[from], 64 * (uint64_t)from, &resume);
     }
     return from;
 }
 
-const struct bitmap_ops bitmap_scalar = {"scalar", count_scalar, merge_scalar, skip_empty_scalar};
+const struct bitmap_ops bitmap_scalar = {"scalar", count_scalar, merge_scalar, runs_scalar};

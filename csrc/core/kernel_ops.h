@@ -14,14 +14,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct run_sink;
+
 struct bitmap_ops {
     const char *name;
     /* Set bits in n whole words. */
     uint64_t (*count)(const uint64_t *words, size_t n);
     /* into |= from over n whole words; returns the bits that became set. */
     uint64_t (*merge)(uint64_t *into, const uint64_t *from, size_t n);
-    /* The first index in [from, n) whose word is not zero, or n. */
-    size_t (*skip_empty)(const uint64_t *words, size_t from, size_t n);
+    /* Walk whole words [from, to) into the sink. Returns `to`, or the first word that was not walked
+     * because it is not empty and less than RUN_SINK_ROOM entries are left. */
+    size_t (*runs)(const uint64_t *words, size_t from, size_t to, struct run_sink *sink);
 };
 
 struct zero_ops {

@@ -3,14 +3,15 @@
  *
  * Why it equals the scalar twin: CNT counts the bits of each byte, and the pairwise widening additions
  * sum them exactly (a 64-bit lane gains at most 64 a step); OR and BIC are bitwise at any width; a
- * group of words is skipped only if the OR of all of them is zero, and the first that is not is
- * searched word by word. */
+ * group of words is skipped only outside a run and if the OR of all is zero, and every other group is
+ * walked by the scalar twin itself. */
 #if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 
 #include <arm_neon.h>
 
 #include "core/kernel_ops.h"
 #include "core/popcount.h"
+#include "core/run_sink.h"
 
 /* sum + the bits of each 64-bit lane of words */
 static inline uint64x2_t add_bits(uint64x2_t sum, uint64x2_t words)
@@ -51,24 +52,33 @@ static uint64_t merge_neon(uint64_t *into, const uint64_t *from, size_t n)
     return vaddvq_u64(sum) + last;
 }
 
-static size_t skip_empty_neon(const uint64_t *words, size_t from, size_t n)
+static size_t runs_neon(const uint64_t *words, size_t from, size_t to, struct run_sink *sink)
 {
-    for (; from + 8 <= n; from += 8) {
+    while (from < to) {
         const uint64_t *group = words + from;
-        const uint64x2_t any = vorrq_u64(vorrq_u64(vld1q_u64(group), vld1q_u64(group + 2)),
-                                         vorrq_u64(vld1q_u64(group + 4), vld1q_u64(group + 6)));
 
-        if (vmaxvq_u32(vreinterpretq_u32_u64(any)) != 0) {
-            break;
+        if (!sink->open && from + 8 <= to) {
+            const uint64x2_t any =
+                vorrq_u64(vorrq_u64(vld1q_u64(group), vld1q_u64(group + 2)),
+                          vorrq_u64(vld1q_u64(group + 4), vld1q_u64(group + 6)));
+
+            if (vmaxvq_u32(vreinterpretq_u32_u64(any)) == 0) {
+                from += 8;
+                continue;
+            }
         }
-    }
-    while (from < n && words[from] == 0) {
-        from++;
+        const size_t end = from + 8 < to ? from + 8 : to;
+        const size_t next = bitmap_scalar.runs(words, from, end, sink);
+
+        if (next < end) {
+            return next;
+        }
+        from = end;
     }
     return from;
 }
 
-const struct bitmap_ops bitmap_neon = {"neon", count_neon, merge_neon, skip_empty_neon};
+const struct bitmap_ops bitmap_neon = {"neon", count_neon, merge_neon, runs_neon};
 
 #else
 typedef int bitmap_neon_is_not_built_here;

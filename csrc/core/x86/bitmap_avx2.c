@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Whole-word bitmap loops with AVX2 and POPCNT.
  *
- * Why it equals the scalar twin: POPCNT counts the same bits, OR is bitwise at any width, and a group of
- * words is skipped only if the OR of all of them is zero; the first group that is not zero is
- * searched word by word, so the index found is the first. */
+ * Why it equals the scalar twin: POPCNT counts the same bits, OR is bitwise at any width; runs: see
+ * runs_bmi.h, and a group of words is skipped only outside a run and if the OR of all is zero. */
 #if defined(__x86_64__)
 
 #include "core/kernel_ops.h"
+#include "core/x86/runs_bmi.h"
 #include "core/x86/vector.h"
 
 AVX2 static uint64_t count_avx2(const uint64_t *words, size_t n)
@@ -45,29 +45,20 @@ AVX2 static uint64_t merge_avx2(uint64_t *into, const uint64_t *from, size_t n)
     return bits[0] + bits[1] + bits[2] + bits[3];
 }
 
-AVX2 static inline __m256i load4(const uint64_t *words)
+AVX2 static inline bool is_empty_group_avx2(const uint64_t *words)
 {
-    return _mm256_loadu_si256((const __m256i *)(const void *)words);
+    const __m256i any = _mm256_or_si256(_mm256_loadu_si256((const __m256i *)(const void *)words),
+                                        _mm256_loadu_si256((const __m256i *)(const void *)(words + 4)));
+
+    return _mm256_testz_si256(any, any) != 0;
 }
 
-AVX2 static size_t skip_empty_avx2(const uint64_t *words, size_t from, size_t n)
+AVX2 static size_t runs_avx2(const uint64_t *words, size_t from, size_t to, struct run_sink *sink)
 {
-    for (; from + 16 <= n; from += 16) {
-        const uint64_t *group = words + from;
-        const __m256i any = _mm256_or_si256(_mm256_or_si256(load4(group), load4(group + 4)),
-                                            _mm256_or_si256(load4(group + 8), load4(group + 12)));
-
-        if (!_mm256_testz_si256(any, any)) {
-            break;
-        }
-    }
-    while (from < n && words[from] == 0) {
-        from++;
-    }
-    return from;
+    return walk_runs(words, from, to, sink, is_empty_group_avx2);
 }
 
-const struct bitmap_ops bitmap_avx2 = {"avx2", count_avx2, merge_avx2, skip_empty_avx2};
+const struct bitmap_ops bitmap_avx2 = {"avx2", count_avx2, merge_avx2, runs_avx2};
 
 #else
 typedef int bitmap_avx2_is_not_built_here;

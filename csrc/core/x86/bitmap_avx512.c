@@ -3,11 +3,12 @@
  *
  * Why it equals the scalar twin: VPOPCNTQ counts the bits of each of eight words and sums are exact in
  * 64 bits; OR and AND-NOT are bitwise at any width; words past n are masked off, so they count as zero
- * and are not stored; a group is skipped only if vptestmq finds no word that is not zero, and
- * otherwise the lowest bit of its mask is the first such word. */
+ * and are not stored; runs: see runs_bmi.h, and a group of words is skipped only outside a run and if
+ * vptestmq finds all of it zero. */
 #if defined(__x86_64__)
 
 #include "core/kernel_ops.h"
+#include "core/x86/runs_bmi.h"
 #include "core/x86/vector.h"
 
 #define WORDS 8u /* a register holds */
@@ -57,32 +58,20 @@ AVX512_POPCNT static uint64_t merge_avx512(uint64_t *into, const uint64_t *from,
     return (uint64_t)_mm512_reduce_add_epi64(sum);
 }
 
-AVX512_POPCNT static size_t skip_empty_avx512(const uint64_t *words, size_t from, size_t n)
+AVX512_POPCNT static inline bool is_empty_group_avx512(const uint64_t *words)
 {
-    for (; from + 4 * WORDS <= n; from += 4 * WORDS) {
-        const uint64_t *group = words + from;
-        const __m512i pair = _mm512_or_si512(_mm512_loadu_si512(group),
-                                             _mm512_loadu_si512(group + WORDS));
-        const __m512i any = _mm512_ternarylogic_epi64(pair, _mm512_loadu_si512(group + 2 * WORDS),
-                                                      _mm512_loadu_si512(group + 3 * WORDS), 0xfe);
+    const __m512i group = _mm512_loadu_si512(words);
 
-        if (_mm512_test_epi64_mask(any, any) != 0) {
-            break;
-        }
-    }
-    for (; from < n; from += WORDS) {
-        const __mmask8 lanes = n - from >= WORDS ? (__mmask8)0xff : tail_mask(n - from);
-        const __m512i group = _mm512_maskz_loadu_epi64(lanes, words + from);
-        const __mmask8 set = _mm512_test_epi64_mask(group, group);
-
-        if (set != 0) {
-            return from + (size_t)__builtin_ctz(set);
-        }
-    }
-    return n;
+    return _mm512_test_epi64_mask(group, group) == 0;
 }
 
-const struct bitmap_ops bitmap_avx512 = {"avx512", count_avx512, merge_avx512, skip_empty_avx512};
+AVX512_POPCNT static size_t runs_avx512(const uint64_t *words, size_t from, size_t to,
+                                        struct run_sink *sink)
+{
+    return walk_runs(words, from, to, sink, is_empty_group_avx512);
+}
+
+const struct bitmap_ops bitmap_avx512 = {"avx512", count_avx512, merge_avx512, runs_avx512};
 
 #else
 typedef int bitmap_avx512_is_not_built_here;

@@ -13,7 +13,7 @@
 #include "core/x86/vector.h"
 #include "core/xxh3.h"
 
-#define PREFETCH_BYTES 1024
+#define PREFETCH_BYTES 2048
 
 AVX2 static inline __m256i load(const uint8_t *from)
 {
@@ -27,7 +27,7 @@ AVX2 static inline __m256i add_half(__m256i acc, const uint8_t *in, const uint8_
     const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
     const __m256i swapped = _mm256_shuffle_epi32(word, _MM_SHUFFLE(1, 0, 3, 2));
 
-    return _mm256_add_epi64(product, _mm256_add_epi64(acc, swapped));
+    return _mm256_add_epi64(acc, _mm256_add_epi64(product, swapped));
 }
 
 AVX2 static inline __m256i scramble_half(__m256i acc, const uint8_t *secret)

@@ -11,7 +11,7 @@
 #include "core/x86/vector.h"
 #include "core/xxh3.h"
 
-#define PREFETCH_BYTES 1024
+#define PREFETCH_BYTES 2048
 
 AVX512 static inline __m512i load(const uint8_t *from)
 {
@@ -25,7 +25,7 @@ AVX512 static inline __m512i add_stripe(__m512i acc, const uint8_t *in, __m512i 
     const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
     const __m512i swapped = _mm512_shuffle_epi32(word, _MM_PERM_BADC);
 
-    return _mm512_add_epi64(product, _mm512_add_epi64(acc, swapped));
+    return _mm512_add_epi64(acc, _mm512_add_epi64(product, swapped));
 }
 
 AVX512 static inline __m512i scramble(__m512i acc, __m512i secret)

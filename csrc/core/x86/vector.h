@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#define BMI __attribute__((target("bmi,popcnt")))
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,bmi,popcnt")))
 #define AVX512_POPCNT __attribute__((target("avx512f,avx512bw,avx512vl,avx512vpopcntdq,bmi,popcnt")))

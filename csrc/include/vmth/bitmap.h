@@ -37,8 +37,9 @@ bool vmth_bitmap_test(const uint64_t *words, uint64_t page);
 
 /* Write at most `cap` runs of set bits in page order, from page `from`; *nruns is the number written
  * and *resume the first page not examined (== npages when done). A run that meets the end of room is
- * not split: it is reported whole or left for the next call. Returns 0, or -EINVAL if words is NULL
- * while npages > 0, or from > npages, or cap is 0. */
+ * not split: it is reported whole or left for the next call. Entries of `out` past *nruns hold nothing
+ * of meaning afterwards. Returns 0, or -EINVAL if words is NULL while npages > 0, or from > npages, or
+ * cap is 0. */
 VMTH_MUST_CHECK int vmth_bitmap_runs(const uint64_t *words, uint64_t npages, uint64_t from,
                                      struct vmth_run *out, size_t cap, size_t *nruns,
                                      uint64_t *resume);
