@@ -9,7 +9,8 @@ docs/handover.md draws it.
 
 This file knows no guest, journal or connection. A session feeds what happened to ``Handover.on()``
 and executes the actions that it returns. If HOLD_GUEST or a JOURNAL action fails, nothing after it
-is executed and ``undo()`` takes the transition back; then FAILURE is fed.
+is executed and ``undo()`` takes the transition back; then FAILURE is fed, or, where the event was a fact that stays
+true (RESUME_OK, RESUME_FAILED, GUEST_RUNS, RUNNING, ABORTED), the same event again later.
 
 After GRANTED stands in the source's journal the source does not run until it *knows* that the
 destination never will. After STARTING stands in the destination's journal the destination never
@@ -76,6 +77,7 @@ class DestinationState(enum.Enum):
     RECEIVING = "receiving"
     SEALED = "sealed"  #: digests equal, load_state() returned, every resource held
     STARTING = "starting"  #: journaled: resume() is called or was called
+    ABORTING = "aborting"  #: a restart found RECEIVING, Sealed may have been said: will never run
     ASKING = "asking"  #: a restart found STARTING: does the guest run?
     RUNNING = "running"  #: journaled: the guest runs here
     IN_DOUBT = "in-doubt"  #: the guest cannot be asked
@@ -327,11 +329,11 @@ def _destination_table() -> DestinationTable:
         ),
         (state.SEALED, event.SEAL_EQUAL): _row(state.SEALED, do.SEND_SEALED),
         (state.SEALED, event.GRANT): _row(state.STARTING, do.JOURNAL_STARTING, do.RESUME_GUEST),
-        (state.SEALED, event.FAILURE): _row(
-            state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST, do.SEND_ABORTED
-        ),
-        (state.SEALED, event.CONNECTION_LOST): _row(
+        (state.ABORTING, event.RESTARTED): _row(
             state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST
+        ),
+        (state.ABORTING, event.GRANT): _row(
+            state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST, do.SEND_ABORTED
         ),
         (state.STARTING, event.RESUME_FAILED): _row(
             state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST, do.SEND_ABORTED
@@ -351,17 +353,21 @@ def _destination_table() -> DestinationTable:
         (state.ABORTED, event.PEER_ABORT): _row(state.NO_RECORD, do.FORGET_RECORD),
         (state.ABORTED, event.RESTARTED): _row(state.ABORTED, do.DISCARD_GUEST),
     }
-    for waiting in (state.RECEIVING, state.SEALED):
+    # From Sealed on a grant may be on its way: ABORTED must be remembered.
+    for sealed in (state.SEALED, state.ABORTING):
+        table[sealed, event.FAILURE] = _row(
+            state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST, do.SEND_ABORTED
+        )
+        table[sealed, event.CONNECTION_LOST] = _row(
+            state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST
+        )
+    for waiting in (state.RECEIVING, state.SEALED, state.ABORTING):
         # The fence: whoever asks before the start will be told that there will be none.
         table[waiting, event.QUERY] = _row(
             state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST, do.ANSWER_ABORTED
         )
         # Abort says that the source keeps the guest: no grant was or will be given.
         table[waiting, event.PEER_ABORT] = _row(state.NO_RECORD, do.DISCARD_GUEST, do.FORGET_RECORD)
-    # A restart reads RECEIVING in both states, and the grant may be on its way.
-    table[state.RECEIVING, event.RESTARTED] = _row(
-        state.ABORTED, do.JOURNAL_ABORTED, do.DISCARD_GUEST
-    )
     for starting in (state.STARTING, state.ASKING):
         table[starting, event.RESUME_OK] = _row(state.RUNNING, do.JOURNAL_RUNNING, do.SEND_RUNNING)
         table[starting, event.GUEST_UNKNOWN] = _row(state.IN_DOUBT, do.TELL_OPERATOR)
@@ -374,13 +380,12 @@ def _destination_table() -> DestinationTable:
         )
     for every in state:
         table[every, event.QUERY_OTHER] = _row(every, do.ANSWER_UNKNOWN)
-    late = (event.SEAL_EQUAL, event.CONNECTION_LOST, event.FAILURE)
-    table |= _nothing([state.RUNNING, state.ABORTED], late)
+    settled = (state.NO_RECORD, state.RUNNING, state.ABORTED)
+    table |= _nothing(settled, [event.CONNECTION_LOST, event.FAILURE])
+    table |= _nothing([state.NO_RECORD], [event.GRANT, event.PEER_ABORT])
     table |= _nothing([state.RUNNING], [event.PEER_ABORT, event.RESTARTED])
-    table |= _nothing(
-        [state.NO_RECORD],
-        [event.GRANT, event.PEER_ABORT, event.CONNECTION_LOST, event.FAILURE],
-    )
+    unsealed = (state.RECEIVING, state.SEALED)
+    table |= _nothing([s for s in state if s not in unsealed], [event.SEAL_EQUAL])
     return table
 
 
@@ -440,7 +445,7 @@ _SOURCE_RECORDS = {
     Record.KEPT: SourceState.KEPT,
 }
 _DESTINATION_RECORDS = {
-    Record.RECEIVING: DestinationState.RECEIVING,
+    Record.RECEIVING: DestinationState.ABORTING,
     Record.STARTING: DestinationState.STARTING,
     Record.RUNNING: DestinationState.RUNNING,
     Record.ABORTED: DestinationState.ABORTED,
