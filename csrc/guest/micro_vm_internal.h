@@ -35,7 +35,8 @@ struct vmth_micro_vm {
     bool has_xcrs;
 
     /* The vCPU thread's own. */
-    timer_t slice_timer;
+    timer_t slice_timer; /* throttle: the end of the running part of a period */
+    timer_t ring_timer;  /* dirty ring: look at it, whatever the guest does */
     uint64_t slice_end_ns; /* monotonic; 0: no throttled slice under way */
     uint64_t nap_until_ns; /* monotonic */
     bool io_pending;       /* KVM finishes the last OUT at the next entry */

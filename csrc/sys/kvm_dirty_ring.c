@@ -11,6 +11,10 @@
 
 #include "vmth/bitmap.h"
 
+/* One full-ring exit may find its ring just emptied by a fetch; two in a row that find nothing mean
+ * that the kernel counts entries as in use which are not there any more. */
+#define STUCK_FULLS 2
+
 struct ring_slot {
     struct vmth_kvm_slot slot;
     uint64_t *collected; /* harvested and RESET, not handed out yet */
@@ -19,6 +23,8 @@ struct ring_slot {
 struct vcpu_ring {
     struct kvm_dirty_gfn *entries; /* shared with the kernel: flags only through atomics */
     uint32_t next;                 /* first entry not harvested; wraps at 2^32, a power of two */
+    bool gap;                      /* overflowed: entries from `next` on will not be filled */
+    unsigned int idle_fulls;       /* full-ring exits in a row that found nothing to harvest */
 };
 
 struct vmth_kvm_ring {
@@ -35,7 +41,7 @@ struct vmth_kvm_ring {
     pthread_mutex_t lock;
     bool started;
     bool reset_due; /* entries were marked RESET and the kernel has not been told yet */
-    uint64_t times_full;
+    uint64_t overflows;
     struct vcpu_ring *rings;
     struct ring_slot *slots;
 };
@@ -143,31 +149,113 @@ static int note_page(struct vmth_kvm_ring *ring, uint32_t slot, uint64_t page)
     return -EPROTO;
 }
 
-/* At most one ringful of each ring: what the vCPU appends after that is a later write. */
+static struct kvm_dirty_gfn *entry_at(const struct vmth_kvm_ring *ring,
+                                      const struct vcpu_ring *vcpu, uint32_t ahead)
+{
+    return &vcpu->entries[(vcpu->next + ahead) & (ring->nentries - 1)];
+}
+
+static bool is_dirty(const struct kvm_dirty_gfn *entry)
+{
+    /* Acquire pairs with the kernel's release: slot and offset are written before DIRTY. */
+    return (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY) != 0;
+}
+
+static void give_back(struct kvm_dirty_gfn *entry)
+{
+    /* Release: the kernel may overwrite the entry once it sees RESET. */
+    __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+}
+
+/* Entries from `next` on before the first dirty one, at most `limit`. */
+static uint32_t clean_ahead(const struct vmth_kvm_ring *ring, const struct vcpu_ring *vcpu,
+                            uint32_t limit)
+{
+    uint32_t n = 0;
+    while (n < limit && !is_dirty(entry_at(ring, vcpu, n))) {
+        n++;
+    }
+    return n;
+}
+
+/* After an overflow: move `next` to where the kernel writes. */
+static void skip_gap(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu)
+{
+    /* Twice: a vCPU may write behind the first scan, but whoever saw a later entry sees the first. */
+    uint32_t skip = clean_ahead(ring, vcpu, clean_ahead(ring, vcpu, ring->nentries));
+    if (skip == ring->nentries) {
+        if (vcpu->idle_fulls < STUCK_FULLS) {
+            return; /* nothing written since: wait for it, it shows the place */
+        }
+        /* The vCPU stands still because the kernel counts nearly a ringful or more as in use (the
+         * overflow was several rings long): half of that can be given back without a doubt. */
+        skip = ring->nentries / 2;
+        vcpu->gap = true;
+    } else {
+        vcpu->gap = false;
+    }
+    for (uint32_t i = 0; i < skip; i++) {
+        give_back(entry_at(ring, vcpu, i));
+    }
+    vcpu->next += skip;
+    ring->reset_due = ring->reset_due || skip > 0;
+}
+
+/* At most one ringful: what the vCPU appends after that is a later write. */
+static uint32_t harvest(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, int *error)
+{
+    uint32_t n = 0;
+    for (; n < ring->nentries && is_dirty(entry_at(ring, vcpu, 0)); n++) {
+        struct kvm_dirty_gfn *entry = entry_at(ring, vcpu, 0);
+        const int rc = note_page(ring, entry->slot, entry->offset);
+        if (rc < 0) {
+            *error = rc;
+        }
+        give_back(entry);
+        vcpu->next++;
+    }
+    return n;
+}
+
+/* Entries were lost: protect every page anew, and only then count all as dirty. */
+static int resync_locked(struct vmth_kvm_ring *ring)
+{
+    ring->overflows++;
+    for (size_t i = 0; i < ring->nslots && ring->started; i++) {
+        struct ring_slot *tracked = &ring->slots[i];
+        int rc = vmth_kvm_set_slot(ring->ops, ring->vm_fd, &tracked->slot, 0);
+        if (rc == 0) {
+            rc = vmth_kvm_set_slot(ring->ops, ring->vm_fd, &tracked->slot, KVM_MEM_LOG_DIRTY_PAGES);
+        }
+        if (rc < 0) {
+            return rc;
+        }
+        vmth_bitmap_set_range(tracked->collected, 0, tracked->slot.npages);
+    }
+    return 0;
+}
+
+/* Returns the number of entries, or an error: what was collected then is kept. */
 static int collect_locked(struct vmth_kvm_ring *ring)
 {
-    int harvested = 0;
-    int result = 0;
+    uint32_t harvested = 0;
+    bool overflowed = false;
+    int error = 0;
 
     for (size_t r = 0; r < ring->nrings; r++) {
         struct vcpu_ring *vcpu = &ring->rings[r];
-        uint32_t n = 0;
-        for (; n < ring->nentries; n++) {
-            struct kvm_dirty_gfn *entry = &vcpu->entries[vcpu->next & (ring->nentries - 1)];
-            /* Acquire pairs with the kernel's release: slot and offset are written before DIRTY. */
-            const uint32_t flags = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
-            if ((flags & KVM_DIRTY_GFN_F_DIRTY) == 0) {
-                break;
-            }
-            const int rc = note_page(ring, entry->slot, entry->offset);
-            if (rc < 0 && result == 0) {
-                result = rc;
-            }
-            /* Release: the kernel may overwrite the entry once it sees RESET. */
-            __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
-            vcpu->next++;
+        if (vcpu->gap || vcpu->idle_fulls >= STUCK_FULLS) {
+            skip_gap(ring, vcpu);
         }
-        harvested += (int)n;
+        const uint32_t n = harvest(ring, vcpu, &error);
+        if (n > 0) {
+            vcpu->idle_fulls = 0;
+        }
+        if (n == ring->nentries) {
+            overflowed = true;
+            vcpu->gap = true;
+        }
+        harvested += n;
     }
     ring->reset_due = ring->reset_due || harvested > 0;
     if (ring->reset_due) {
@@ -178,7 +266,13 @@ static int collect_locked(struct vmth_kvm_ring *ring)
         }
         ring->reset_due = false;
     }
-    return result < 0 ? result : harvested;
+    if (overflowed) {
+        const int rc = resync_locked(ring);
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    return error < 0 ? error : (int)harvested;
 }
 
 static void forget_locked(struct vmth_kvm_ring *ring)
@@ -215,11 +309,28 @@ int vmth_kvm_ring_start(struct vmth_kvm_ring *ring)
     return rc;
 }
 
-int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring)
+int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring, size_t vcpu)
 {
+    if (vcpu >= ring->nrings) {
+        return -EINVAL;
+    }
     pthread_mutex_lock(&ring->lock);
-    ring->times_full++;
     const int rc = collect_locked(ring);
+    if (rc == 0) {
+        ring->rings[vcpu].idle_fulls++;
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return rc;
+}
+
+int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcpu)
+{
+    if (vcpu >= ring->nrings) {
+        return -EINVAL;
+    }
+    pthread_mutex_lock(&ring->lock);
+    const bool due = is_dirty(entry_at(ring, &ring->rings[vcpu], ring->nentries / 4));
+    const int rc = due ? collect_locked(ring) : 0;
     pthread_mutex_unlock(&ring->lock);
     return rc;
 }
@@ -247,12 +358,12 @@ int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
     return rc;
 }
 
-uint64_t vmth_kvm_ring_times_full(struct vmth_kvm_ring *ring)
+uint64_t vmth_kvm_ring_overflows(struct vmth_kvm_ring *ring)
 {
     pthread_mutex_lock(&ring->lock);
-    const uint64_t times = ring->times_full;
+    const uint64_t overflows = ring->overflows;
     pthread_mutex_unlock(&ring->lock);
-    return times;
+    return overflows;
 }
 
 int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring)

@@ -11,6 +11,13 @@
  * appended again. rearm() has therefore nothing to do. A write between collect and RESET needs no
  * entry of its own: its page's bit is not handed out before the RESET.
  *
+ * The kernel promises to stop a vCPU before its ring is full to the last entry; a KVM that emulates
+ * breaks that promise and wraps around. A ring found full to the last entry is therefore taken as
+ * overflowed: logging is switched off and on, which protects every page, and all count as dirty.
+ *
+ *   after an overflow   [gap: reset, never to be filled][DIRTY ..]     the kernel's index is past a
+ *                        ^ next                          ^ kernel      gap that we skip and reset
+ *
  * Not seen: the same writes as with the dirty log (sys/kvm_dirty_log.h). */
 #ifndef VMTH_SYS_KVM_DIRTY_RING_H
 #define VMTH_SYS_KVM_DIRTY_RING_H
@@ -51,17 +58,23 @@ void vmth_kvm_ring_free(struct vmth_kvm_ring *ring);
  * no slot is tracked. */
 VMTH_MUST_CHECK int vmth_kvm_ring_start(struct vmth_kvm_ring *ring);
 
-/* Harvest into the bitmap kept here and let the vCPUs' rings be used again. A vCPU thread calls it
- * when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL, and re-enters. Any thread. Returns the number of
- * entries, -EPROTO for an entry outside every slot, or the kernel's error. */
-VMTH_MUST_CHECK int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring);
+/* Harvest into the bitmap kept here and let the rings be used again. The thread of vCPU number `vcpu`
+ * calls it when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL, and re-enters. Any thread. Returns the
+ * number of entries, -EPROTO for an entry outside every slot, or the kernel's error. */
+VMTH_MUST_CHECK int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring, size_t vcpu);
+
+/* The same if a quarter of that vCPU's ring is used, else nothing. A vCPU thread calls it after every
+ * exit: a KVM that emulates looks for a full ring only between KVM_RUN's outer turns, and writes more
+ * in one turn than the spare entries hold. Such a vCPU must be kicked often enough. */
+VMTH_MUST_CHECK int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcpu);
 
 /* OR each slot's dirty pages into bitmaps[slot index] and forget them here. Returns 0, -ENODEV when
  * not started, or an error of kick or collect: nothing is forgotten then. */
 VMTH_MUST_CHECK int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps);
 
-/* How often collect() found a ring full of entries: a hint that rings are small for this guest. */
-uint64_t vmth_kvm_ring_times_full(struct vmth_kvm_ring *ring);
+/* How often the kernel has overwritten entries that nobody had harvested. Every page then counts as
+ * dirty and is protected anew: nothing is lost, but that round is a full one. */
+uint64_t vmth_kvm_ring_overflows(struct vmth_kvm_ring *ring);
 
 /* End the tracking; idempotent. Returns the first error of the kernel after trying every slot. */
 int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring);

@@ -54,6 +54,8 @@ class MicroVm:
     def log_mode(self) -> str:
         """"manual-all-set", "manual", "fetch-clears"; "ring" for a ring."""
 
+    @property
+    def ring_overflows(self) -> int: ...
     def dirty_start(self) -> None: ...
     def dirty_fetch(self, bitmaps: Sequence[U64]) -> None:
         """One bitmap a slot, at least (npages + 63) // 64 words."""

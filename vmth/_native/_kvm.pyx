@@ -34,6 +34,7 @@ cdef extern from "sys/kvm_dirty_ring.h" nogil:
         pass
     int vmth_kvm_ring_start(vmth_kvm_ring *ring)
     int vmth_kvm_ring_fetch(vmth_kvm_ring *ring, uint64_t **bitmaps)
+    uint64_t vmth_kvm_ring_overflows(vmth_kvm_ring *ring)
     int vmth_kvm_ring_stop(vmth_kvm_ring *ring)
 
 cdef extern from "guest/walker_program.h" nogil:
@@ -287,6 +288,11 @@ cdef class MicroVm:
         if mode == VMTH_KVM_LOG_MANUAL_ALL_SET:
             return "manual-all-set"
         return "manual" if mode == VMTH_KVM_LOG_MANUAL else "fetch-clears"
+
+    @property
+    def ring_overflows(self):
+        cdef vmth_kvm_ring *ring = vmth_micro_vm_ring(self.opened())
+        return 0 if ring == NULL else vmth_kvm_ring_overflows(ring)
 
     def dirty_start(self):
         cdef vmth_micro_vm *vm = self.opened()
