@@ -305,9 +305,7 @@ def test_cancel_while_paused_resumes(world: World, callback: str) -> None:
         jobs[0].cancel()
 
     source.on_call[callback] = cancel
-    jobs.append(
-        vmth.start_migration(source, listener.endpoint.display, world.options())
-    )
+    jobs.append(vmth.start_migration(source, listener.endpoint.display, world.options()))
     started.set()
     with pytest.raises(CancelledError):
         jobs[0].wait(10)
