@@ -46,7 +46,7 @@ class MemoryGuest:
         self.working_set = working_set
         self.running = False
         self.released = False
-        self._writing = writing
+        self.writing = writing
         self._pace_s = pace_s
         self._random = random.Random(seed)
         self._fds = [os.memfd_create(f"guest-{idstr}") for idstr in idstrs]
@@ -82,7 +82,7 @@ class MemoryGuest:
     def _write(self) -> None:
         while True:
             with self._wake:
-                while not (self.running and self._writing) and not self._stop:
+                while not (self.running and self.writing) and not self._stop:
                     self._wake.wait()
                 if self._stop:
                     return
@@ -160,6 +160,7 @@ class MemoryGuest:
         self._thread.join()
         self._source.stop()
         self.views.clear()
+        self._maps.clear()  # a Python mmap holds a duplicate of its descriptor
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()

@@ -355,7 +355,7 @@ class DestinationSession:
         """Discard what has arrived, unless it runs or may run, and say why."""
         outcome = error if isinstance(error, MigrationError) else MigrationError(_text(error))
         record = self._record
-        if record is None or record.guest is None:
+        if record is None or record.state is DestinationState.NO_RECORD:
             self._discard_unrecorded(outcome)
             return outcome
         record.outgoing.reason = str(outcome)
@@ -364,20 +364,18 @@ class DestinationSession:
         event = DestinationEvent.CONNECTION_LOST if lost else DestinationEvent.FAILURE
         try:
             record.apply(event)
-        except (
-            VmthError
-        ) as trouble:  # the journal: the guest was never started, so it goes all the same
+        except VmthError as trouble:  # the journal; the guest was never started and goes with it
             return MigrationError(f"{outcome}; and then: {trouble}")
         if record.state is DestinationState.IN_DOUBT:
             return InDoubtError(str(outcome))
         return outcome
 
     def _discard_unrecorded(self, outcome: MigrationError) -> None:
-        """Before the record took the guest over: nothing was promised."""
-        if not isinstance(outcome, OfferRefused):
+        """Before the record began, or after the source ended it: nothing is promised."""
+        if self._record is None and not isinstance(outcome, OfferRefused):
             with contextlib.suppress(VmthError):
                 self._control.send(Abort(AbortCode.FAILED, str(outcome)[:1024]))
-        if self._guest is not None and (self._record is None or self._record.guest is None):
+        if self._guest is not None and (self._record is None or self._record.guest is not None):
             try:
                 self._guest.release()
             except Exception as error:

@@ -35,7 +35,7 @@ from vmth.errors import (
 from vmth.events import Connected, Event, FellBack, Granted, RoundFinished, SealMatched
 from vmth.guest import Guest
 from vmth.handshake import WIRE_PAGE_BYTES, check_blocks, make_offer, open_connection
-from vmth.journal import Journal, Side, StateDirectory, default_state_dir
+from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.standard import StandardPolicy
@@ -51,6 +51,7 @@ from vmth.wire.handover import SourceEvent, SourceState
 from vmth.wire.messages import (
     Abort,
     AbortCode,
+    Aborted,
     Accept,
     Message,
     Mode,
@@ -195,18 +196,9 @@ class SourceSession:
         check_blocks(blocks)
         directory = StateDirectory(self._options.state_dir or default_state_dir())
         self._resources.enter_context(directory)
-        record = self._record = SourceRecord(
-            self.session_id,
-            self._create_journal(directory),
-            self._guest,
-            self._endpoint.display,
-        )
-        record.query = self._query
-        record.tell_released = self._tell_released
         memory = self._memory = self._resources.enter_context(map_blocks(blocks))
         accept = self._offer()
-        record.receiver_id = accept.receiver_id
-        record.apply(SourceEvent.START)
+        self._begin_record(directory, accept)
         sender = self._sender = NativeSender(
             memory,
             WIRE_PAGE_BYTES,
@@ -233,10 +225,21 @@ class SourceSession:
         for what in self._fallbacks:
             self._emit(FellBack(self._clock(), what))
 
-    def _create_journal(self, directory: StateDirectory) -> Journal:
+    def _begin_record(self, directory: StateDirectory, accept: Accept) -> None:
+        assert self._control is not None
         journal = directory.create_journal(self.session_id, Side.SOURCE)
         self._resources.callback(journal.close)
-        return journal
+        record = SourceRecord(self.session_id, journal, self._guest, self._endpoint.display)
+        record.receiver_id = accept.receiver_id
+        record.send = self._control.send
+        record.query = self._query
+        record.tell_released = self._tell_released
+        self._record = record
+        try:
+            record.apply(SourceEvent.START)
+        except VmthError:
+            journal.remove()  # nothing was begun
+            raise
 
     def _offer(self) -> Accept:
         options = self._options
@@ -261,8 +264,6 @@ class SourceSession:
             raise RefusedError(f"{self._endpoint.display} refused: {reply.reason}")
         if not isinstance(reply, Accept):
             raise StreamError(f"received {type(reply).__name__}, allowed Accept or Refuse")
-        assert self._record is not None
-        self._record.send = control.send
         return reply
 
     def _send_rounds(self) -> FinalPass:
@@ -350,10 +351,13 @@ class SourceSession:
         otherwise."""
         record, control = self._record, self._control
         assert record is not None and control is not None
+        why = ""
         while record.state is SourceState.GRANTED:
             try:
                 message = control.receive(self._options.peer_timeout_s)
                 self._running_ns = self._clock()  # before the clean-up that follows from it
+                if isinstance(message, Aborted):
+                    why = f": {message.reason}"
                 record.apply_message(message)
             except CancelledError:
                 continue  # too late: the right to run is given

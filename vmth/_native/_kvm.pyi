@@ -52,7 +52,7 @@ class MicroVm:
     def set_state(self, state: VcpuState) -> None: ...
     @property
     def log_mode(self) -> str:
-        """"manual-all-set", "manual", "fetch-clears"; "ring" for a ring."""
+        """ "manual-all-set", "manual", "fetch-clears"; "ring" for a ring."""
 
     @property
     def ring_overflows(self) -> int: ...
