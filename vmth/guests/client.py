@@ -16,7 +16,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,15 @@ from vmth.guests.machine import BeatReport
 from vmth.guests.schedule import Workload
 from vmth.types import Bitmap, Bitmaps, Mapping, RamBlock, bitmap_words
 
-__all__ = ["STATE_STREAM", "HolderConnection", "HolderDirtySource", "HolderGuest", "status_of"]
+__all__ = [
+    "STATE_STREAM",
+    "HolderConnection",
+    "HolderDirtySource",
+    "HolderGoneError",
+    "HolderGuest",
+    "reap_left_alone",
+    "status_of",
+]
 
 #: The name of a shipped guest's one state stream ("vcpu-kvm", "vcpu-process").
 STATE_STREAM = "vcpu-"
@@ -38,6 +46,10 @@ REQUEST_S = 10.0
 PREPARE_S_PER_GIB = 20.0
 
 _R = TypeVar("_R", bound=rq.Reply)
+
+
+class HolderGoneError(GuestError):
+    """The holder does not answer, or there is none: what its guest does is not known from here."""
 
 
 class HolderConnection:
@@ -51,25 +63,26 @@ class HolderConnection:
 
     @classmethod
     def open(cls, path: str) -> HolderConnection:
-        """To the socket that a holder listens on. GuestError when nobody does."""
+        """To the socket that a holder listens on. HolderGoneError when nobody does."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.settimeout(REQUEST_S)
             connection.connect(path)
         except OSError as error:
             connection.close()
-            raise GuestError(f"no holder answers at {path}: {error}") from None
+            raise HolderGoneError(f"no holder answers at {path}: {error}") from None
         return cls(connection, f"holder at {path}")
 
     def ask(
         self, request: rq.Request, expect: type[_R], timeout_s: float = REQUEST_S, nfds: int = 0
     ) -> tuple[_R, list[int]]:
         """The reply and its ``nfds`` descriptors (now the caller's). UsageError, RefusedError or
-        GuestError as the holder says; GuestError when it does not answer, and for ever after."""
+        GuestError as the holder says; HolderGoneError when it does not answer, and for ever
+        after."""
         data = rq.encode(request)
         with self._lock:
             if self._broken:
-                raise GuestError(self._broken)
+                raise HolderGoneError(self._broken)
             try:
                 self._socket.settimeout(timeout_s)
                 self._socket.sendall(data)
@@ -89,11 +102,11 @@ class HolderConnection:
                 os.close(fd)
             raise
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str) -> NoReturn:
         # A late answer must never be taken for the next request's.
         self._broken = reason
         self._socket.close()
-        raise GuestError(reason) from None
+        raise HolderGoneError(reason) from None
 
     def _check(
         self, request: rq.Request, answer: bytes, fds: list[int], expect: type[_R], nfds: int
@@ -269,6 +282,18 @@ class HolderGuest:
             first = data // page_bytes
             _set_range(out, first, -(-at // page_bytes) - first)
 
+    def is_running(self) -> bool:
+        """Does it run in its holder, now? GuestError when the holder cannot be asked, and for a
+        guest that arrived here, ran, and is paused: it may not be taken for one that never ran."""
+        status = self.status()
+        if status.arrived and status.ever_ran and not status.running:
+            raise GuestError(f"the guest in {self._connection.name} ran here and is paused now")
+        return status.running
+
+    def describe(self) -> dict[str, str]:
+        """What ``spawn.find`` needs."""
+        return {"kind": self.kind, "socket": self.socket_path}
+
     # ---- for the demo and the tests ------------------------------------------------------------
 
     def prepare(self, content: str, workload: Workload) -> rq.Prepared:
@@ -329,20 +354,32 @@ class HolderGuest:
     def close(self) -> None:
         """Let go of the holder: it sees its mover vanish. Idempotent."""
         self._connection.close()
+        if self._process is not None:
+            _LEFT_ALONE.append(self._process)
+            self._process = None
         self._views = []
         while self._fds:
             os.close(self._fds.pop())
 
     def _end(self, request: rq.Request) -> None:
-        with contextlib.suppress(GuestError):
+        process, self._process = self._process, None
+        with contextlib.suppress(HolderGoneError):
             self._connection.ask(request, rq.Ack)
         self.close()
-        if self._process is not None:
-            reap(self._process)
-            self._process = None
+        if process is not None:
+            _reap(process)
 
 
-def reap(process: subprocess.Popen[bytes]) -> None:
+#: Holders whose guest close() left to itself: kept, so that they are waited for once they end.
+_LEFT_ALONE: list[subprocess.Popen[bytes]] = []
+
+
+def reap_left_alone() -> None:
+    """Wait for those that have ended since."""
+    _LEFT_ALONE[:] = [process for process in _LEFT_ALONE if process.poll() is None]
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
     """Wait for a holder that was told to end; kill it after the request timeout."""
     try:
         process.wait(REQUEST_S)

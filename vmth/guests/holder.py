@@ -173,7 +173,11 @@ class Holder:
                 "refused",
                 f"holder protocol {request.protocol}: this holder speaks {rq.HOLDER_PROTOCOL}",
             )
-        if self._mover is not None:
+        mover = self._mover
+        if mover is not None and _hung_up(mover.socket):
+            self._drop(mover)  # it died, and its successor was heard first
+            mover = None
+        if mover is not None:
             return rq.Failed("busy", f"the guest of holder {os.getpid()} has a mover already")
         peer.mover = True
         self._lease_ends_at_s = None
@@ -253,6 +257,15 @@ class Holder:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._hosted.close()
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _setup_of(first: socket.socket) -> rq.Setup:

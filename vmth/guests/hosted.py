@@ -95,6 +95,7 @@ class Hosted:
         self.kind = setup.kind
         self.phase = Phase.EMPTY
         self.ever_ran = False
+        self.arrived = False
         self._program: Program | None = None
         self._source: DirtySource | None = None
         self._bitmaps: _SharedBitmaps | None = None
@@ -156,6 +157,7 @@ class Hosted:
             phase=self.phase.value,
             running=self.running,
             ever_ran=self.ever_ran,
+            arrived=self.arrived,
             beats=self._machine.beat_report().beats,
             mover_attached=mover_attached,
             memory_bytes=self._memory.total_bytes,
@@ -222,6 +224,7 @@ class Hosted:
         self._require("load a state", Phase.EMPTY, Phase.LOADED)
         self._machine.load_state(request.version, request.data)
         self.phase = Phase.LOADED
+        self.arrived = True
         return rq.Ack(), []
 
     def _resume(self, request: rq.Resume) -> tuple[rq.Reply, list[int]]:

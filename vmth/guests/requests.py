@@ -279,12 +279,13 @@ class DirtyStarted(_Reply, frozen=True):
 class StatusReport(_Reply, frozen=True):
     """``phase``: "empty" (no guest in it yet), "prepared", "loaded" (state is in, never ran),
     "running", "paused", "held" (paused, and stays so without a mover). ``ever_ran``: a vCPU ran in
-    this holder."""
+    this holder. ``arrived``: the guest came by LoadState."""
 
     kind: str
     phase: str
     running: bool
     ever_ran: bool
+    arrived: bool
     beats: int
     mover_attached: bool
     memory_bytes: int

@@ -13,12 +13,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vmth.errors import GuestError, RefusedError, UsageError
 from vmth.guests import requests as rq
-from vmth.guests.client import HolderConnection, HolderGuest
+from vmth.guests.client import HolderConnection, HolderGoneError, HolderGuest, reap_left_alone
 from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
 from vmth.guests.memory import BlockPlan, plan_blocks
 from vmth.guests.schedule import Workload
@@ -29,6 +29,7 @@ __all__ = [
     "attach",
     "available_memory_bytes",
     "choose_guest",
+    "find",
     "spawn_destination",
     "spawn_source",
 ]
@@ -128,6 +129,18 @@ def attach(socket_path: str, dirty_source: str | None = None) -> HolderGuest:
     return HolderGuest(connection, attached, source)
 
 
+def find(detail: Mapping[str, str]) -> HolderGuest | None:
+    """The guest that a journal's detail describes ("guest.socket", by ``describe()``), with us as
+    its mover; None when there is no such holder any more. GuestError when it has a mover already."""
+    path = detail.get("guest.socket", "")
+    if not path:
+        return None
+    try:
+        return attach(path)
+    except HolderGoneError:
+        return None
+
+
 def _plan_of(row: RamBlock | BlockPlan) -> BlockPlan:
     if isinstance(row, BlockPlan):
         return row
@@ -153,6 +166,7 @@ def _spawn(
     linger_s: float,
     hold_linger_s: float,
 ) -> HolderGuest:
+    reap_left_alone()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
