@@ -21,7 +21,7 @@ from typing import NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vmth.errors import GuestError, RefusedError, UsageError
+from vmth.errors import GuestError, RefusedError, StreamError, UsageError, VmthError
 from vmth.guest import DirtySource, StateStream
 from vmth.guests import requests as rq
 from vmth.guests.machine import BeatReport
@@ -44,6 +44,12 @@ STATE_STREAM = "vcpu-"
 REQUEST_S = 10.0
 #: Filling memory runs at 0.5 to 1 GB/s.
 PREPARE_S_PER_GIB = 20.0
+
+_FAILURES: dict[str, type[VmthError]] = {
+    "usage": UsageError,
+    "refused": RefusedError,
+    "stream": StreamError,
+}
 
 _R = TypeVar("_R", bound=rq.Reply)
 
@@ -113,8 +119,7 @@ class HolderConnection:
     ) -> _R:
         reply = rq.decode_reply(answer)
         if isinstance(reply, rq.Failed):
-            kind = {"usage": UsageError, "refused": RefusedError}.get(reply.kind, GuestError)
-            raise kind(reply.text)
+            raise _FAILURES.get(reply.kind, GuestError)(reply.text)
         if not isinstance(reply, expect):
             raise GuestError(f"{self.name} answered {_verb(request)} with {type(reply).__name__}")
         if len(fds) != nfds:
@@ -154,7 +159,7 @@ class HolderDirtySource:
 
     def start(self) -> None:
         started, fds = self._connection.ask(
-            rq.DirtyStart(self.name), rq.DirtyStarted, nfds=len(self._blocks)
+            rq.DirtyStart(), rq.DirtyStarted, nfds=len(self._blocks)
         )
         self._rearm = started.rearm
         self._started = True
@@ -197,7 +202,6 @@ class HolderGuest:
         self,
         connection: HolderConnection,
         attached: rq.Attached,
-        dirty_source: str | None,
         process: subprocess.Popen[bytes] | None = None,
     ) -> None:
         """Takes over ``connection`` and ``process``, also when it raises."""
@@ -216,9 +220,7 @@ class HolderGuest:
         except BaseException:
             self.close()
             raise
-        self._dirty: tuple[HolderDirtySource, ...] = (
-            (HolderDirtySource(connection, dirty_source, self._blocks),) if dirty_source else ()
-        )
+        self._dirty = (HolderDirtySource(connection, attached.dirty_source, self._blocks),)
 
     # ---- Guest ---------------------------------------------------------------------------------
 
@@ -284,10 +286,14 @@ class HolderGuest:
 
     def is_running(self) -> bool:
         """Does it run in its holder, now? GuestError when the holder cannot be asked, and for a
-        guest that arrived here, ran, and is paused: it may not be taken for one that never ran."""
+        guest that arrived here, ran, and does not run now: it may not be taken for one that never
+        did."""
         status = self.status()
         if status.arrived and status.ever_ran and not status.running:
-            raise GuestError(f"the guest in {self._connection.name} ran here and is paused now")
+            raise GuestError(
+                f"the guest in {self._connection.name} ran here and is"
+                f" {status.problem or status.phase} now"
+            )
         return status.running
 
     def describe(self) -> dict[str, str]:

@@ -104,7 +104,10 @@ class Holder:
 
     def _attached(self) -> rq.Attached:
         return rq.Attached(
-            kind=self._hosted.kind, blocks=self._hosted.rows, socket_path=self.socket_path
+            kind=self._hosted.kind,
+            dirty_source=self._hosted.dirty_source,
+            blocks=self._hosted.rows,
+            socket_path=self.socket_path,
         )
 
     # ---- the loop ------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vmth.errors import GuestError, UsageError, VmthError
+from vmth.errors import GuestError, StreamError, UsageError, VmthError
 from vmth.guest import DirtySource
 from vmth.guests import requests as rq
 from vmth.guests.content import ContentSpec, fill
@@ -35,7 +35,7 @@ from vmth.types import Bitmap, bitmap_words
 
 __all__ = ["Hosted", "MakeMachine", "Phase", "make_machine"]
 
-MakeMachine = Callable[[str, GuestMemory], Machine]
+MakeMachine = Callable[[str, GuestMemory, str], Machine]
 
 #: Dirty sources whose fetch re-arms: the mover is told that it need not ask.
 REARMED_BY_FETCH = frozenset({"uffd-wp"})
@@ -50,8 +50,8 @@ class Phase(enum.Enum):
     HELD = "held"
 
 
-def make_machine(kind: str, memory: GuestMemory) -> Machine:
-    """UsageError for an unknown kind; GuestError where this host cannot run it."""
+def make_machine(kind: str, memory: GuestMemory, dirty_source: str) -> Machine:
+    """UsageError for an unknown kind or dirty source; GuestError where this host cannot run it."""
     if kind == "process":
         from vmth.guests.process_machine import ProcessMachine
 
@@ -59,7 +59,7 @@ def make_machine(kind: str, memory: GuestMemory) -> Machine:
     if kind == "kvm":
         from vmth.guests.kvm_machine import KvmMachine
 
-        machine: Machine = KvmMachine(memory)
+        machine: Machine = KvmMachine(memory, dirty=dirty_source)
         return machine
     raise UsageError(f"guest kind {kind!r}: kvm or process")
 
@@ -93,6 +93,7 @@ class Hosted:
 
     def __init__(self, setup: rq.Setup, factory: MakeMachine = make_machine) -> None:
         self.kind = setup.kind
+        self.dirty_source = setup.dirty_source
         self.phase = Phase.EMPTY
         self.ever_ran = False
         self.arrived = False
@@ -103,7 +104,7 @@ class Hosted:
             [BlockPlan(row.idstr, row.gpa, row.length_bytes) for row in setup.blocks]
         )
         try:
-            self._machine = factory(setup.kind, self._memory)
+            self._machine = factory(setup.kind, self._memory, setup.dirty_source)
         except BaseException:
             self._memory.close()
             raise
@@ -127,6 +128,7 @@ class Hosted:
 
     @property
     def running(self) -> bool:
+        """Was it last told to run? (It may have crashed since: ``status()`` knows.)"""
         return self.phase is Phase.RUNNING
 
     @property
@@ -146,19 +148,27 @@ class Hosted:
             return handler(request)
         except UsageError as error:
             return rq.Failed("usage", str(error)), []
+        except StreamError as error:
+            return rq.Failed("stream", str(error)), []
         except VmthError as error:
             return rq.Failed("guest", str(error)), []
         except Exception as error:
             return rq.Failed("guest", f"{type(error).__name__}: {error}"), []
 
     def status(self, mover_attached: bool) -> rq.StatusReport:
+        beats, problem = 0, ""
+        try:
+            beats = self._machine.beat_report().beats
+        except VmthError as error:
+            problem = str(error)
         return rq.StatusReport(
             kind=self.kind,
             phase=self.phase.value,
-            running=self.running,
+            running=self.running and not problem,
+            problem=problem,
             ever_ran=self.ever_ran,
             arrived=self.arrived,
-            beats=self._machine.beat_report().beats,
+            beats=beats,
             mover_attached=mover_attached,
             memory_bytes=self._memory.total_bytes,
             pid=os.getpid(),
@@ -283,14 +293,14 @@ class Hosted:
         if self._bitmaps is None:
             self._bitmaps = _SharedBitmaps([block.npages for block in self._machine.blocks])
         self._bitmaps.clear()
-        source = self._machine.dirty_source(request.name)
+        source = self._machine.dirty_source(self.dirty_source)
         try:
             source.start()
         except BaseException:
             source.stop()
             raise
         self._source = source
-        rearm = request.name not in REARMED_BY_FETCH
+        rearm = self.dirty_source not in REARMED_BY_FETCH
         return rq.DirtyStarted(rearm=rearm), list(self._bitmaps.fds)
 
     def _dirty_fetch(self, request: rq.DirtyFetch) -> tuple[rq.Reply, list[int]]:
@@ -331,11 +341,17 @@ class Hosted:
         try:
             begin()
         except BaseException:
-            if self._machine.pause():
-                self.ever_ran = True
+            self.ever_ran = self._was_running() or self.ever_ran
             raise
         self.ever_ran = True
         self.phase = Phase.RUNNING
+
+    def _was_running(self) -> bool:
+        """Pause; True also when that cannot be known."""
+        try:
+            return self._machine.pause()
+        except VmthError:
+            return True
 
     def _tracking(self) -> DirtySource:
         if self._source is None:

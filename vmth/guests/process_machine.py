@@ -19,7 +19,7 @@ import struct
 from collections.abc import Sequence
 
 from vmth._native import _guest
-from vmth.errors import GuestError, UsageError
+from vmth.errors import GuestError, StreamError, UsageError
 from vmth.guest import DirtySource
 from vmth.guests.machine import BeatReport, Pace
 from vmth.guests.memory import GuestMemory
@@ -43,18 +43,18 @@ def encode_state(
 
 
 def decode_state(version: int, data: bytes) -> State:
-    """Its parts, the length checked; the walker checks the values. GuestError names what is
-    wrong."""
+    """Its parts, the length checked; the walker checks the values. StreamError: the bytes came
+    from another host, and are not such a record."""
     if version != STATE_VERSION:
-        raise GuestError(f"process state version {version}: this holder reads {STATE_VERSION}")
+        raise StreamError(f"process state version {version}: this holder reads {STATE_VERSION}")
     if len(data) < _HEAD.size:
-        raise GuestError(f"process state of {len(data)} bytes: at least {_HEAD.size}")
+        raise StreamError(f"process state of {len(data)} bytes: at least {_HEAD.size}")
     *registers, npaces, running_ns, next_due_ns = _HEAD.unpack_from(data)
     if npaces > _guest.PACES_MAX:
-        raise GuestError(f"process state with {npaces} paces: at most {_guest.PACES_MAX}")
+        raise StreamError(f"process state with {npaces} paces: at most {_guest.PACES_MAX}")
     expected = _HEAD.size + npaces * _PACE.size
     if len(data) != expected:
-        raise GuestError(f"process state of {len(data)} bytes: {expected} with {npaces} paces")
+        raise StreamError(f"process state of {len(data)} bytes: {expected} with {npaces} paces")
     paces = [(int(a), int(b)) for a, b in _PACE.iter_unpack(data[_HEAD.size :])]
     return tuple(registers), paces, running_ns, next_due_ns
 
@@ -62,7 +62,9 @@ def decode_state(version: int, data: bytes) -> State:
 class ProcessMachine:
     """Implements ``Machine``. Only the first block is walked; ``ram-high`` moves idle.
 
-    Its one dirty source is "uffd-wp": the walker writes through this process's page tables.
+    Its one dirty source is "uffd-wp": the walker writes through this process's page tables. A
+    walker whose schedule leaves its memory has crashed: every call but ``close`` then raises
+    GuestError.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -81,7 +83,9 @@ class ProcessMachine:
         self.resume()
 
     def pause(self) -> bool:
-        return self._walker.pause()
+        was_running = self._walker.pause()
+        self._raise_if_crashed()
+        return was_running
 
     def resume(self) -> None:
         try:
@@ -90,7 +94,9 @@ class ProcessMachine:
             raise GuestError(f"the process guest cannot run: {_reason(error)}") from None
 
     def pause_at_beat(self, timeout_ns: int) -> bool:
-        return self._walker.pause_at_beat(timeout_ns)
+        stands = self._walker.pause_at_beat(timeout_ns)
+        self._raise_if_crashed()
+        return stands
 
     def save_state(self) -> tuple[int, bytes]:
         try:
@@ -99,14 +105,17 @@ class ProcessMachine:
             raise GuestError(f"no state of the process guest: {_reason(error)}") from None
 
     def load_state(self, version: int, data: bytes) -> None:
+        """StreamError for bytes that are no state, or with a value outside its bounds."""
         state = decode_state(version, data)
         try:
             self._walker.load(*state)
         except OSError as error:
-            raise GuestError(f"the process guest refuses the state: {_reason(error)}") from None
+            if error.errno == errno.EINVAL:
+                raise StreamError(f"process state: {_reason(error)}") from None
+            raise GuestError(f"the process guest takes no state: {_reason(error)}") from None
 
     def beat_report(self) -> BeatReport:
-        report = self._walker.report()
+        report = self._raise_if_crashed()
         return BeatReport(
             beats=report["beats"],
             first_beat_at_ns=report["first_beat_at_ns"],
@@ -128,6 +137,12 @@ class ProcessMachine:
 
         source: DirtySource = UffdWpSource(self._memory.blocks)
         return source
+
+    def _raise_if_crashed(self) -> dict[str, int]:
+        report = self._walker.report()
+        if report["fault"]:
+            raise GuestError(f"the process guest crashed: {_REASONS[errno.EFAULT]}")
+        return report
 
     def close(self) -> None:
         """Stop the walker; its memory may go afterwards. Idempotent."""

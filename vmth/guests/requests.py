@@ -84,12 +84,14 @@ class BlockRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Setup(_Request, frozen=True):
-    """First of all, from the spawner: what to make, and whom the holder belongs to. ``owner_pid``
-    0: nobody, it lives by its leases. ``linger_s``: how long it waits without a mover;
-    ``hold_linger_s``: how long a held guest waits, whatever becomes of the owner."""
+    """First of all, from the spawner: what to make, with which dirty source (KVM makes its VM for
+    one of them), and whom the holder belongs to. ``owner_pid`` 0: nobody, it lives by its leases.
+    ``linger_s``: how long it waits without a mover; ``hold_linger_s``: how long a held guest waits,
+    whatever becomes of the owner."""
 
     protocol: U32
     kind: Name
+    dirty_source: Name
     blocks: Annotated[list[BlockRow], msgspec.Meta(min_length=1, max_length=8)]
     owner_pid: U32
     linger_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -159,9 +161,7 @@ class Memory(_Request, frozen=True):
 
 
 class DirtyStart(_Request, frozen=True):
-    """Start a dirty source; hands out its bitmaps, one memfd a block."""
-
-    name: Name
+    """Start the dirty source; hands out its bitmaps, one memfd a block."""
 
 
 class DirtyFetch(_Request, frozen=True):
@@ -220,8 +220,8 @@ class Ack(_Reply, frozen=True):
 
 
 class Failed(_Reply, frozen=True):
-    """``kind``: "usage", "guest", "busy", "refused"; the guest is as it was unless the text says
-    so."""
+    """``kind``: "usage", "stream", "guest", "busy", "refused"; the guest is as it was unless the
+    text says so."""
 
     kind: Name
     text: str
@@ -231,6 +231,7 @@ class Attached(_Reply, frozen=True):
     """The connection is the mover's."""
 
     kind: Name
+    dirty_source: Name
     blocks: Annotated[list[BlockRow], msgspec.Meta(min_length=1, max_length=8)]
     socket_path: str
 
@@ -279,13 +280,15 @@ class DirtyStarted(_Reply, frozen=True):
 class StatusReport(_Reply, frozen=True):
     """``phase``: "empty" (no guest in it yet), "prepared", "loaded" (state is in, never ran),
     "running", "paused", "held" (paused, and stays so without a mover). ``ever_ran``: a vCPU ran in
-    this holder. ``arrived``: the guest came by LoadState."""
+    this holder. ``arrived``: the guest came by LoadState. ``problem``: why it cannot run any more,
+    or empty."""
 
     kind: str
     phase: str
     running: bool
     ever_ran: bool
     arrived: bool
+    problem: str
     beats: int
     mover_attached: bool
     memory_bytes: int

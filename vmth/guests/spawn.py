@@ -53,12 +53,12 @@ def choose_guest(asked: str | None) -> tuple[str, str]:
         return "process", "asked for"
     from vmth.guests.kvm_machine import probe
 
-    problem = probe()
-    if problem is None:
-        return "kvm", "asked for" if asked else "/dev/kvm runs it"
+    runs, reason = probe()
+    if runs:
+        return "kvm", reason
     if asked == "kvm":
-        raise RefusedError(f"guest kvm: {problem}")
-    return "process", f"no kvm: {problem}"
+        raise RefusedError(f"guest kvm: {reason}")
+    return "process", f"no KVM here: {reason}"
 
 
 def spawn_source(
@@ -116,22 +116,21 @@ def spawn_destination(
     return _spawn(kind, plans, source, owned, linger_s, hold_linger_s)
 
 
-def attach(socket_path: str, dirty_source: str | None = None) -> HolderGuest:
-    """Become the mover of the guest at ``socket_path``. GuestError: nobody there, or it has a mover
-    ("has a mover already")."""
+def attach(socket_path: str) -> HolderGuest:
+    """Become the mover of the guest at ``socket_path``. HolderGoneError: nobody is there;
+    GuestError: it has a mover already."""
     connection = HolderConnection.open(socket_path)
     try:
         attached, _ = connection.ask(rq.Attach(rq.HOLDER_PROTOCOL), rq.Attached)
-        source = _dirty_source(attached.kind, dirty_source)
     except BaseException:
         connection.close()
         raise
-    return HolderGuest(connection, attached, source)
+    return HolderGuest(connection, attached)
 
 
 def find(detail: Mapping[str, str]) -> HolderGuest | None:
     """The guest that a journal's detail describes ("guest.socket", by ``describe()``), with us as
-    its mover; None when there is no such holder any more. GuestError when it has a mover already."""
+    its mover; None when there is no such holder any more. GuestError: it has a mover already."""
     path = detail.get("guest.socket", "")
     if not path:
         return None
@@ -191,6 +190,7 @@ def _spawn(
     setup = rq.Setup(
         protocol=rq.HOLDER_PROTOCOL,
         kind=kind,
+        dirty_source=dirty_source,
         blocks=[rq.BlockRow(row.idstr, row.gpa, row.length_bytes) for row in blocks],
         owner_pid=os.getpid() if owned else 0,
         linger_s=linger_s,
@@ -198,7 +198,7 @@ def _spawn(
     )
     try:
         attached, _ = connection.ask(setup, rq.Attached, SPAWN_S)
-        return HolderGuest(connection, attached, dirty_source, process)
+        return HolderGuest(connection, attached, process)
     except BaseException:
         connection.close()
         process.kill()
