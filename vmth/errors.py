@@ -9,6 +9,7 @@ each says in ``source_runs`` whether the source guest runs afterwards.
 from __future__ import annotations
 
 import enum
+import traceback
 
 __all__ = [
     "CancelledError",
@@ -23,6 +24,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "VmthError",
+    "let_frames_go",
 ]
 
 
@@ -99,3 +101,13 @@ class InDoubtError(MigrationError):
 
     exit_code = ExitCode.IN_DOUBT
     source_runs = False
+
+
+def let_frames_go(error: BaseException | None) -> None:
+    """Drop the local variables that a kept exception's traceback holds on to: mappings of guest
+    memory and their descriptors would live as long as the error. The lines stay readable."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
-from vmth.errors import UsageError, VmthError
+from vmth.errors import UsageError, let_frames_go
 from vmth.events import Event
 from vmth.stats import JobStats, MigrationResult
 
@@ -102,10 +102,9 @@ class MigrationJob:
     def _run(self) -> None:
         try:
             self._result = self._session.run()
-        except VmthError as error:
-            self._error = error
-        except BaseException as error:  # shown by wait(): nothing is swallowed
+        except BaseException as error:  # wait() raises it: nothing is swallowed
             self._error = error
         finally:
+            let_frames_go(self._error)
             self._session.events.put(None)
             self._ended.set()

@@ -20,7 +20,7 @@ from types import TracebackType
 from vmth.channel.sockets import ListeningSocket, fd_sockets, set_link_options
 from vmth.destination_record import DestinationRecord
 from vmth.destination_session import DestinationSession, MakeGuest, ReceiveResult
-from vmth.errors import ChannelError, MigrationError, StreamError, VmthError
+from vmth.errors import ChannelError, MigrationError, StreamError, VmthError, let_frames_go
 from vmth.guest import Guest
 from vmth.handshake import read_preamble
 from vmth.journal import Side, StateDirectory, default_state_dir
@@ -266,6 +266,7 @@ class Listener:
         try:
             outcome = session.run()
         except MigrationError as error:
+            let_frames_go(error)
             outcome = error
         with self._lock:
             del self._sessions[preamble.session_id]
