@@ -5,14 +5,14 @@ Units: bitmaps are ``uint64`` words, LSB first, bit b of word w is page 64 * w +
 bytes, powers of two from 4096 to 2 MiB; hashes are ``uint64`` pairs (lo, hi), (0, 0) marks a page
 without a valid hash. Buffers are C-contiguous, belong to the caller and are not kept.
 
-Threads: every function releases the GIL; calls on different buffers may run at once, and so may calls
-that only read. Errors: ``UsageError`` for an unknown kernel, ``ValueError`` for a size, page or shape
-that does not fit the buffer, ``OverflowError`` for an integer outside its C type; then nothing has
-been written.
+Threads: every function releases the GIL; calls on different buffers may run at once, and so may
+calls that only read. Errors: ``UsageError`` for an unknown kernel, ``ValueError`` for a size, page
+or shape that does not fit the buffer, ``OverflowError`` for an integer outside its C type; then
+nothing has been written.
 
 Each kernel family (``kernels()``) has several implementations with one answer. The environment
-variable ``VMTH_KERNEL`` ("hash=avx2,zero=scalar"), read when this module is imported, demands one: an
-implementation that cannot run here raises ``UsageError``, it is never replaced in silence.
+variable ``VMTH_KERNEL`` ("hash=avx2,zero=scalar"), read when this module is imported, demands one:
+an implementation that cannot run here raises ``UsageError``, it is never replaced in silence.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def bitmap_count(words: U64, page: int, npages: int) -> int:
 
 
 def bitmap_merge(into: U64, other: U64, npages: int) -> int:
-    """``into |= other`` for the first ``npages`` bits; returns how many became set that were not."""
+    """``into |= other`` for the first ``npages`` bits; returns how many became set."""
     return _kernels.bitmap_merge(into, other, npages)
 
 
 def bitmap_fetch_and_clear(live: U64, into: U64, npages: int) -> int:
-    """``into |= live; live = 0``, each word exchanged atomically: a writer that sets bits in ``live``
-    with atomic OR meanwhile loses none. Returns the bits fetched.
+    """``into |= live; live = 0``, each word exchanged atomically: a writer that sets bits in
+    ``live`` with atomic OR meanwhile loses none. Returns the bits fetched.
     """
     return _kernels.bitmap_fetch_and_clear(live, into, npages)
 
@@ -80,10 +80,10 @@ def bitmap_clear_range(words: U64, page: int, npages: int) -> None:
 
 
 def bitmap_runs(words: U64, npages: int, start: int, out: U64) -> tuple[int, int]:
-    """Write the runs of set bits from page ``start`` on into ``out``, shape (room, 2): {page, npages}.
+    """Write the runs of set bits from page ``start`` on into ``out``: rows {page, npages}.
 
-    Returns (runs written, first page not examined); the second is ``npages`` when done, else pass it
-    as ``start`` of the next call. A run that meets the end of the room is left for that call whole.
+    Returns (runs written, first page not examined); the second is ``npages`` when done, else pass
+    it as ``start`` of the next call. A run that meets the end of the room is left for that call whole.
     Rows of ``out`` past those written hold nothing of meaning.
     """
     return _kernels.bitmap_runs(words, npages, start, out)
@@ -110,8 +110,8 @@ def zero_scan(pages: U8, page_bytes: int) -> tuple[U64, int]:
 
 
 def zero_partition(memory: U8, page_bytes: int, ids: U64) -> int:
-    """Reorder the page numbers ``ids`` in place: normal pages first, zero pages after, each in their
-    order. Returns the number of normal pages.
+    """Reorder the page numbers ``ids`` in place: normal pages first, zero pages after, each in
+    their order. Returns the number of normal pages.
     """
     return _kernels.zero_partition(memory, page_bytes, ids)
 
@@ -149,8 +149,8 @@ def kernels() -> dict[str, list[str]]:
 def select(family: str, name: str) -> None:
     """Run implementation ``name`` for ``family`` from now on, in this module's functions.
 
-    Raises ``UsageError`` that tells apart an unknown family, an unknown name, one that is not in this
-    build, and one that this CPU cannot run; then nothing has changed.
+    Raises ``UsageError`` that tells apart an unknown family, an unknown name, one that is not in
+    this build, and one that this CPU cannot run; then nothing has changed.
     """
     try:
         _kernels.select(family, name)
