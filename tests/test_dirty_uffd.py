@@ -135,6 +135,19 @@ def test_a_system_calls_write_is_reported() -> None:
     source.stop()
 
 
+@pytest.mark.parametrize("step", [2, 3, 64])
+def test_more_regions_than_one_answer_holds(step: int) -> None:
+    """The kernel stops, and says where, when its answer is full: what it armed must be reported."""
+    view = anonymous(32768, advice=mmap.MADV_NOHUGEPAGE)
+    blocks = [block_of(view)]
+    source = UffdWpSource(blocks)
+    source.start()
+    view[:: step * 4096] = 1
+    assert fetch(source, blocks) == set(range(0, 32768, step))
+    assert fetch(source, blocks) == set()
+    source.stop()
+
+
 @pytest.mark.parametrize("advice", [mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE])
 def test_discarded_anonymous_memory_is_reported(advice: int) -> None:
     """It reads as zeros afterwards, which is a change like any other."""

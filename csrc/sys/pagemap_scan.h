@@ -51,7 +51,7 @@ struct vmth_pm_scan_arg {
     uint64_t flags;             /* VMTH_PM_SCAN_* */
     uint64_t start;             /* first byte to scan; page aligned */
     uint64_t end;               /* first byte not to scan */
-    uint64_t walk_end;          /* out: where the walk stopped; == end when it is complete */
+    uint64_t walk_end;          /* out: where the walk stopped, or an earlier page: see pagemap_scan.c */
     uint64_t vec;               /* address of an array of regions for the answer */
     uint64_t vec_len;           /* its length in regions */
     uint64_t max_pages;         /* stop after so many matching pages; 0: no limit */

@@ -155,10 +155,10 @@ static void region_empty(struct vmth_pm_scan_arg *arg, struct vmth_page_region *
     regions[0].end = regions[0].start;
 }
 
-static void walk_stands_still(struct vmth_pm_scan_arg *arg, struct vmth_page_region *regions)
+static void region_overlong(struct vmth_pm_scan_arg *arg, struct vmth_page_region *regions)
 {
-    (void)regions;
-    arg->walk_end = arg->start;
+    (void)arg;
+    regions[0].end = UINT64_MAX;
 }
 
 static void walk_overruns(struct vmth_pm_scan_arg *arg, struct vmth_page_region *regions)
@@ -171,7 +171,7 @@ static void walk_overruns(struct vmth_pm_scan_arg *arg, struct vmth_page_region 
 static void test_an_answer_outside_of_the_question_is_an_error(void)
 {
     void (*const lies[])(struct vmth_pm_scan_arg *, struct vmth_page_region *) = {
-        region_before, region_after, region_empty, walk_stands_still, walk_overruns,
+        region_before, region_after, region_empty, region_overlong, walk_overruns,
     };
 
     for (size_t i = 0; i < sizeof(lies) / sizeof(lies[0]); i++) {
@@ -181,6 +181,24 @@ static void test_an_answer_outside_of_the_question_is_an_error(void)
         T_EQUAL(vmth_uffd_wp_fetch(&tracker, FAKE_BASE, 64, words), -EIO);
         close_on_fake();
     }
+}
+
+static void stale_walk_end(struct vmth_pm_scan_arg *arg, struct vmth_page_region *regions)
+{
+    arg->walk_end = regions[0].end;
+}
+
+/* The pages past a stale walk_end have been armed: if their regions were dropped, they were lost. */
+static void test_regions_past_a_stale_walk_end_count(void)
+{
+    open_on_fake();
+    for (size_t page = 1; page < FAKE_PAGES; page += 2) {
+        fake.categories[page] = VMTH_PAGE_IS_WRITTEN;
+    }
+    fake.lie = stale_walk_end;
+    T_EQUAL(vmth_uffd_wp_fetch(&tracker, FAKE_BASE, FAKE_PAGES, words), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FAKE_PAGES), FAKE_PAGES / 2);
+    close_on_fake();
 }
 
 static void test_features_are_reported_and_nothing_stays_open(void)
@@ -206,6 +224,7 @@ int main(void)
     test_fetch_keeps_to_its_range_and_adds_to_the_bitmap();
     test_a_failed_add_leaves_nothing_registered();
     test_an_answer_outside_of_the_question_is_an_error();
+    test_regions_past_a_stale_walk_end_count();
     test_features_are_reported_and_nothing_stays_open();
     vmth_uffd_wp_close(NULL);
     return T_PASS;
