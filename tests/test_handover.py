@@ -157,3 +157,10 @@ def test_restarts_know_their_own_records(record: Record) -> None:
         with pytest.raises(UsageError, match=f"source journal: found {record.name}"):
             h.source_state_after_restart(record)
     assert h.destination_state_after_restart(None) is h.DestinationState.NO_RECORD
+
+
+def test_the_invariants_name_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "invariants.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", text))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []

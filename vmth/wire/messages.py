@@ -252,7 +252,8 @@ class ReleasedSeen(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """Either: this session is over. Before the grant only."""
+    """Either: this session is over and the guest stays at the source. Before the grant, or after
+    Aborted."""
 
     code: int
     reason: str
