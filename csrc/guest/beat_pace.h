@@ -27,9 +27,9 @@ struct vmth_pace {
 /* Ascending from_ns? (An empty table is: it means unpaced.) */
 bool vmth_pace_ordered(const struct vmth_pace *paces, size_t npaces);
 
-/* A heartbeat happened at `now_ns`; the one before was due at `last_due_ns`. Returns when this one is
- * due: one interval later, or at the next change of pace if that comes first, but never more than
- * VMTH_PACE_BURST_NS ago; `now_ns` where the pace is unpaced. */
+/* A heartbeat happened at `now_ns`; the one before was due at `last_due_ns`. Returns when this one
+ * is due: one interval later, or at the next change of pace if that comes first, but never more
+ * than VMTH_PACE_BURST_NS ago; `now_ns` where the pace is unpaced. */
 uint64_t vmth_pace_due(const struct vmth_pace *paces, size_t npaces, uint64_t last_due_ns,
                        uint64_t now_ns);
 

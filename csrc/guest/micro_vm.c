@@ -270,7 +270,7 @@ int vmth_micro_vm_resume(struct vmth_micro_vm *vm)
     pthread_mutex_lock(&vm->lock);
     const int rc = vm->crashed ? -EIO : 0;
     if (rc == 0 && vm->wish == VMTH_VCPU_PARK) {
-        /* Here, not in the thread: whoever asks next must not take the old parking for a new one. */
+        /* Here, not in the thread: who asks next must not take the old parking for a new one. */
         vm->parked = false;
         vm->unparked_at_ns = vmth_clock_ns(CLOCK_MONOTONIC);
         wish_locked(vm, VMTH_VCPU_RUN);

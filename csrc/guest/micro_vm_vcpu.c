@@ -16,8 +16,8 @@
 #endif
 
 #define NS_PER_S UINT64_C(1000000000)
-/* How often a vCPU with a dirty ring is made to look at it. Emulated string stores append five million
- * entries a second: ten thousand in this time, where the ring has 65,536. */
+/* How often a vCPU with a dirty ring is made to look at it. Emulated string stores append five
+ * million entries a second: ten thousand in this time, where the ring has 65,536. */
 #define RING_PERIOD_NS UINT64_C(2000000)
 
 uint64_t vmth_clock_ns(clockid_t clock)
@@ -97,13 +97,11 @@ static void beat_locked(struct vmth_micro_vm *vm, uint32_t value)
     beats->beats = value;
     if (beats->first_beat_at_ns == 0) {
         beats->first_beat_at_ns = now;
-    } else if (now > beats->last_beat_at_ns &&
-               now - beats->last_beat_at_ns > beats->max_gap_ns) {
+    } else if (now > beats->last_beat_at_ns && now - beats->last_beat_at_ns > beats->max_gap_ns) {
         beats->max_gap_ns = now - beats->last_beat_at_ns;
     }
     beats->last_beat_at_ns = now;
-    vm->due_ns =
-        vmth_pace_due(vm->paces, vm->npaces, vm->due_ns, vmth_micro_vm_running_locked(vm));
+    vm->due_ns = vmth_pace_due(vm->paces, vm->npaces, vm->due_ns, vmth_micro_vm_running_locked(vm));
     vm->at_beat = true;
 }
 
@@ -147,8 +145,7 @@ static void run_guest_locked(struct vmth_micro_vm *vm)
     pthread_mutex_unlock(&vm->lock);
     const int rc = ioctl(vm->vcpu_fd, KVM_RUN, NULL);
     const int error = errno;
-    const int emptied =
-        empty_ring(vm, rc == 0 && vm->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL);
+    const int emptied = empty_ring(vm, rc == 0 && vm->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL);
     pthread_mutex_lock(&vm->lock);
     vm->in_guest = false;
     vm->guest_exits++;

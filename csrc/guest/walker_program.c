@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The bytes of walker_program.S; the test that assembles it again prints a new table if it differs. */
+/* The bytes of walker_program.S, assembled; the test that does so again prints a new table. */
 #include "guest/walker_program.h"
 
 /* clang-format off */

@@ -52,8 +52,7 @@ int vmth_kvm_log_enable(const struct vmth_kvm_ops *ops, int vm_fd)
 }
 
 int vmth_kvm_log_create(const struct vmth_kvm_ops *ops, int vm_fd, enum vmth_kvm_log_mode mode,
-                        const struct vmth_kvm_slot *slots, size_t nslots,
-                        struct vmth_kvm_log **out)
+                        const struct vmth_kvm_slot *slots, size_t nslots, struct vmth_kvm_log **out)
 {
     if (nslots == 0 || mode < VMTH_KVM_LOG_FETCH_CLEARS || mode > VMTH_KVM_LOG_MANUAL_ALL_SET) {
         return -EINVAL;
@@ -199,8 +198,7 @@ int vmth_kvm_log_rearm(struct vmth_kvm_log *log, size_t index, uint64_t page, ui
         tracked->scratch[w] = tracked->pending[w] & range_mask(w, page, end);
     }
     /* The count must be a multiple of 64 pages, or reach exactly the end of the slot. */
-    const uint64_t last =
-        64 * past < tracked->slot.npages ? 64 * past : tracked->slot.npages;
+    const uint64_t last = 64 * past < tracked->slot.npages ? 64 * past : tracked->slot.npages;
     for (uint64_t from = 64 * first; from < last;) {
         /* num_pages is 32 bits wide; 1 Gi pages a call keep it a multiple of 64. */
         const uint64_t left = last - from;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* KVM's dirty log: which pages the vCPUs wrote, fetched as bitmaps and re-armed range by range.
  *
- * With manual protect, fetching leaves the kernel's bits set and pages writable at full speed; a page
- * is clean again only after rearm(), which must precede the reading of its content:
+ * With manual protect, fetching leaves the kernel's bits set and pages writable at full speed; a
+ * page is clean again only after rearm(), which must precede the reading of its content:
  *
  *   kernel's log   0 1 1 0 1          fetch: 0 1 1 0 1 (log unchanged, `pending` remembers it)
  *   guest writes 0 1 1 1 0 1          rearm(1, 2): clears bits 1 and 2, because they are pending;
@@ -11,7 +11,7 @@
  * Not seen: writes that do not come from a vCPU or from KVM itself - the VMM's own threads through
  * its mapping, pwrite(), vhost back ends, DMA, hole punching.
  *
- * One thread at a time. Works only in the process that created the VM. */
+ * One thread at a time; vCPUs run beside it. Works only in the process that created the VM. */
 #ifndef VMTH_SYS_KVM_DIRTY_LOG_H
 #define VMTH_SYS_KVM_DIRTY_LOG_H
 
@@ -22,14 +22,14 @@
 VMTH_BEGIN_DECLS
 
 enum vmth_kvm_log_mode {
-    VMTH_KVM_LOG_FETCH_CLEARS = 1, /* no manual protect: a fetch re-arms everything, rearm() nothing */
+    VMTH_KVM_LOG_FETCH_CLEARS = 1, /* no manual protect: fetch re-arms all, rearm() nothing */
     VMTH_KVM_LOG_MANUAL,           /* starts clean, every page write-protected at start() */
     VMTH_KVM_LOG_MANUAL_ALL_SET,   /* starts with every page dirty and none protected */
 };
 
-/* Turn on the best mode that the kernel offers for this VM; call it once, before any slot is logged.
- * Not together with a dirty ring (start() of a ring relies on pages being protected at once).
- * Returns the mode, or a negative errno. */
+/* Turn on the best mode that the kernel offers for this VM; call it once, before any slot is
+ * logged. Not together with a dirty ring (start() of a ring relies on pages being protected at
+ * once). Returns the mode, or a negative errno. */
 VMTH_MUST_CHECK int vmth_kvm_log_enable(const struct vmth_kvm_ops *ops, int vm_fd);
 
 struct vmth_kvm_log;
@@ -48,9 +48,9 @@ void vmth_kvm_log_free(struct vmth_kvm_log *log);
  * error; then no slot is logged. */
 VMTH_MUST_CHECK int vmth_kvm_log_start(struct vmth_kvm_log *log);
 
-/* OR each slot's dirty pages into bitmaps[slot index] (whole uint64 words, bits past the end clear).
- * Returns 0, -ENODEV when not started, or the kernel's error: what was merged until then is true,
- * the rest is not lost unless the mode is FETCH_CLEARS, where the job should end. */
+/* OR each slot's dirty pages into bitmaps[slot index] (whole uint64 words, bits past the end
+ * clear). Returns 0, -ENODEV when not started, or the kernel's error: what was merged until then is
+ * true, the rest is not lost unless the mode is FETCH_CLEARS, where the job should end. */
 VMTH_MUST_CHECK int vmth_kvm_log_fetch(struct vmth_kvm_log *log, uint64_t *const *bitmaps);
 
 /* Re-arm the pages of [page, page + npages) of one slot that a fetch reported and that were not

@@ -181,7 +181,7 @@ static uint32_t clean_ahead(const struct vmth_kvm_ring *ring, const struct vcpu_
 /* After an overflow: move `next` to where the kernel writes. */
 static void skip_gap(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu)
 {
-    /* Twice: a vCPU may write behind the first scan, but whoever saw a later entry sees the first. */
+    /* Twice: a vCPU may write behind the first scan, but who saw a later entry sees the first. */
     uint32_t skip = clean_ahead(ring, vcpu, clean_ahead(ring, vcpu, ring->nentries));
     if (skip == ring->nentries) {
         if (vcpu->idle_fulls < STUCK_FULLS) {

@@ -7,9 +7,9 @@
  *   fetch              kick every vCPU (its ring is complete), collect, reset, hand the bits over
  *
  * The order is what makes it safe: a page is re-protected (RESET) before the bit that was collected
- * for it is handed out, so whoever reads the page after fetch() reads it armed, and a later write is
- * appended again. rearm() has therefore nothing to do. A write between collect and RESET needs no
- * entry of its own: its page's bit is not handed out before the RESET.
+ * for it is handed out, so whoever reads the page after fetch() reads it armed, and a later write
+ * is appended again. rearm() has therefore nothing to do. A write between collect and RESET needs
+ * no entry of its own: its page's bit is not handed out before the RESET.
  *
  * The kernel promises to stop a vCPU before its ring is full to the last entry; a KVM that emulates
  * breaks that promise and wraps around. A ring found full to the last entry is therefore taken as
@@ -58,14 +58,14 @@ void vmth_kvm_ring_free(struct vmth_kvm_ring *ring);
  * no slot is tracked. */
 VMTH_MUST_CHECK int vmth_kvm_ring_start(struct vmth_kvm_ring *ring);
 
-/* Harvest into the bitmap kept here and let the rings be used again. The thread of vCPU number `vcpu`
- * calls it when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL, and re-enters. Any thread. Returns the
- * number of entries, -EPROTO for an entry outside every slot, or the kernel's error. */
+/* Harvest into the bitmap kept here and let the rings be used again. The thread of vCPU number
+ * `vcpu` calls it when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL, and re-enters. Any thread.
+ * Returns the number of entries, -EPROTO for an entry outside every slot, or the kernel's error. */
 VMTH_MUST_CHECK int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring, size_t vcpu);
 
-/* The same if a quarter of that vCPU's ring is used, else nothing. A vCPU thread calls it after every
- * exit: a KVM that emulates looks for a full ring only between KVM_RUN's outer turns, and writes more
- * in one turn than the spare entries hold. Such a vCPU must be kicked often enough. */
+/* The same if a quarter of that vCPU's ring is used, else nothing. A vCPU thread calls it after
+ * every exit: a KVM that emulates looks for a full ring only between KVM_RUN's outer turns, and
+ * writes more in one turn than the spare entries hold. Such a vCPU must be kicked often enough. */
 VMTH_MUST_CHECK int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcpu);
 
 /* OR each slot's dirty pages into bitmaps[slot index] and forget them here. Returns 0, -ENODEV when

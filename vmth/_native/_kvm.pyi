@@ -1,7 +1,8 @@
 """Cython over csrc/guest (the micro VM) and csrc/sys (KVM dirty log and ring).
 
-Calls come from one thread at a time, in the process that created the VM, and release the GIL. Failures
-of the kernel raise OSError; EIO after the vCPU crashed (``crash()`` says why).
+Calls come from one thread at a time (those named dirty_ may come from a second one), in the process
+that created the VM, and release the GIL. Failures of the kernel raise OSError; EIO after the vCPU
+crashed (``crash()`` says why).
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def walker_code() -> bytes:
 
 class MicroVm:
     def __init__(self, slots: Sequence[tuple[int, int, int]], tracker: str) -> None:
-        """``slots``: (gpa, npages, address) each, mapped until close(); ``tracker``: "log" or "ring"."""
+        """``slots``: (gpa, npages, address) each, mapped until close(); ``tracker``: "log" or
+        "ring"."""
 
     def start_fresh(self, entry_gpa: int, paces: Sequence[tuple[int, int]]) -> None: ...
     def pause(self) -> bool: ...
@@ -63,4 +65,5 @@ class MicroVm:
     def dirty_rearm(self, slot: int, page: int, npages: int) -> None: ...
     def dirty_stop(self) -> None: ...
     def close(self) -> None:
-        """Stop and join the vCPU, free everything but the memory. Idempotent; other calls then raise."""
+        """Stop and join the vCPU, free everything but the memory. Idempotent; other calls then
+        raise."""

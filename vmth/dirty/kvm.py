@@ -3,7 +3,8 @@
 
 Both see every write by a vCPU and by KVM on its behalf. Neither sees a write that the VMM makes
 through its own mapping, ``pwrite`` to the memory's file, vhost back ends, DMA, or hole punching:
-memory that is written in such ways needs another source beside it."""
+memory that is written in such ways needs another source beside it.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +110,15 @@ class KvmDirtyRing(_KvmTracker):
     """The per-vCPU rings of KVM. ``fetch`` kicks the vCPU out of the guest so that its ring is
     complete, harvests it and resets it; the reset re-protects the harvested pages *before* fetch
     hands them out, so they are armed when they are read and ``rearm`` has nothing to do. A full
-    ring interrupts only the vCPU that wrote, until its entries have been taken into our bitmap."""
+    ring interrupts only the vCPU that wrote, until its entries have been taken into our bitmap.
+
+    Should the kernel ever overwrite entries (a KVM that emulates looks for a full ring too seldom),
+    the next fetch reports every page: ``overflows`` counts that.
+    """
 
     _name = "kvm-ring"
+
+    @property
+    def overflows(self) -> int:
+        """How often entries were lost and all pages reported instead, since the VM was made."""
+        return self._vm.ring_overflows

@@ -100,7 +100,9 @@ class KvmMachine:
             raise StreamError(f"vCPU state: KVM does not accept the registers: {error}") from error
 
     def beat_report(self) -> BeatReport:
-        return BeatReport(*self._call("report heartbeats", self._vm.report))
+        report = BeatReport(*self._call("report heartbeats", self._vm.report))
+        self._raise_if_crashed("report heartbeats")
+        return report
 
     def throttle(self, percent: int) -> None:
         """Take 0 to 99 percent of the vCPU's time, in slices of 10 ms. UsageError outside of
@@ -125,12 +127,10 @@ class KvmMachine:
 
     def _call(self, what: str, call: Callable[[], _T]) -> _T:
         try:
-            result = call()
+            return call()
         except (OSError, ValueError) as error:
             self._raise_if_crashed(what)
             raise GuestError(f"KVM guest: {what} failed: {error}") from error
-        self._raise_if_crashed(what)
-        return result
 
     def _raise_if_crashed(self, what: str) -> None:
         try:
