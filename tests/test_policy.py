@@ -381,6 +381,53 @@ def test_no_acknowledged_byte_is_an_unknown_link() -> None:
     assert StandardPolicy().decide(view).action is Action.CONTINUE
 
 
+def test_a_pause_that_was_demanded_is_not_taken_back() -> None:
+    view = view_of(round_stats(0, pages=1 << 20, dirty=1_000, duration_ms=3_400))
+    decision = StandardPolicy().decide(view)
+    grown = replace(view, dirty_pages=500_000)
+    policy = StandardPolicy()
+    assert policy.recheck(grown, decision.forecast).action is Action.CONTINUE
+    asked = replace(grown, switchover_requested=True)
+    assert policy.recheck(asked, decision.forecast).action is Action.SWITCH_OVER
+    late = replace(grown, timeout_ns=view.now_ns)
+    assert policy.recheck(late, decision.forecast).action is Action.SWITCH_OVER
+
+
+def test_rounds_of_zero_pages_weigh_little_in_the_bandwidth() -> None:
+    zero = round_stats(0, pages=1 << 20, dirty=60_000, duration_ms=300, zero=(1 << 20) - 1_000)
+    full = round_stats(1, pages=60_000, dirty=50_000, duration_ms=200)
+    expected = StandardPolicy().decide(view_of(zero, full)).forecast
+    assert expected.pages_ns == pytest.approx(50_000 / 60_000 * 200 * MS, rel=0.02)
+
+
+def test_a_link_that_became_slower_is_followed() -> None:
+    fast = [round_stats(n, pages=50_000, dirty=50_000, duration_ms=200) for n in range(4)]
+    slow = round_stats(4, pages=50_000, dirty=50_000, duration_ms=800)
+    before = StandardPolicy().decide(view_of(*fast)).forecast
+    after = StandardPolicy().decide(view_of(*fast, slow)).forecast
+    assert after.pages_ns > 1.5 * before.pages_ns
+
+
+def test_the_newest_mix_counts_when_pages_became_dearer() -> None:
+    zero = [
+        round_stats(n, pages=50_000, dirty=50_000, duration_ms=100, zero=49_000) for n in (1, 2, 3)
+    ]
+    first = round_stats(0, pages=1 << 20, dirty=50_000, duration_ms=3_400)
+    full = round_stats(4, pages=50_000, dirty=50_000, duration_ms=170)
+    cheap = StandardPolicy().decide(view_of(first, *zero)).forecast
+    dear = StandardPolicy().decide(view_of(first, *zero, full)).forecast
+    assert cheap.pages_ns < 20 * MS
+    assert dear.pages_ns == pytest.approx(170 * MS, rel=0.05)
+
+
+def test_zero_pages_cost_the_time_to_read_them() -> None:
+    first = round_stats(0, pages=1 << 20, dirty=1 << 20, duration_ms=3_400)
+    zero = round_stats(1, pages=1 << 20, dirty=1 << 20, duration_ms=400, zero=(1 << 20) - 8)
+    decision = StandardPolicy().decide(view_of(first, zero))
+    assert decision.forecast.pages_ns > 300 * MS
+    assert decision.action is Action.CONTINUE
+
+
 def test_a_decision_without_any_round_is_possible() -> None:
     decision = StandardPolicy().decide(replace(view_of(), timeout_ns=1, now_ns=1))
     assert decision.action is Action.SWITCH_OVER

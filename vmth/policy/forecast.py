@@ -82,8 +82,6 @@ def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
     if long_s < 1.2 * short_s or short_pages == 0 or long_pages < 0.98 * short_pages:
         return linear
     ratio = long_pages / short_pages
-    if ratio >= 0.98 * long_s / short_s:
-        return linear
     if ratio <= 1.02:
         return DirtyModel(math.inf, newest_pages)
     rate = _solve_saturation(ratio, long_s, short_s)
@@ -93,7 +91,8 @@ def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
 
 def _solve_saturation(ratio: float, long_s: float, short_s: float) -> float:
     """a (1/s) with (1 - e^(-a long)) / (1 - e^(-a short)) == ratio. The left side falls from
-    long/short at a = 0 to 1 at infinity; halve the interval of log(a)."""
+    long/short at a = 0 to 1 at infinity; halve the interval of log(a). A ratio at or above
+    long/short gives the lowest a, at which the model is as good as linear."""
     low, high = 1e-6 / long_s, 50.0 / short_s
     for _ in range(60):
         middle = math.sqrt(low * high)

@@ -102,8 +102,6 @@ class StandardPolicy:
     def _believable(self, view: RoundView) -> bool:
         if view.failed_rechecks < MAX_FAILED_RECHECKS:
             return True
-        if view.on_stall is OnStall.CANCEL:
-            return False
         later = [round_ for round_ in view.rounds[-RECENT_ROUNDS:] if round_.round > 0]
         largest = max((max(round_.pages, round_.dirty_pages) for round_ in later), default=0)
         return forecast_downtime(view, largest).total_ns <= view.downtime_limit_ns
