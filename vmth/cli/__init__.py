@@ -1,2 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one file a command, no logic."""
+"""The command line: one file a command, no logic.
+
+``main`` is the console script and ``python -m vmth``. Exit codes are those of
+``vmth.errors.ExitCode``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from vmth import __version__
+from vmth.cli.answers import fail
+from vmth.cli.demo import demo
+from vmth.cli.version import version
+from vmth.errors import ExitCode, VmthError
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="vmth", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Move running virtual machines between hosts, with proof that nothing was lost.
+
+    \b
+    Exit codes of every command:
+      0    done
+      1    failed, the source guest runs
+      2    usage: an option or a value that is not allowed
+      3    refused before the start, the source guest runs
+      4    cancelled (also by SIGTERM), the source guest runs
+      5    did not converge or timed out, the source guest runs
+      6    verification failed
+      7    in doubt: both ends are paused, an operator must decide
+      130  interrupted (Ctrl-C), the source guest runs
+    """
+
+
+cli.add_command(demo)
+cli.add_command(version)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run and exit. With ``--json`` an error is a JSON object on stdout too."""
+    given = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given
+    try:
+        code = cli.main(args=given, prog_name="vmth", standalone_mode=False)
+    except click.ClickException as error:
+        code = fail(error.format_message(), ExitCode(error.exit_code), as_json)
+    except VmthError as error:
+        code = fail(str(error), error.exit_code, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        code = fail("interrupted", ExitCode.INTERRUPTED, as_json)
+    sys.exit(int(code or 0))

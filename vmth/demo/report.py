@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said at the end: one JSON object, and the same for people. Pure: no I/O.
+
+Every key is there in every outcome; what was not reached is null, so that a reader needs no cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmth import __version__
+from vmth.demo.check import GuestCheckReport
+from vmth.demo.meter import MoverCost
+from vmth.demo.outcome import Outcome
+from vmth.stats import DowntimeParts, RoundStats
+from vmth.units import format_duration, format_rate, format_size
+
+__all__ = ["json_object", "summary_lines"]
+
+_NS_PER_MS = 1e6
+GAP_CLOCK = "CLOCK_REALTIME"
+
+
+def json_object(outcome: Outcome) -> dict[str, Any]:
+    """Keys with units in their names; ``_ms`` are fractions of milliseconds."""
+    settings, result, arrival, record = (
+        outcome.settings,
+        outcome.result,
+        outcome.arrival,
+        outcome.record or (outcome.arrival.record if outcome.arrival else None),
+    )
+    rounds = list(result.rounds) if result else outcome.rounds
+    check = arrival.check if arrival else outcome.source_check
+    return {
+        "verified": outcome.verified,
+        "verified_scope": _verified_scope(outcome),
+        "guest": outcome.guest or None,
+        "guest_reason": outcome.guest_reason or None,
+        "dirty_source": outcome.dirty_source or None,
+        "mode": settings.migrate.mode.name.lower() if settings else None,
+        "rounds": [_round(stats) for stats in rounds],
+        "total_time_ms": result.total_ns / _NS_PER_MS if result else None,
+        "downtime_ms": result.downtime_ns / _NS_PER_MS if result else None,
+        "downtime_parts_ms": _parts(result.downtime_parts) if result else None,
+        "heartbeat_gap_ms": _ms(arrival.heartbeat_gap_ns) if arrival else None,
+        "heartbeat_gap_clock": GAP_CLOCK,
+        "heartbeats_lost": check.heartbeats_lost if check else None,
+        "writes_checked": check.writes_checked if check else None,
+        "writes_lost": check.writes_lost if check else None,
+        "memory_bytes": _memory_bytes(outcome),
+        "wire_bytes": result.wire_bytes if result else arrival.wire_bytes if arrival else None,
+        "digest_source": (result.digest_source or None) if result else None,
+        "digest_destination": _digest_destination(outcome),
+        "audited": bool(result and result.audited),
+        "bytes_compared": arrival.bytes_compared if arrival else 0,
+        "workload": settings.workload if settings else record.workload if record else None,
+        "content": settings.content if settings else record.content if record else None,
+        "content_pages": dict(outcome.prepared.pages) if outcome.prepared else None,
+        "seed": settings.seed if settings else record.seed if record else None,
+        "working_set_bytes": outcome.prepared.working_set_pages * 4096
+        if outcome.prepared
+        else None,
+        "dirty_rate_asked_bps": _rate_asked(outcome),
+        "dirty_rate_reached_bps": record.rate_reached_bps if record else None,
+        "transfer": _transfer(outcome),
+        "movers": {
+            "source": _cost(outcome.source_cost),
+            "destination": _cost(arrival.cost if arrival else None),
+        },
+        "fallbacks": _fallbacks(outcome),
+        "notes": outcome.notes,
+        "session_id": result.session_id if result else arrival.session_id if arrival else None,
+        "role": outcome.role,
+        "vmth_version": __version__,
+        "source_runs": outcome.source_runs,
+        "exit_code": int(outcome.exit_code),
+        "error": outcome.error or None,
+    }
+
+
+def _ms(time_ns: int | None) -> float | None:
+    return None if time_ns is None else time_ns / _NS_PER_MS
+
+
+def _round(stats: RoundStats) -> dict[str, Any]:
+    return {
+        "round": stats.round,
+        "pages": stats.pages,
+        "normal_pages": stats.normal_pages,
+        "zero_pages": stats.zero_pages,
+        "hole_pages": stats.hole_pages,
+        "missed_pages": stats.missed_pages,
+        "bytes": stats.bytes,
+        "dirty_pages": stats.dirty_pages,
+        "duration_ns": stats.duration_ns,
+        "bandwidth_bps": stats.bandwidth_bps,
+        "dirty_rate_bps": stats.dirty_rate_bps,
+        "expected_downtime_ms": stats.expected_downtime_ns / _NS_PER_MS,
+        "paused": stats.paused,
+    }
+
+
+def _parts(parts: DowntimeParts) -> dict[str, float]:
+    return {
+        "pause": parts.pause_ns / _NS_PER_MS,
+        "last_pages": parts.last_pages_ns / _NS_PER_MS,
+        "state": parts.state_ns / _NS_PER_MS,
+        "seal": parts.seal_ns / _NS_PER_MS,
+        "grant": parts.grant_ns / _NS_PER_MS,
+        "resume": parts.resume_ns / _NS_PER_MS,
+    }
+
+
+def _cost(cost: MoverCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "cpu_seconds": cost.cpu_seconds,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+        "start_memory_bytes": cost.start_memory_bytes,
+    }
+
+
+def _transfer(outcome: Outcome) -> dict[str, int] | None:
+    if outcome.result is None:
+        return None
+    counters = outcome.result.transfer
+    return {name: getattr(counters, name) for name in counters.__slots__}
+
+
+def _verified_scope(outcome: Outcome) -> str:
+    if not outcome.verified:
+        return "none"
+    if outcome.result is not None:
+        return outcome.result.verified_scope
+    return outcome.arrival.verified_scope if outcome.arrival else "none"
+
+
+def _digest_destination(outcome: Outcome) -> str | None:
+    if outcome.result is not None:
+        return outcome.result.digest_destination or None
+    return (outcome.arrival.digest or None) if outcome.arrival else None
+
+
+def _memory_bytes(outcome: Outcome) -> int | None:
+    if outcome.result is not None:
+        return outcome.result.memory_bytes
+    if outcome.arrival is not None:
+        return outcome.arrival.memory_bytes
+    return outcome.settings.memory_bytes if outcome.settings else None
+
+
+def _rate_asked(outcome: Outcome) -> int | None:
+    if outcome.prepared is not None:
+        return outcome.prepared.rate_asked_bps
+    record = outcome.arrival.record if outcome.arrival else None
+    return record.rate_bps if record else None
+
+
+def _fallbacks(outcome: Outcome) -> list[str]:
+    found = list(outcome.fallbacks)
+    found += outcome.result.fallbacks if outcome.result else ()
+    found += outcome.arrival.fallbacks if outcome.arrival else ()
+    return list(dict.fromkeys(found))
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+
+def summary_lines(outcome: Outcome) -> list[str]:
+    """The end of a demonstration, one fact a line."""
+    lines = [""]
+    lines += _guest_lines(outcome)
+    lines += _time_lines(outcome)
+    lines += _check_lines(outcome)
+    lines += _cost_lines(outcome)
+    for what in _fallbacks(outcome):
+        lines.append(_line("fell back", what))
+    for note in outcome.notes:
+        lines.append(_line("note", note))
+    if outcome.error:
+        lines.append(_line("failed", outcome.error))
+        lines.append(_line("source guest", _source_text(outcome)))
+    elif outcome.verified:
+        lines.append(_line("verified", f"yes, {_verified_scope(outcome)}"))
+    else:
+        lines.append(_line("verified", "no: the digest is off"))
+    return lines
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<16} {text}"
+
+
+def _source_text(outcome: Outcome) -> str:
+    if outcome.source_runs is None:
+        return "none here, or not known" if outcome.role != "receive" else "not asked from here"
+    return "runs here" if outcome.source_runs else "does not run here"
+
+
+def _guest_lines(outcome: Outcome) -> list[str]:
+    lines = []
+    if outcome.guest:
+        source = f", dirty pages by {outcome.dirty_source}" if outcome.dirty_source else ""
+        lines.append(_line("guest", f"{outcome.guest} ({outcome.guest_reason}){source}"))
+    record = outcome.record or (outcome.arrival.record if outcome.arrival else None)
+    if record is not None:
+        asked = _rate_asked(outcome)
+        lines.append(
+            _line(
+                "workload",
+                f"{record.workload}, seed {record.seed}; dirty rate asked "
+                f"{format_rate(asked) if asked else 'none'}, "
+                f"reached {format_rate(record.rate_reached_bps)}",
+            )
+        )
+    return lines
+
+
+def _time_lines(outcome: Outcome) -> list[str]:
+    lines = []
+    result, arrival = outcome.result, outcome.arrival
+    if result is not None:
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {ms:.2f}"
+            for name, ms in _parts(result.downtime_parts).items()
+        )
+        lines.append(_line("total time", format_duration(result.total_ns)))
+        lines.append(_line("downtime", f"{format_duration(result.downtime_ns)} ({parts} ms)"))
+    if arrival is not None and arrival.heartbeat_gap_ns is not None:
+        where = "both ends' " if outcome.role != "local" else ""
+        gap = max(0, arrival.heartbeat_gap_ns)
+        lines.append(_line("heartbeat gap", f"{format_duration(gap)} (by {where}{GAP_CLOCK})"))
+    if result is not None:
+        share = 100 * result.wire_bytes / max(1, result.memory_bytes)
+        lines.append(
+            _line(
+                "on the wire",
+                f"{format_size(result.wire_bytes)} for {format_size(result.memory_bytes)} of "
+                f"memory ({share:.1f} %)",
+            )
+        )
+        if result.digest_source:
+            lines.append(_line("digest", f"source      {result.digest_source}"))
+            lines.append(_line("", f"destination {result.digest_destination}"))
+    elif arrival is not None:
+        lines.append(
+            _line(
+                "on the wire",
+                f"{format_size(arrival.wire_bytes)} for {format_size(arrival.memory_bytes)} of "
+                "memory",
+            )
+        )
+        if arrival.digest:
+            lines.append(_line("digest", f"{arrival.digest} (equal to the source's)"))
+    return lines
+
+
+def _check_lines(outcome: Outcome) -> list[str]:
+    lines = []
+    if outcome.arrival is not None:
+        lines.append(_line("after the move", _check_text(outcome.arrival.check)))
+    if outcome.source_check is not None:
+        lines.append(_line("source guest", _check_text(outcome.source_check)))
+    if outcome.result is not None and outcome.result.audited:
+        lines.append(_line("audit", "both paused ends hashed all memory anew: every page equal"))
+    if outcome.arrival is not None and outcome.arrival.bytes_compared:
+        nbytes = outcome.arrival.bytes_compared
+        lines.append(
+            _line("byte comparison", f"{nbytes} bytes of both paused memories compared: equal")
+        )
+    return lines
+
+
+def _check_text(check: GuestCheckReport) -> str:
+    if not check.passed:
+        return "; ".join(check.failures)
+    return (
+        f"{check.beats} heartbeats, none lost, repeated or skipped; "
+        f"{check.writes_checked} page writes, none lost"
+    )
+
+
+def _cost_lines(outcome: Outcome) -> list[str]:
+    lines = []
+    costs = (
+        ("source mover", outcome.source_cost),
+        ("destin. mover", outcome.arrival.cost if outcome.arrival else None),
+    )
+    for name, cost in costs:
+        if cost is not None:
+            above = max(0, cost.peak_memory_bytes - cost.start_memory_bytes)
+            lines.append(
+                _line(
+                    name,
+                    f"{cost.cpu_seconds:.2f} s of CPU, {format_size(cost.peak_memory_bytes)} of "
+                    f"memory at its peak ({format_size(above)} above idle)",
+                )
+            )
+    return lines

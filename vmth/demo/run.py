@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three ways to run a demonstration: here, to another host, from another host.
+
+Each returns an ``Outcome`` whatever happens; nothing of what it started is left behind, except a
+source guest whose fate is in doubt: it stays paused in its holder until ``vmth recover`` or an
+operator decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vmth.api import start_migration
+from vmth.demo.arrival import receive_one
+from vmth.demo.check import check_at_home
+from vmth.demo.guests import DepartingGuest, duplicate_memory
+from vmth.demo.interrupts import Interrupted, Interrupts
+from vmth.demo.meter import MoverMeter
+from vmth.demo.mover import DestinationMover
+from vmth.demo.outcome import Outcome
+from vmth.demo.progress import Console
+from vmth.demo.settings import ArrivalSettings, DemoSettings
+from vmth.destination_session import ReceiveResult
+from vmth.errors import InDoubtError, UsageError, VerificationError, VmthError
+from vmth.events import RoundFinished
+from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
+from vmth.listener import Listener
+from vmth.options import MigrateOptions, ReceiveOptions, check_plaintext
+from vmth.units import format_duration, format_size
+from vmth.uri import parse_endpoint
+
+__all__ = ["run_local", "run_receive", "run_send"]
+
+#: The destination checks its guest after the move: how long that may take beyond the guest's run.
+_CHECK_S = 120.0
+
+
+def run_local(settings: DemoSettings, console: Console) -> Outcome:
+    """Both ends on this machine, over loopback, each with a mover and a holder of its own."""
+    outcome = Outcome("local", settings)
+    with _filling(outcome) as (interrupts, resources):
+        options = settings.migrate
+        if options.state_dir is None:
+            options = replace(options, state_dir=_state_dir(outcome, resources))
+        guest = _spawn_guest(outcome, settings, console, resources)
+        mover = _spawn_mover(outcome, settings, options, guest, resources)
+        console.say(f"destination mover (pid {mover.pid}) listens at {mover.uri}")
+        _warm_up(settings.warm_up_ns)
+        _migrate(outcome, guest, mover.uri, options, console, interrupts)
+        if outcome.result is not None:
+            console.say("the guest runs at the destination, and was freed at the source")
+            outcome.arrival = mover.outcome(settings.run_on_ns / 1e9 + _CHECK_S)
+            _judge_arrival(outcome)
+    return outcome
+
+
+def run_send(settings: DemoSettings, uri: str, console: Console) -> Outcome:
+    """A new guest from here to the ``vmth demo --receive`` that listens at ``uri``."""
+    outcome = Outcome("send", settings)
+    with _filling(outcome) as (interrupts, resources):
+        check_plaintext(parse_endpoint(uri), settings.migrate.insecure)
+        guest = _spawn_guest(outcome, settings, console, resources)
+        _warm_up(settings.warm_up_ns)
+        _migrate(outcome, guest, uri, settings.migrate, console, interrupts)
+        if outcome.result is not None:
+            outcome.notes.append(
+                "the heartbeat gap and the guest's own counters are reported there"
+            )
+            if settings.migrate.audit:
+                outcome.notes.append("bytes are compared only where both ends are on one machine")
+    return outcome
+
+
+def run_receive(
+    settings: ArrivalSettings, options: ReceiveOptions, uri: str, console: Console
+) -> Outcome:
+    """One guest of a ``vmth demo --send`` into this host; it is checked, and ended with this
+    process."""
+    outcome = Outcome("receive")
+
+    def on_listening(listener: Listener) -> None:
+        outcome.fallbacks += listener.fallbacks
+        console.say(f"listening at {listener.endpoint.display} for one guest")
+
+    def on_running(result: ReceiveResult) -> None:
+        console.say(f"a guest of {format_size(result.memory_bytes)} from {result.peer} runs here")
+        console.say(f"it runs on for {format_duration(settings.run_on_ns)} and is then checked")
+
+    with _filling(outcome):
+        outcome.arrival = receive_one(
+            uri, settings, options, on_listening=on_listening, on_running=on_running
+        )
+        outcome.guest, outcome.guest_reason = outcome.arrival.guest, outcome.arrival.guest_reason
+        outcome.notes.append(
+            "the heartbeat gap is the difference of two hosts' clocks (CLOCK_REALTIME), and as "
+            "right as they agree"
+        )
+        outcome.source_runs = False
+        _judge_arrival(outcome)
+    return outcome
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _filling(outcome: Outcome) -> Iterator[tuple[Interrupts, contextlib.ExitStack]]:
+    """Signals are watched; whatever ends the body early stands in the outcome, and everything that
+    the body took is freed before the handlers go."""
+    with Interrupts() as interrupts:
+        try:
+            with contextlib.ExitStack() as resources:
+                yield interrupts, resources
+        except Interrupted:
+            outcome.error = outcome.error or "interrupted"
+        except VmthError as error:
+            outcome.fail(error)
+        except OSError as error:
+            outcome.fail(error)
+        if interrupts.exit_code is not None:
+            outcome.error = outcome.error or "interrupted"
+            outcome.exit_code = interrupts.exit_code
+
+
+def _spawn_guest(
+    outcome: Outcome,
+    settings: DemoSettings,
+    console: Console,
+    resources: contextlib.ExitStack,
+) -> DepartingGuest:
+    kind, reason = _choose(settings)
+    outcome.guest, outcome.guest_reason = kind, reason
+    if not settings.guest and kind == "process":
+        outcome.fallbacks.append(f"process guest: {reason}")
+    outcome.dirty_source = settings.dirty_source or DIRTY_SOURCES[kind][0]
+    console.say(
+        f"guest: {kind} ({reason}), {format_size(settings.memory_bytes)}, seed {settings.seed}"
+    )
+    console.say(f"filling its memory: {settings.content}")
+    workload = settings.guest_workload()
+    holder, outcome.prepared = spawn_source(
+        kind,
+        settings.memory_bytes,
+        content=settings.content,
+        workload=workload,
+        dirty_source=outcome.dirty_source,
+    )
+    guest = DepartingGuest(holder, workload, settings.content, outcome.prepared)
+    outcome.source_runs = True
+    resources.callback(_end_source, outcome, guest)
+    console.say(f"it runs in its holder (pid {holder.status().pid}): {settings.workload}")
+    return guest
+
+
+def _choose(settings: DemoSettings) -> tuple[str, str]:
+    """(kind, reason); a dirty source that was asked for decides where no guest was."""
+    if not settings.guest and settings.dirty_source:
+        for kind, sources in DIRTY_SOURCES.items():
+            if settings.dirty_source in sources:
+                return kind, f"asked for by --dirty-source {settings.dirty_source}"
+        raise UsageError(f"dirty source: received {settings.dirty_source!r}, unknown")
+    return choose_guest(settings.guest or None)
+
+
+def _end_source(outcome: Outcome, guest: DepartingGuest) -> None:
+    """The demonstration is over: its guest goes, unless nobody knows whether it runs elsewhere."""
+    if outcome.source_runs is None:
+        guest.holder.close()
+    else:
+        guest.holder.shutdown()
+
+
+def _spawn_mover(
+    outcome: Outcome,
+    settings: DemoSettings,
+    options: MigrateOptions,
+    guest: DepartingGuest,
+    resources: contextlib.ExitStack,
+) -> DestinationMover:
+    memory: Sequence[int] = duplicate_memory(guest) if options.audit else ()
+    try:
+        return resources.enter_context(
+            DestinationMover(
+                ArrivalSettings(guest.holder.kind, settings.run_on_ns),
+                ReceiveOptions(
+                    state_dir=_state_dir(outcome, resources), peer_timeout_s=options.peer_timeout_s
+                ),
+                memory,
+            )
+        )
+    finally:
+        for fd in memory:
+            os.close(fd)
+
+
+def _state_dir(outcome: Outcome, resources: contextlib.ExitStack) -> Path:
+    """A private one that goes with the demonstration, unless its records may still be needed."""
+    path = Path(tempfile.mkdtemp(prefix="vmth-demo-"))
+
+    def remove() -> None:
+        if outcome.source_runs is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+    resources.callback(remove)
+    return path
+
+
+def _warm_up(time_ns: int) -> None:
+    """Let the guest run before it is moved, so that there is something to lose."""
+    threading.Event().wait(time_ns / 1e9)
+
+
+def _migrate(
+    outcome: Outcome,
+    guest: DepartingGuest,
+    uri: str,
+    options: MigrateOptions,
+    console: Console,
+    interrupts: Interrupts,
+) -> None:
+    """Fills in how it went; a failed migration is followed by a look at the source guest."""
+    options = replace(options, guest_info={"kind": guest.holder.kind})
+    try:
+        with MoverMeter() as meter:
+            job = start_migration(guest, uri, options)
+            with interrupts.cancelling(job.cancel), console.live(job.stats):
+                for event in job.events():
+                    console.show(event)
+                    if isinstance(event, RoundFinished):
+                        outcome.rounds.append(event.stats)
+                outcome.result = job.wait()
+        outcome.source_runs = False
+    except InDoubtError as error:
+        outcome.source_runs = None
+        outcome.notes.append(f"in doubt: the source guest stays paused; {_recover_hint(options)}")
+        outcome.fail(error)
+    except VmthError as error:
+        outcome.fail(error)
+        _look_at_source(outcome, guest)
+    outcome.record = guest.record or outcome.record
+    outcome.source_cost = meter.cost
+
+
+def _recover_hint(options: MigrateOptions) -> str:
+    where = f" --state-dir {options.state_dir}" if options.state_dir else ""
+    return f"ask again with: vmth recover{where}"
+
+
+def _look_at_source(outcome: Outcome, guest: DepartingGuest) -> None:
+    """Does it run on, and was nothing lost? Its state afterwards: paused, about to be ended."""
+    try:
+        outcome.source_runs = guest.is_running()
+        outcome.record = guest.take_record()
+        outcome.source_check = check_at_home(guest)
+    except VmthError as error:
+        outcome.source_runs = False
+        outcome.notes.append(f"the source guest: {error}")
+        return
+    if not outcome.source_check.passed:
+        outcome.notes.append(f"the source guest: {'; '.join(outcome.source_check.failures)}")
+
+
+def _judge_arrival(outcome: Outcome) -> None:
+    """A guest that lost something was not moved, whatever the digests say."""
+    arrival = outcome.arrival
+    assert arrival is not None
+    if not arrival.check.passed:
+        failures = "; ".join(arrival.check.failures)
+        outcome.fail(VerificationError(f"after the move: {failures}"))
