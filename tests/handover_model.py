@@ -89,14 +89,6 @@ DESTINATION_SENDS = {
 }
 #: A control connection brings a Mismatch once: repeating it would need a correlation number.
 NEVER_REPEATED = {"Mismatch"}
-#: Facts that stay true when journaling them failed; other events become a FAILURE.
-FACTS = {
-    SourceEvent.RUNNING,
-    SourceEvent.ABORTED,
-    DestinationEvent.RESUME_OK,
-    DestinationEvent.RESUME_FAILED,
-    DestinationEvent.GUEST_RUNS,
-}
 #: Write ahead: what must stand in the journal when an action is executed.
 BACKED_BY: dict[str, dict[Action, set[Record | None]]] = {
     "source": {
@@ -271,9 +263,8 @@ class Model:
             yield None, label, world._replace(source=done._replace(record=action.record))
             if source.event is not SourceEvent.START:
                 undone = source._replace(state=source.before, todo=())
-                again = source.event if source.event in FACTS else SourceEvent.FAILURE
-                assert again is not None
-                failed = self._feed_source(world._replace(source=undone), again)
+                world = world._replace(source=undone)
+                failed = self._feed_source(world, SourceEvent.FAILURE)
                 yield "trouble", f"{label} fails", failed
             return
         if action is Action.FORGET_RECORD:
@@ -364,10 +355,8 @@ class Model:
             yield None, label, world._replace(destination=done._replace(record=action.record))
             if destination.event is not DestinationEvent.ACCEPT:
                 undone = destination._replace(state=destination.before, todo=())
-                event = destination.event
-                again = event if event in FACTS else DestinationEvent.FAILURE
-                assert again is not None
-                failed = self._feed_destination(world._replace(destination=undone), again)
+                world = world._replace(destination=undone)
+                failed = self._feed_destination(world, DestinationEvent.FAILURE)
                 yield "trouble", f"{label} fails", failed
             return
         if action is Action.RESUME_GUEST:

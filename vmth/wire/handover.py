@@ -9,8 +9,7 @@ docs/handover.md draws it.
 
 This file knows no guest, journal or connection. A session feeds what happened to ``Handover.on()``
 and executes the actions that it returns. If HOLD_GUEST or a JOURNAL action fails, nothing after it
-is executed and ``undo()`` takes the transition back; then FAILURE is fed, or, where the event was a fact that stays
-true (RESUME_OK, RESUME_FAILED, GUEST_RUNS, RUNNING, ABORTED), the same event again later.
+is executed and ``undo()`` takes the transition back; then FAILURE is fed.
 
 After GRANTED stands in the source's journal the source does not run until it *knows* that the
 destination never will. After STARTING stands in the destination's journal the destination never
@@ -371,13 +370,15 @@ def _destination_table() -> DestinationTable:
     for starting in (state.STARTING, state.ASKING):
         table[starting, event.RESUME_OK] = _row(state.RUNNING, do.JOURNAL_RUNNING, do.SEND_RUNNING)
         table[starting, event.GUEST_UNKNOWN] = _row(state.IN_DOUBT, do.TELL_OPERATOR)
-    for asked in (state.ASKING, state.IN_DOUBT):
-        table[asked, event.GUEST_RUNS] = _row(state.RUNNING, do.JOURNAL_RUNNING, do.SEND_RUNNING)
+        # After resume() only a journal write can fail: what the guest does is asked anew.
+        table[starting, event.FAILURE] = _row(state.ASKING, do.ASK_GUEST)
+        table[starting, event.QUERY] = _row(starting, do.ANSWER_STARTING)
+    table[state.ASKING, event.GUEST_RUNS] = _row(state.RUNNING, do.JOURNAL_RUNNING, do.SEND_RUNNING)
+    # Whoever asks again may find a guest that can be asked again.
+    table[state.IN_DOUBT, event.QUERY] = _row(state.ASKING, do.ANSWER_STARTING, do.ASK_GUEST)
+    table |= _nothing([state.IN_DOUBT], [event.FAILURE])
     for unsure in (state.STARTING, state.ASKING, state.IN_DOUBT):
-        table[unsure, event.QUERY] = _row(unsure, do.ANSWER_STARTING)
-        table |= _nothing(
-            [unsure], [event.GRANT, event.PEER_ABORT, event.CONNECTION_LOST, event.FAILURE]
-        )
+        table |= _nothing([unsure], [event.GRANT, event.PEER_ABORT, event.CONNECTION_LOST])
     for every in state:
         table[every, event.QUERY_OTHER] = _row(every, do.ANSWER_UNKNOWN)
     settled = (state.NO_RECORD, state.RUNNING, state.ABORTED)
