@@ -31,7 +31,7 @@ D, DE = DestinationState, DestinationEvent
 A = Action
 
 
-@pytest.mark.parametrize("budget", [Budget(), Budget(crash=1)], ids=str)
+@pytest.mark.parametrize("budget", [Budget(), Budget(lose=1), Budget(repeat=1)], ids=str)
 def test_exactly_one_runs_quick(budget: Budget) -> None:
     assert explore(Rules(), budget) > 50
 
@@ -39,11 +39,17 @@ def test_exactly_one_runs_quick(budget: Budget) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "budget",
-    [Budget(2, 2, 2, 0), Budget(1, 1, 1, 1), Budget(2, 0, 0, 1), Budget(0, 0, 0, 2)],
+    [
+        Budget(crash=1),
+        Budget(2, 2, 2, 0),
+        Budget(1, 1, 1, 1),
+        Budget(2, 0, 0, 1),
+        Budget(0, 0, 0, 2),
+    ],
     ids=str,
 )
 def test_exactly_one_runs(budget: Budget) -> None:
-    assert explore(Rules(), budget) > 1000
+    assert explore(Rules(), budget) > 500
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -184,8 +190,14 @@ MUTATIONS: list[tuple[str, Rules, Budget, str]] = [
 ]  # fmt: skip
 
 
+#: A dead end shows only when all worlds are known, a second fault makes many.
+SLOW = [row for row in MUTATIONS if (row[3] == "stuck in" and row[2].trouble) or sum(row[2]) > 1]
+
+
 @pytest.mark.parametrize(
-    ("rules", "budget", "found"), [row[1:] for row in MUTATIONS], ids=[row[0] for row in MUTATIONS]
+    ("rules", "budget", "found"),
+    [pytest.param(*row[1:], marks=[pytest.mark.slow] * (row in SLOW)) for row in MUTATIONS],
+    ids=[row[0] for row in MUTATIONS],
 )
 def test_a_broken_table_is_found_by_what_it_does(rules: Rules, budget: Budget, found: str) -> None:
     with pytest.raises(Violation, match=found):
