@@ -39,7 +39,7 @@ LAYERS = [
     ("vmth.guests", "vmth.precopy"),
     ("vmth",),
     ("vmth.qemu",),
-    ("vmth.cli", "vmth.demo"),
+    ("vmth.cli", "vmth.demo", "vmth.__main__"),
 ]
 
 
