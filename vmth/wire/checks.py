@@ -95,7 +95,7 @@ def _max_length(value: int, block: m.BlockInfo) -> tuple[str, str] | None:
 def _used_length(value: int, block: m.BlockInfo) -> tuple[str, str] | None:
     if not 0 < value <= U64 - block.gpa + 1:
         return str(value), f"1 to {U64 - block.gpa + 1} from gpa {block.gpa:#x} on"
-    if block.page_size > 0 and value % block.page_size:
+    if value % block.page_size:  # in bounds: its row stands before
         return str(value), f"multiples of page_size {block.page_size}"
     return None
 
@@ -133,21 +133,19 @@ def _guest(value: dict[str, str], _: object) -> tuple[str, str] | None:
 
 
 def _digests(value: bytes, reply: m.DigestReply) -> tuple[str, str] | None:
-    steps = -(-reply.npages // reply.step) if reply.step > 0 else 0
-    if len(value) != 16 * steps:
-        return f"{len(value)} bytes", f"16 for each of {steps} steps"
-    return None if len(value) <= MAX_DIGEST_BYTES else _too_many_steps(steps)
-
-
-def _too_many_steps(steps: int) -> tuple[str, str]:
-    return f"{steps} steps", f"at most {MAX_DIGEST_BYTES // 16}"
+    steps = -(-reply.npages // reply.step)  # step is in bounds: its row stands before
+    if len(value) == 16 * steps:
+        return None
+    return f"{len(value)} bytes", f"16 for each of {steps} steps"
 
 
 def _step(value: int, request: m.DigestRequest | m.DigestReply) -> tuple[str, str] | None:
     if not 1 <= value <= U64:
         return str(value), f"1 to {U64}"
     steps = -(-request.npages // value)
-    return None if steps <= MAX_DIGEST_BYTES // 16 else _too_many_steps(steps)
+    if steps <= MAX_DIGEST_BYTES // 16:
+        return None
+    return f"{steps} steps", f"at most {MAX_DIGEST_BYTES // 16}"
 
 
 _ID = size(ID_BYTES, ID_BYTES)
