@@ -374,8 +374,8 @@ def _destination_table() -> DestinationTable:
         table[starting, event.FAILURE] = _row(state.ASKING, do.ASK_GUEST)
         table[starting, event.QUERY] = _row(starting, do.ANSWER_STARTING)
     table[state.ASKING, event.GUEST_RUNS] = _row(state.RUNNING, do.JOURNAL_RUNNING, do.SEND_RUNNING)
-    # Whoever asks again may find a guest that can be asked again.
-    table[state.IN_DOUBT, event.QUERY] = _row(state.ASKING, do.ANSWER_STARTING, do.ASK_GUEST)
+    # Queries come on other threads than the guest's: only a restart asks the guest again.
+    table[state.IN_DOUBT, event.QUERY] = _row(state.IN_DOUBT, do.ANSWER_STARTING)
     table |= _nothing([state.IN_DOUBT], [event.FAILURE])
     for unsure in (state.STARTING, state.ASKING, state.IN_DOUBT):
         table |= _nothing([unsure], [event.GRANT, event.PEER_ABORT, event.CONNECTION_LOST])
