@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whole transfers between a sender and a receiver: channels, forms, windows, live writers, huge holes.
+#include <sys/wait.h>
+
+#include <csignal>
+
+#include "tests/xfer_fixture.hpp"
+
+using namespace t;
+
+namespace {
+
+FdPair tcp4()
+{
+    return tcp_pair(AF_INET);
+}
+
+FdPair tcp6()
+{
+    return tcp_pair(AF_INET6);
+}
+
+void run_rounds(Pair &pair)
+{
+    for (uint32_t round = 0; round < 3; round++) {
+        pair.source.randomize(round + 1);
+        memset(pair.source.page(5), 0, 3 * page_bytes);
+        pair.send_all(round);
+        T_CHECK(pair.sender->barrier(round, 0));
+        T_CHECK(pair.digests_equal());
+        T_CHECK(pair.source.equals(pair.destination));
+    }
+    T_EQUAL(pair.sender->in_flight(), 0);
+    T_EQUAL(pair.sender->counters().zero_pages.get(), 9);
+    T_EQUAL(pair.sender->counters().normal_pages.get(), 3 * (pair.source.npages() - 3));
+    T_EQUAL(pair.sender->counters().acked_bytes.get(), pair.sender->counters().wire_bytes.get());
+    pair.finish();
+}
+
+void test_rounds_over_every_kind_of_socket()
+{
+    for (unsigned channels : {1u, 3u, 64u}) {
+        for (FdPair (*connect)() : {unix_pair, tcp4, tcp6}) {
+            if (!connect().first) {
+                fprintf(stderr, "no loopback of one family\n");
+                continue;
+            }
+            Pair pair(700, channels, connect);
+            run_rounds(pair);
+        }
+    }
+}
+
+void test_digest_off()
+{
+    vmth::SenderOptions options;
+    options.digest = false;
+    Pair pair(700, 2, unix_pair, options);
+    run_rounds(pair);
+    T_EQUAL(pair.sender->hashes().total().pages, 0);
+}
+
+void test_small_packets_window_and_bandwidth_that_change()
+{
+    Pair pair(2000, 2);
+    pair.source.randomize(1);
+    pair.sender->set_window(1);  // smaller than any packet: one at a time
+    pair.sender->set_bandwidth(200u << 20);
+    const uint64_t windows[] = {1, 100000, 5000000, 0};
+    const uint64_t rates[] = {200u << 20, 0, 500u << 20, 0};
+    for (uint64_t page = 0; page < 2000; page += 100) {
+        pair.sender->send(0, page, 100, pair.bits.data(), pair.bits.size(), 0);
+        pair.sender->set_window(windows[page / 100 % 4]);
+        pair.sender->set_bandwidth(rates[page / 100 % 4]);
+    }
+    T_CHECK(pair.sender->barrier(0, 0));
+    T_CHECK(pair.digests_equal() && pair.source.equals(pair.destination));
+    pair.finish();
+}
+
+// The bitmap decides, and only within the range; bits past it are ignored.
+void test_range_and_bitmap()
+{
+    Pair pair(200, 1);
+    pair.source.randomize(1);
+    std::vector<uint64_t> bits(4);
+    for (uint64_t page = 0; page < 200; page += 3) {
+        bits[page / 64] |= uint64_t{1} << (page % 64);
+    }
+    pair.sender->send(0, 10, 100, bits.data(), bits.size(), 0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    for (uint64_t page = 0; page < 200; page++) {
+        bool sent = page >= 10 && page < 110 && page % 3 == 0;
+        T_EQUAL(memcmp(pair.source.page(page), pair.destination.page(page), page_bytes) == 0, sent);
+    }
+    T_CHECK(pair.digests_equal());
+}
+
+void test_page_twice_between_barriers_is_our_callers_mistake()
+{
+    Pair pair(200, 1);
+    pair.sender->send(0, 0, 100, pair.bits.data(), pair.bits.size(), 0);
+    T_CHECK(expect_error([&] {
+                pair.sender->send(0, 99, 2, pair.bits.data(), pair.bits.size(), 0);
+            }).kind() == ErrorKind::usage);
+    T_CHECK(expect_error([&] {
+                pair.sender->send_told(VMTH_FORM_HOLE, 0, {{150, 2}, {151, 1}}, 0);
+            }).kind() == ErrorKind::usage);
+    T_CHECK(pair.sender->barrier(0, 0));
+    pair.sender->send(0, 99, 2, pair.bits.data(), pair.bits.size(), 1);
+    T_CHECK(pair.sender->barrier(1, 0));
+    pair.finish();
+}
+
+void test_free_pages_leave_the_digest()
+{
+    Pair pair(100, 2);
+    pair.source.randomize(1);
+    pair.send_all(0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    pair.sender->send_told(VMTH_FORM_FREE, 0, {{10, 20}, {50, 1}}, 1);
+    T_CHECK(pair.sender->barrier(1, 0));
+    T_EQUAL(pair.sender->hashes().total().pages, 79);
+    T_CHECK(pair.digests_equal());
+    pair.finish();
+}
+
+// A hole of 8 GiB costs packets, not pages: nothing is touched at either end.
+void test_huge_holes()
+{
+    constexpr uint64_t npages = uint64_t{8} << 18;
+    Pair pair(npages, 2, unix_pair, {}, MAP_NORESERVE, true);
+    pair.sender->send_told(VMTH_FORM_HOLE, 0, {{0, npages - 1}}, 0);
+    pair.source.page(npages - 1)[17] = 3;
+    pair.sender->send(0, npages - 1, 1, pair.bits.data(), pair.bits.size(), 0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    T_CHECK(pair.digests_equal());
+    T_EQUAL(pair.receiver->hashes().total().pages, npages);
+    T_EQUAL(pair.destination.page(npages - 1)[17], 3);
+    T_CHECK(pair.sender->counters().wire_bytes.get() < 64 * 1024);
+    unsigned char resident = 0;
+    T_EQUAL(mincore(pair.destination.page(npages / 2 - 1), page_bytes, &resident), 0);
+    T_EQUAL(resident & 1, 0);
+    pair.finish();
+}
+
+// Holes and zero pages over memory that held something.
+void test_zeros_are_written_where_memory_was_used()
+{
+    Pair pair(300, 1);
+    pair.destination.randomize(9);
+    pair.sender->send_told(VMTH_FORM_HOLE, 0, {{0, 100}}, 0);
+    pair.sender->send(0, 100, 200, pair.bits.data(), pair.bits.size(), 0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    T_CHECK(pair.source.equals(pair.destination) && pair.digests_equal());
+    T_EQUAL(pair.receiver->counters().hole_pages.get(), 100);
+    T_EQUAL(pair.receiver->counters().zero_pages.get(), 200);
+}
+
+// Another process writes while pages are sent. Torn pages come back as missed (or land as some moment's
+// content); after it stopped, one more pass makes both ends equal.
+void test_concurrent_writer()
+{
+    Pair pair(512, 2);
+    pair.source.randomize(1);
+    pid_t writer = fork();
+    T_CHECK(writer >= 0);
+    if (writer == 0) {
+        volatile uint8_t *bytes = pair.source.page(0);
+        for (uint64_t state = 5;;) {
+            uint64_t at = t_random(&state) % (512 * page_bytes);
+            bytes[at] = static_cast<uint8_t>(bytes[at] + 1);
+        }
+    }
+    std::vector<uint64_t> missed(8);
+    uint64_t taken = 0;
+    for (uint32_t round = 0; round < 40; round++) {
+        pair.send_all(round);
+        T_CHECK(pair.sender->barrier(round, 0));
+        taken += pair.sender->take_missed({missed.data()}, {missed.size()});
+        // What was not reported as missed has equal digests on both ends.
+        auto ours = pair.sender->hashes().copy(0, 0, 512);
+        auto theirs = pair.receiver->hashes().copy(0, 0, 512);
+        for (uint64_t page = 0; page < 512; page++) {
+            bool again = ((missed[page / 64] >> (page % 64)) & 1) != 0;
+            T_CHECK(again || (ours[page].lo == theirs[page].lo && ours[page].hi == theirs[page].hi));
+        }
+        std::fill(missed.begin(), missed.end(), 0);
+    }
+    kill(writer, SIGKILL);
+    T_EQUAL(waitpid(writer, nullptr, 0), writer);
+    T_EQUAL(pair.sender->counters().missed_pages.get(), taken);
+    pair.send_all(40);
+    T_CHECK(pair.sender->barrier(40, 0));
+    T_CHECK(pair.digests_equal() && pair.source.equals(pair.destination));
+    T_EQUAL(pair.sender->take_missed({missed.data()}, {missed.size()}), 0);
+    fprintf(stderr, "torn packets: %llu\n",
+            static_cast<unsigned long long>(pair.sender->counters().torn_packets.get()));
+    pair.finish();
+}
+
+void test_subdigests_find_a_page()
+{
+    Pair pair(256, 1);
+    pair.source.randomize(1);
+    pair.send_all(0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    auto sums = pair.sender->hashes().subdigests(0, 0, 256, 100);
+    auto theirs = pair.receiver->hashes().subdigests(0, 0, 256, 100);
+    T_EQUAL(sums.size(), 3);
+    for (size_t i = 0; i < sums.size(); i++) {
+        T_CHECK(sums[i].lo == theirs[i].lo && sums[i].hi == theirs[i].hi);
+    }
+    T_CHECK(expect_error([&] { pair.sender->hashes().copy(0, 200, 100); }).kind() == ErrorKind::usage);
+    T_CHECK(expect_error([&] { pair.sender->hashes().subdigests(1, 0, 1, 1); }).kind() ==
+            ErrorKind::usage);
+}
+
+}  // namespace
+
+int main()
+{
+    test_rounds_over_every_kind_of_socket();
+    test_digest_off();
+    test_small_packets_window_and_bandwidth_that_change();
+    test_range_and_bitmap();
+    test_page_twice_between_barriers_is_our_callers_mistake();
+    test_free_pages_leave_the_digest();
+    test_huge_holes();
+    test_zeros_are_written_where_memory_was_used();
+    test_concurrent_writer();
+    test_subdigests_find_a_page();
+    return T_PASS;
+}
