@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import U64, bits_of, each_kernel, words_of
 
@@ -169,6 +169,7 @@ def test_two_fetchers_share_every_bit() -> None:
     assert ((parts[0] | parts[1]) == np.uint64(2**64 - 1)).all()
 
 
+@settings(max_examples=30)
 @given(bits=st.lists(st.booleans(), max_size=200))
 def test_bytes_there_and_back(bits: list[bool]) -> None:
     array = np.array(bits, dtype=np.bool_)

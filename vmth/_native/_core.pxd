@@ -62,3 +62,65 @@ cdef extern from "vmth/kernels.h" nogil:
     const char *vmth_kernel_selected(const char *family)
     const char *vmth_kernel_family(size_t index)
     const char *vmth_kernel_name(const char *family, size_t index)
+
+
+cdef extern from "vmth/packet.h" nogil:
+    enum:
+        VMTH_PACKET_HEADER_BYTES
+        VMTH_DESC_REF_BYTES
+        VMTH_ACK_BYTES
+
+    struct vmth_packet_header:
+        uint8_t kind
+        uint8_t flags
+        uint16_t block
+        uint32_t round
+        uint16_t channel
+        uint64_t seq
+        uint32_t desc_bytes
+        uint32_t payload_bytes
+        uint32_t ndesc
+        uint64_t npages
+        uint64_t checksum
+
+    struct vmth_desc:
+        uint64_t page
+        uint32_t npages
+        uint8_t form
+        uint32_t payload_bytes
+        uint16_t base_block
+        uint64_t base_page
+        vmth_u128 result
+
+    struct vmth_ack:
+        uint64_t seq
+        vmth_u128 digest
+        uint32_t status
+        uint32_t block
+
+    struct vmth_packet_error:
+        const char *field
+        uint64_t received
+        uint64_t allowed
+
+    struct vmth_packet_limits:
+        uint32_t page_bytes
+        uint32_t nblocks
+        const uint64_t *block_npages
+        uint32_t forms
+        uint16_t channel
+
+    void vmth_packet_encode_header(const vmth_packet_header *header, const uint8_t *desc,
+                                   uint64_t checksum_seed, uint8_t *out)
+    int vmth_packet_decode_header(const uint8_t *data, const vmth_packet_limits *limits,
+                                  vmth_packet_header *header, vmth_packet_error *error)
+    int vmth_packet_verify(const uint8_t *raw, const uint8_t *desc, size_t desc_bytes,
+                           uint64_t checksum_seed, vmth_packet_error *error)
+    size_t vmth_desc_encode(const vmth_desc *desc, uint8_t *out, size_t room)
+    int vmth_desc_decode(const uint8_t *data, size_t room, uint16_t block,
+                         const vmth_packet_limits *limits, vmth_desc *desc, size_t *used,
+                         vmth_packet_error *error)
+    int vmth_packet_check(const vmth_packet_header *header, const uint8_t *desc,
+                          const vmth_packet_limits *limits, vmth_packet_error *error)
+    void vmth_ack_encode(const vmth_ack *ack, uint8_t *out)
+    int vmth_ack_decode(const uint8_t *data, vmth_ack *ack, vmth_packet_error *error)
