@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from vmth.types import Bitmap, Bitmaps, RamBlock
 
 __all__ = [
+    "CanClose",
     "CanDescribe",
     "CanHold",
     "CanReportPopulated",
@@ -130,3 +131,10 @@ class CanDescribe(Protocol):
     """Optional: what a new process needs to find this guest again; kept in the journal."""
 
     def describe(self) -> dict[str, str]: ...
+
+
+@runtime_checkable
+class CanClose(Protocol):
+    """Optional: lets go of the guest without ending it, as a mover that vanishes would."""
+
+    def close(self) -> None: ...

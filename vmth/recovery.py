@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vmth.channel.sockets import LinkOptions
 from vmth.errors import GuestError, InDoubtError, MigrationError, VmthError
-from vmth.guest import DirtySource, Guest, StateStream
+from vmth.guest import CanClose, DirtySource, Guest, StateStream
 from vmth.journal import Entry, Journal, Side, StateDirectory, default_state_dir
 from vmth.queries import ask_destination, settle, tell_released
 from vmth.source_record import SourceRecord
@@ -25,7 +25,8 @@ from vmth.wire.handover import SourceEvent, SourceState, source_state_after_rest
 
 __all__ = ["Recovered", "recover"]
 
-#: Find a guest from the journal's detail (``CanDescribe.describe()``, keys prefixed "guest.").
+#: Find a guest from the journal's detail (``CanDescribe.describe()``, keys prefixed "guest.");
+#: closed afterwards where it has a ``close()``.
 FindGuest = Callable[[Mapping[str, str]], Guest | None]
 
 
@@ -82,8 +83,18 @@ def _recover_one(
 def _settle_one(
     journal: Journal, last: Entry, find_guest: FindGuest, timeout_s: float, link: LinkOptions
 ) -> Recovered:
+    guest = find_guest(last.detail)
+    try:
+        return _settle_guest(journal, last, guest or _LostGuest(), timeout_s, link)
+    finally:
+        if guest is not None and isinstance(guest, CanClose):
+            guest.close()
+
+
+def _settle_guest(
+    journal: Journal, last: Entry, guest: Guest, timeout_s: float, link: LinkOptions
+) -> Recovered:
     peer = last.detail.get("peer", "")
-    guest = find_guest(last.detail) or _LostGuest()
     record = SourceRecord(
         last.session_id, journal, guest, peer, source_state_after_restart(last.record)
     )
