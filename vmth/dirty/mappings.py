@@ -10,7 +10,7 @@ from dataclasses import dataclass
 __all__ = ["MappingKind", "huge_pages_forbidden", "mapping_kind"]
 
 #: Names that the kernel shows for private memory without a file.
-_ANONYMOUS_NAMES = ("[heap]", "[stack", "[anon:")
+_ANONYMOUS_NAMES = (b"[heap]", b"[stack", b"[anon:")
 
 
 class MappingKind(enum.Enum):
@@ -34,7 +34,7 @@ class _Area:
 
 def mapping_kind(address: int, length: int) -> MappingKind:
     """The kind of [address, address + length). Raises OSError where /proc cannot be read."""
-    areas = [area for area in _areas() if area.start < address + length and area.end > address]
+    areas = list(_areas(address, length))
     reached = address
     for area in areas:
         if area.start > reached:
@@ -49,17 +49,23 @@ def mapping_kind(address: int, length: int) -> MappingKind:
     return MappingKind.PRIVATE_FILE
 
 
-def _areas() -> Iterator[_Area]:
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+def _areas(address: int, length: int) -> Iterator[_Area]:
+    """The areas that overlap [address, address + length), in order."""
+    with open("/proc/self/maps", "rb") as lines:
         for line in lines:
             # 7f00-7f10 rw-p 00000000 00:00 0    [name or path]
-            fields = line.rstrip("\n").split(maxsplit=5)
-            start, _, end = fields[0].partition("-")
-            name = fields[5] if len(fields) > 5 else ""
-            anonymous = fields[3:5] == ["00:00", "0"] and (
+            bounds, _, rest = line.partition(b" ")
+            start, _, end = bounds.partition(b"-")
+            if int(end, 16) <= address:
+                continue
+            if int(start, 16) >= address + length:
+                return
+            fields = rest.split(None, 4)
+            name = fields[4] if len(fields) > 4 else b""
+            anonymous = fields[2:4] == [b"00:00", b"0"] and (
                 not name or name.startswith(_ANONYMOUS_NAMES)
             )
-            yield _Area(int(start, 16), int(end, 16), fields[1][3] == "s", anonymous)
+            yield _Area(int(start, 16), int(end, 16), fields[0][3:4] == b"s", anonymous)
 
 
 def huge_pages_forbidden(address: int, length: int) -> bool:
