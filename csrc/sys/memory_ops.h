@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The system calls that memory tracking makes, as a table that a test can replace.
  *
- * Every hook returns what the call returns, or a negative errno; none touches `errno`. `self` is the
- * table itself, so that a fake can stand at the head of a larger struct and keep its state there. */
+ * Every hook returns what the call returns, or a negative errno; none touches `errno`. `self` is
+ * the table itself, so that a fake can stand at the head of a larger struct and keep its state
+ * there. */
 #ifndef VMTH_SYS_MEMORY_OPS_H
 #define VMTH_SYS_MEMORY_OPS_H
 

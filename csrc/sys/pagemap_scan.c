@@ -86,8 +86,8 @@ int vmth_pagemap_count(const struct vmth_memory_ops *ops, int pagemap_fd,
                        uint64_t page_bytes, uint64_t *count)
 {
     uint64_t counted = 0;
-    int result = vmth_pagemap_scan(ops, pagemap_fd, query, start, npages, page_bytes, add_pages,
-                                   &counted);
+    int result =
+        vmth_pagemap_scan(ops, pagemap_fd, query, start, npages, page_bytes, add_pages, &counted);
 
     if (result == 0) {
         *count = counted;

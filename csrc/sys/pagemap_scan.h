@@ -9,8 +9,9 @@
  * holds the address space's lock, which stops the owner's mmap calls) and takes the answer in a
  * vector of fixed size, resuming where the kernel stopped.
  *
- * The structs and constants are the kernel's ABI, spelled out here because Debian 12's headers (6.1)
- * are older than the ioctl (6.7); linux/fs.h of newer systems defines the same under other names. */
+ * The structs and constants are the kernel's ABI, spelled out here because Debian 12's headers
+ * (6.1) are older than the ioctl (6.7); linux/fs.h of newer systems defines the same under other
+ * names. */
 #ifndef VMTH_SYS_PAGEMAP_SCAN_H
 #define VMTH_SYS_PAGEMAP_SCAN_H
 
@@ -24,7 +25,7 @@ VMTH_BEGIN_DECLS
 /* Categories of a page. */
 enum {
     VMTH_PAGE_IS_WPALLOWED = 1 << 0, /* the mapping is registered with WP_ASYNC */
-    VMTH_PAGE_IS_WRITTEN = 1 << 1,   /* not write-protected: written since it was armed, or never armed */
+    VMTH_PAGE_IS_WRITTEN = 1 << 1,   /* written since it was armed, or never armed */
     VMTH_PAGE_IS_FILE = 1 << 2,      /* backed by a file (shared memory too) */
     VMTH_PAGE_IS_PRESENT = 1 << 3,   /* has a page in the page table */
     VMTH_PAGE_IS_SWAPPED = 1 << 4,   /* swapped, migrating, or an armed entry without a page */
@@ -34,7 +35,7 @@ enum {
 
 /* Flags of a scan. */
 enum {
-    VMTH_PM_SCAN_WP_MATCHING = 1 << 0,   /* write-protect each page that matches, in the same step */
+    VMTH_PM_SCAN_WP_MATCHING = 1 << 0, /* write-protect each page that matches, in the same step */
     VMTH_PM_SCAN_CHECK_WPASYNC = 1 << 1, /* fail with EPERM where the range is not registered */
 };
 
@@ -47,18 +48,18 @@ struct vmth_page_region {
 
 /* The kernel's struct pm_scan_arg. */
 struct vmth_pm_scan_arg {
-    uint64_t size;              /* of this struct: the ABI's version */
-    uint64_t flags;             /* VMTH_PM_SCAN_* */
-    uint64_t start;             /* first byte to scan; page aligned */
-    uint64_t end;               /* first byte not to scan */
-    uint64_t walk_end;          /* out: where the walk stopped, or an earlier page: see pagemap_scan.c */
-    uint64_t vec;               /* address of an array of regions for the answer */
-    uint64_t vec_len;           /* its length in regions */
-    uint64_t max_pages;         /* stop after so many matching pages; 0: no limit */
-    uint64_t category_inverted; /* these categories are inverted before they are compared */
-    uint64_t category_mask;     /* a page matches if it has all of these ... */
+    uint64_t size;      /* of this struct: the ABI's version */
+    uint64_t flags;     /* VMTH_PM_SCAN_* */
+    uint64_t start;     /* first byte to scan; page aligned */
+    uint64_t end;       /* first byte not to scan */
+    uint64_t walk_end;  /* out: where the walk stopped, or an earlier page: see pagemap_scan.c */
+    uint64_t vec;       /* address of an array of regions for the answer */
+    uint64_t vec_len;   /* its length in regions */
+    uint64_t max_pages; /* stop after so many matching pages; 0: no limit */
+    uint64_t category_inverted;   /* these categories are inverted before they are compared */
+    uint64_t category_mask;       /* a page matches if it has all of these ... */
     uint64_t category_anyof_mask; /* ... and, unless 0, at least one of these */
-    uint64_t return_mask;       /* the categories to report */
+    uint64_t return_mask;         /* the categories to report */
 };
 
 #define VMTH_PAGEMAP_SCAN _IOWR('f', 16, struct vmth_pm_scan_arg)

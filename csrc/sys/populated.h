@@ -6,10 +6,10 @@
  *   shared memory                the file:        SEEK_DATA / SEEK_HOLE (a page that was written
  *                                through another mapping or with pwrite is not in our page table)
  *
- * The answer holds for the moment of the question: a caller asks after its write tracking was armed,
- * so that a page which is populated later is reported as written. A page that maps the kernel's page
- * of zeros was only ever read: a write replaces it, which the tracking sees; it counts as not
- * populated. */
+ * The answer holds for the moment of the question: a caller asks after its write tracking was
+ * armed, so that a page which is populated later is reported as written. A page that maps the
+ * kernel's page of zeros was only ever read: a write replaces it, which the tracking sees; it
+ * counts as not populated. */
 #ifndef VMTH_SYS_POPULATED_H
 #define VMTH_SYS_POPULATED_H
 
@@ -31,8 +31,8 @@ VMTH_MUST_CHECK int vmth_populated_file(const struct vmth_memory_ops *ops, int f
                                         uint64_t npages, uint64_t page_bytes, uint64_t *words,
                                         uint64_t page);
 
-/* Is `fd` shared memory (tmpfs, memfd), whose holes are known to be zeros? A disk file's holes depend
- * on its file system, hugetlbfs reports none. */
+/* Is `fd` shared memory (tmpfs, memfd), whose holes are known to be zeros? A disk file's holes
+ * depend on its file system, hugetlbfs reports none. */
 VMTH_MUST_CHECK int vmth_populated_file_is_exact(const struct vmth_memory_ops *ops, int fd,
                                                  bool *exact);
 

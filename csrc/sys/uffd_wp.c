@@ -27,8 +27,8 @@
     (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
 
 /* WP_ASYNC never waits for user space, so a descriptor limited to faults of user mode still tracks
- * the kernel's writes, and needs no privilege. A seccomp filter may forbid the system call where the
- * device is allowed. */
+ * the kernel's writes, and needs no privilege. A seccomp filter may forbid the system call where
+ * the device is allowed. */
 static int open_uffd(const struct vmth_memory_ops *ops)
 {
     int flags = O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY;
@@ -112,8 +112,8 @@ static int open_parts(struct vmth_uffd_wp *tracker, enum vmth_uffd_missing *miss
         return -EOPNOTSUPP;
     }
     *missing = VMTH_UFFD_PAGEMAP;
-    tracker->pagemap_fd = tracker->ops->open(tracker->ops, "/proc/self/pagemap",
-                                             O_RDONLY | O_CLOEXEC);
+    tracker->pagemap_fd =
+        tracker->ops->open(tracker->ops, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (tracker->pagemap_fd < 0) {
         return tracker->pagemap_fd;
     }
@@ -159,8 +159,8 @@ void vmth_uffd_wp_close(struct vmth_uffd_wp *tracker)
 static int register_range(const struct vmth_uffd_wp *tracker, struct uffdio_range range)
 {
     struct uffdio_register registration = {.range = range, .mode = UFFDIO_REGISTER_MODE_WP};
-    int64_t result = tracker->ops->ioctl(tracker->ops, tracker->uffd, UFFDIO_REGISTER,
-                                         &registration);
+    int64_t result =
+        tracker->ops->ioctl(tracker->ops, tracker->uffd, UFFDIO_REGISTER, &registration);
 
     if (result < 0) {
         return (int)result;
@@ -185,7 +185,7 @@ static void note_populated(void *context, uint64_t page, uint64_t npages, uint64
 }
 
 /* A page that was registered and never armed reads as written, so everything is armed at once. The
- * scan matches every page: it arms and reports the category in one step under the page-table lock. */
+ * scan matches every page: it arms and reports the category in one step under one lock. */
 static int arm_range(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
                      uint64_t *populated)
 {

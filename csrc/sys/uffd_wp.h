@@ -3,15 +3,15 @@
  *
  *   open -> add (register + arm) -> fetch, fetch, ... -> remove -> close
  *
- *   page table entry:   armed --write--> written --fetch--> armed        (one atomic step per entry)
+ *   page table entry:   armed --write--> written --fetch--> armed    (one atomic step per entry)
  *
  * The kernel resolves the write faults by itself: no thread waits for events, and a writer loses
  * about a microsecond on its first write to an armed page. Arming memory that was never touched
  * leaves a marker in its page table: 8 bytes a page (0.2 %) of page tables.
  *
  * Not seen, because tracking is per page table: writes through another mapping, pwrite to the file,
- * another process, DMA. Hole punches in shared memory are not seen either. vmth/dirty/probe.py looks
- * for the known kernel faults. Not thread-safe: one caller at a time; writers need no lock. */
+ * another process, DMA. Hole punches in shared memory are not seen either. vmth/dirty/probe.py
+ * looks for the known kernel faults. Not thread-safe: one caller at a time; no lock for writers. */
 #ifndef VMTH_SYS_UFFD_WP_H
 #define VMTH_SYS_UFFD_WP_H
 
@@ -36,19 +36,20 @@ struct vmth_uffd_wp {
 };
 
 /* Fill `*tracker` and open what it needs. On success the caller ends it with vmth_uffd_wp_close. On
- * failure nothing stays open, the negative errno is returned and `*missing` names what was not to be
- * had. `page_bytes` is the page size of the host. */
+ * failure nothing stays open, the negative errno is returned and `*missing` names what was not to
+ * be had. `page_bytes` is the page size of the host. */
 VMTH_MUST_CHECK int vmth_uffd_wp_open(struct vmth_uffd_wp *tracker,
                                       const struct vmth_memory_ops *ops, uint64_t page_bytes,
                                       enum vmth_uffd_missing *missing);
 
-/* Begin to track `npages` pages from `address` (page aligned): from the return on, every later write
- * through this mapping is reported. `populated`, unless NULL, is a bitmap of `npages` bits in which
- * the bits of pages that were populated when they were armed are set: swapped, or present and not
- * the kernel's page of zeros. It is judged and armed in one step per page, so a page with a clear bit
- * read as zeros then, and whatever was written since will be fetched; only private anonymous memory
- * may be judged so. On failure nothing is tracked: -EBUSY if another userfaultfd has the mapping,
- * -EOPNOTSUPP for hugetlb, -EINVAL for what cannot be registered or is not mapped throughout. */
+/* Begin to track `npages` pages from `address` (page aligned): from the return on, every later
+ * write through this mapping is reported. `populated`, unless NULL, is a bitmap of `npages` bits in
+ * which the bits of pages that were populated when they were armed are set: swapped, or present and
+ * not the kernel's page of zeros. It is judged and armed in one step per page, so a page with a
+ * clear bit read as zeros then, and whatever was written since will be fetched; only private
+ * anonymous memory may be judged so. On failure nothing is tracked: -EBUSY if another userfaultfd
+ * has the mapping, -EOPNOTSUPP for hugetlb, -EINVAL for what cannot be registered or is not mapped
+ * throughout. */
 VMTH_MUST_CHECK int vmth_uffd_wp_add(const struct vmth_uffd_wp *tracker, uint64_t address,
                                      uint64_t npages, uint64_t *populated);
 

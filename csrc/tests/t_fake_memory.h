@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A fake of the kernel behind vmth_memory_ops: page-table entries in an array, descriptors counted. */
+/* A fake of the kernel behind vmth_memory_ops: page-table entries in an array, counted descriptors. */
 #ifndef VMTH_TESTS_T_FAKE_MEMORY_H
 #define VMTH_TESTS_T_FAKE_MEMORY_H
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Write tracking on a fake kernel: what is missing, what is armed, resuming, and no descriptor lost. */
+/* Write tracking on a fake kernel: what is missing, what is armed, resuming, no descriptor lost. */
 #include "sys/uffd_wp.h"
 #include "t_fake_memory.h"
 #include "vmth/bitmap.h"
@@ -188,7 +188,7 @@ static void stale_walk_end(struct vmth_pm_scan_arg *arg, struct vmth_page_region
     arg->walk_end = regions[0].end;
 }
 
-/* The pages past a stale walk_end have been armed: if their regions were dropped, they were lost. */
+/* The pages past a stale walk_end have been armed: dropping their regions would lose them. */
 static void test_regions_past_a_stale_walk_end_count(void)
 {
     open_on_fake();

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cython over csrc/sys: write tracking, populated pages, what the kernel offers.
 
-Sizes are pages of the host and addresses bytes. Every call releases the GIL. Errors of the kernel are
-OSError with the errno; sizes that do not fit a bitmap are ValueError.
+Sizes are pages of the host and addresses bytes. Every call releases the GIL. Errors of the kernel
+are OSError with the errno; sizes that do not fit a bitmap are ValueError.
 """
 
 import os
@@ -79,7 +79,7 @@ cdef uint64_t *_words(uint64_t[::1] bitmap, uint64_t first, uint64_t npages) exc
     """The bitmap's words, checked to hold pages [first, first + npages)."""
     cdef uint64_t capacity = <uint64_t>bitmap.shape[0] * 64
     if first > capacity or npages > capacity - first:
-        raise ValueError(f"pages [{first}, {first + npages}) do not fit a bitmap of {capacity} bits")
+        raise ValueError(f"pages [{first}, {first + npages}) in a bitmap of {capacity} bits")
     return &bitmap[0] if capacity > 0 else NULL
 
 
@@ -102,7 +102,8 @@ cdef class UffdWp:
         self._tracker.uffd = -1
         self._tracker.pagemap_fd = -1
         with nogil:
-            result = vmth_uffd_wp_open(&self._tracker, vmth_memory_ops_kernel(), _page_bytes, &missing)
+            result = vmth_uffd_wp_open(&self._tracker, vmth_memory_ops_kernel(), _page_bytes,
+                                       &missing)
         if result < 0:
             raise _os_error(result, _MISSING[missing])
 
@@ -155,8 +156,8 @@ def huge_pages(uint64_t address, uint64_t npages) -> int:
     query.category_mask = query.return_mask = VMTH_PAGE_IS_HUGE
     try:
         with nogil:
-            result = vmth_pagemap_count(vmth_memory_ops_kernel(), pagemap_fd, &query, address, npages,
-                                        _page_bytes, &count)
+            result = vmth_pagemap_count(vmth_memory_ops_kernel(), pagemap_fd, &query, address,
+                                        npages, _page_bytes, &count)
     finally:
         os.close(pagemap_fd)
     if result < 0:
@@ -183,8 +184,8 @@ def populated_file(int fd, uint64_t offset, uint64_t npages, uint64_t[::1] bitma
     cdef uint64_t *words = _words(bitmap, page, npages)
     cdef int result
     with nogil:
-        result = vmth_populated_file(vmth_memory_ops_kernel(), fd, offset, npages, _page_bytes, words,
-                                     page)
+        result = vmth_populated_file(vmth_memory_ops_kernel(), fd, offset, npages, _page_bytes,
+                                     words, page)
     if result < 0:
         raise _os_error(result, "SEEK_DATA")
 
