@@ -17,7 +17,6 @@ grows. The fill is deterministic for one seed, memory size, machine and NumPy ve
 from __future__ import annotations
 
 import os
-import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ RUN_PAGES_MAX = 255
 #: Bytes that are prepared at once, at most one run.
 CHUNK_BYTES = (RUN_PAGES_MAX + 1) * PAGE_BYTES
 #: The walk over the machine's files ends after so many.
-FILES_MAX = 50_000
+FILES_MAX = 20_000
 FILE_BYTES_MAX = 16 << 20
 
 
@@ -79,15 +78,14 @@ class ContentSpec:
 
 @dataclass(frozen=True, slots=True)
 class FillReport:
-    """What was written. ``holes``: one bool a page of the first block, True where nothing was
-    written and nothing else lies (the program area counts as written). ``dup_distance_bytes``:
-    every copy is farther than this from its original; below 64 MiB where the guest is small."""
+    """What was written: pages of each kind. ``dup_distance_bytes``: every copy is farther than this
+    from its original; below 64 MiB where the guest is small. ``file_pages_repeated``: pages of
+    files that were used before, because this machine has no more."""
 
     pages: dict[str, int]
     dup_distance_bytes: int
     files_read: int
     file_pages_repeated: int
-    holes: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +189,7 @@ class _Files:
             self._next_path += 1
             if self._next_path == len(self._paths):
                 self._next_path, self._wrapped = 0, True
-            try:
-                with open(path, "rb") as file:
-                    data = file.read(FILE_BYTES_MAX)
-            except OSError:
-                continue
+            data = _read_file(path)
             if data:
                 self.read += 1
                 self._data = np.frombuffer(data, dtype=np.uint8)
@@ -203,23 +197,39 @@ class _Files:
         raise GuestError("content files: this machine has no readable file below /usr/lib")
 
 
+def _read_file(path: str) -> bytes:
+    """Its first 16 MiB; nothing for what is smaller than a page or cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        size = os.fstat(fd).st_size
+        return os.read(fd, min(size, FILE_BYTES_MAX)) if size >= PAGE_BYTES else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
 def _walk_files() -> Iterator[str]:
-    """Regular files of at least a page, in a fixed order, at most ``FILES_MAX``."""
+    """Regular files in a fixed order, at most ``FILES_MAX``; folders breadth first."""
+    folders = [sysconfig.get_path("stdlib"), "/usr/lib"]
     found = 0
-    for root in dict.fromkeys([sysconfig.get_path("stdlib"), "/usr/lib"]):
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if name != "__pycache__")
-            for name in sorted(names):
-                path = os.path.join(folder, name)
-                try:
-                    status = os.lstat(path)
-                except OSError:
-                    continue
-                if stat.S_ISREG(status.st_mode) and status.st_size >= PAGE_BYTES:
-                    yield path
-                    found += 1
-                    if found == FILES_MAX:
-                        return
+    for folder in folders:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name != "__pycache__":
+                    folders.append(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                yield entry.path
+                found += 1
+                if found == FILES_MAX:
+                    return
 
 
 class _Pages:
@@ -261,44 +271,63 @@ class _Pages:
         return out.reshape(-1)
 
 
-def fill(memory: GuestMemory, spec: ContentSpec, seed: int, first_byte: int) -> FillReport:
+def fill(
+    memory: GuestMemory,
+    spec: ContentSpec,
+    seed: int,
+    *,
+    first_byte: int = 0,
+    counter_pages: npt.NDArray[np.bool_] | None = None,
+) -> FillReport:
     """Write the content into fresh memory from ``first_byte`` (of the first block, a multiple of
-    the page) on; below it nothing is touched. GuestError or OSError leave it partly filled."""
+    the page) on; below it nothing is touched. The first dword of pages marked in ``counter_pages``
+    (one bool a page of the first block) is zero whatever the content. GuestError or OSError leave
+    memory partly filled."""
     pages = _Pages(memory, first_byte)
     rng = np.random.default_rng([seed, 1])
     placement = _place(spec, len(pages), rng)
     originals = _pages_of(placement, RANDOM)
     files = _Files(seed) if FILES in placement.kinds else None
     zeros = np.zeros(CHUNK_BYTES, dtype=np.uint8)
-    holes = np.zeros(len(memory.views[0]) // PAGE_BYTES, dtype=np.bool_)
+    counted = _counted(counter_pages, first_byte // PAGE_BYTES, len(pages))
     counts = dict.fromkeys(KINDS, 0)
     for kind, start, end in zip(
         placement.kinds.tolist(), placement.starts.tolist(), placement.ends.tolist(), strict=True
     ):
         npages = end - start
         counts[KINDS[kind]] += npages
+        if kind == HOLE:
+            continue
         if kind == ZERO:
             pages.write(start, zeros[: npages * PAGE_BYTES])
-        elif kind == RANDOM:
-            pages.write(start, rng.bit_generator.random_raw(npages * 512).view(np.uint8))
-        elif kind == DUP:
-            copies = np.arange(start, end, dtype=np.int64)
-            below = np.searchsorted(originals, copies - placement.dup_distance_pages)
-            chosen = (rng.random(npages) * below).astype(np.int64)
-            pages.write(start, pages.read(originals[chosen]))
+            continue
+        if kind == RANDOM:
+            data = rng.bit_generator.random_raw(npages * 512).view(np.uint8)
         elif kind == FILES:
             assert files is not None
-            pages.write(start, files.take(npages))
+            data = files.take(npages)
         else:
-            first = first_byte // PAGE_BYTES
-            holes[start + first : end + first] = True
+            copies = np.arange(start, end, dtype=np.int64)
+            below = np.searchsorted(originals, copies - placement.dup_distance_pages)
+            data = pages.read(originals[(rng.random(npages) * below).astype(np.int64)])
+        data.reshape(npages, PAGE_BYTES)[counted[start:end], :4] = 0
+        pages.write(start, data)
     return FillReport(
         pages=counts,
         dup_distance_bytes=placement.dup_distance_pages * PAGE_BYTES,
         files_read=files.read if files else 0,
         file_pages_repeated=files.repeated if files else 0,
-        holes=holes,
     )
+
+
+def _counted(
+    counter_pages: npt.NDArray[np.bool_] | None, first: int, npages: int
+) -> npt.NDArray[np.bool_]:
+    counted = np.zeros(npages, dtype=np.bool_)
+    if counter_pages is not None:
+        mine = counter_pages[first : first + npages]
+        counted[: len(mine)] = mine
+    return counted
 
 
 def _pages_of(placement: _Placement, kind: int) -> npt.NDArray[np.int64]:

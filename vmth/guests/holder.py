@@ -85,8 +85,8 @@ class Holder:
             self._listener.listen(8)
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
-            self._watch_owner(setup.owner_pid)
             self._add(first, mover=True)
+            self._watch_owner(setup.owner_pid)
             self._reply(self._peers[first.fileno()], self._attached(), [])
         except BaseException:
             self.close()

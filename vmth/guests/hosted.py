@@ -209,8 +209,14 @@ class Hosted:
             ),
             self._memory.blocks[0].used_length,
         )
-        report = fill(self._memory, content, request.seed, first_byte=program.data_gpa)
-        install(program, self._memory.views[0], report.holes)
+        report = fill(
+            self._memory,
+            content,
+            request.seed,
+            first_byte=program.data_gpa,
+            counter_pages=program.counter_pages(self._memory.blocks[0].npages),
+        )
+        install(program, self._memory.views[0])
         self._program = program
         self.phase = Phase.PREPARED
         return rq.Prepared(

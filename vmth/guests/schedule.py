@@ -68,6 +68,8 @@ STORE_OFFSET_MIN = 64
 BEAT_NS = 1_000_000
 BEAT_INTERVAL_MAX_NS = 50_000_000
 UNPACED_WRITES_PER_BEAT = 256
+#: Entries handled at once, at most 32 MiB.
+BATCH_ENTRIES = 1 << 16
 RATE_MIN_BPS = PAGE_BYTES
 RATE_MAX_BPS = 1 << 40
 DEFAULT_WORKING_SET_BYTES = 256 << 20
@@ -150,6 +152,14 @@ class Program:
     data_gpa: int  #: first byte behind schedule and counter table
     working_set_gpa: int
     working_set_pages: int
+
+    def counter_pages(self, npages: int) -> npt.NDArray[np.bool_]:
+        """One bool for each of the first ``npages``: its first dword is a counter."""
+        pages = np.zeros(npages, dtype=np.bool_)
+        if self.workload.kind != "silent":
+            first = self.working_set_gpa // PAGE_BYTES
+            pages[first : first + self.working_set_pages] = True
+        return pages
 
     @property
     def rate_asked_bps(self) -> int:
@@ -280,20 +290,19 @@ def plan(workload: Workload, low_bytes: int) -> Program:
     )
 
 
-def install(program: Program, memory: U8, holes: npt.NDArray[np.bool_] | None = None) -> None:
+def install(program: Program, memory: U8) -> None:
     """Write the program into guest memory (gpa 0 first), after its content: control block,
-    schedule, counters at zero, and for silent the bytes that will be stored again and again. Pages
-    marked in ``holes`` (one a page) read as zeros already and are not touched for their counter."""
+    schedule, and for silent the bytes that will be stored again and again. Counters must be zero
+    already: fresh memory is, and ``content.fill`` leaves out the pages of ``counter_pages()``.
+    Touching each of them here would fault in the whole working set."""
     program.control.write(memory)
     schedule_bytes = program.schedule.astype("<u4", copy=False).view(np.uint8).reshape(-1)
     start = program.control.schedule_gpa
     memory[start : start + len(schedule_bytes)] = schedule_bytes
+    if program.control.value_mask != 0:
+        return
     dwords = memory.view("<u4")
-    counters = np.unique(program.schedule[:, 2])
-    if holes is not None:
-        counters = counters[~holes[counters // PAGE_BYTES]]
-    dwords[counters // 4] = 0
-    if program.control.value_mask == 0:
-        first = program.schedule[:, 0] // 4
-        for dword in range(program.control.store_dwords):
-            dwords[first + np.uint32(dword)] = program.schedule[:, 1]
+    within = np.arange(program.control.store_dwords, dtype=np.uint32)
+    for at in range(0, len(program.schedule), BATCH_ENTRIES):
+        batch = program.schedule[at : at + BATCH_ENTRIES]
+        dwords[(batch[:, 0] // 4)[:, None] + within] = batch[:, 1, None]
