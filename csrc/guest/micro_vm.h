@@ -14,8 +14,9 @@
  * A vCPU that stops for a reason that this VM does not have (internal error, triple fault, unknown
  * exit) parks for good: the VM is crashed, and calls return -EIO until it is freed.
  *
- * All calls come from one thread at a time, in the process that created the VM; those of its tracker
- * may come from another one. Calls return 0 or a negative errno. Memory is the caller's and outlives the VM. */
+ * All calls come from one thread at a time, in the process that created the VM; those of its
+ * tracker may come from another one. Calls return 0 or a negative errno. Memory is the caller's and
+ * outlives the VM. */
 #ifndef VMTH_GUEST_MICRO_VM_H
 #define VMTH_GUEST_MICRO_VM_H
 

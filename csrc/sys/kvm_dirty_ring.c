@@ -23,7 +23,7 @@ struct ring_slot {
 struct vcpu_ring {
     struct kvm_dirty_gfn *entries; /* shared with the kernel: flags only through atomics */
     uint32_t next;                 /* first entry not harvested; wraps at 2^32, a power of two */
-    bool gap;                      /* overflowed: entries from `next` on will not be filled */
+    bool gap;                      /* overflowed once: the kernel may write ahead of `next` */
     unsigned int idle_fulls;       /* full-ring exits in a row that found nothing to harvest */
 };
 
@@ -178,21 +178,19 @@ static uint32_t clean_ahead(const struct vmth_kvm_ring *ring, const struct vcpu_
     return n;
 }
 
-/* After an overflow: move `next` to where the kernel writes. */
-static void skip_gap(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu)
+/* After an overflow: move `next` to where the kernel writes. `stuck`: this vCPU cannot run. */
+static void skip_gap(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, bool stuck)
 {
     /* Twice: a vCPU may write behind the first scan, but who saw a later entry sees the first. */
     uint32_t skip = clean_ahead(ring, vcpu, clean_ahead(ring, vcpu, ring->nentries));
     if (skip == ring->nentries) {
-        if (vcpu->idle_fulls < STUCK_FULLS) {
+        if (!stuck) {
             return; /* nothing written since: wait for it, it shows the place */
         }
         /* The vCPU stands still because the kernel counts nearly a ringful or more as in use (the
          * overflow was several rings long): half of that can be given back without a doubt. */
         skip = ring->nentries / 2;
         vcpu->gap = true;
-    } else {
-        vcpu->gap = false;
     }
     for (uint32_t i = 0; i < skip; i++) {
         give_back(entry_at(ring, vcpu, i));
@@ -201,11 +199,12 @@ static void skip_gap(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu)
     ring->reset_due = ring->reset_due || skip > 0;
 }
 
-/* At most one ringful: what the vCPU appends after that is a later write. */
-static uint32_t harvest(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, int *error)
+/* The dirty entries from `next` on, at most `limit`. */
+static uint32_t harvest_run(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, uint32_t limit,
+                            int *error)
 {
     uint32_t n = 0;
-    for (; n < ring->nentries && is_dirty(entry_at(ring, vcpu, 0)); n++) {
+    for (; n < limit && is_dirty(entry_at(ring, vcpu, 0)); n++) {
         struct kvm_dirty_gfn *entry = entry_at(ring, vcpu, 0);
         const int rc = note_page(ring, entry->slot, entry->offset);
         if (rc < 0) {
@@ -214,6 +213,22 @@ static uint32_t harvest(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, int 
         give_back(entry);
         vcpu->next++;
     }
+    return n;
+}
+
+/* At most one ringful: what the vCPU appends after that is a later write. Behind a gap the kernel
+ * may have wrapped around into it, so that there are two runs. */
+static uint32_t harvest(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, bool stuck, int *error)
+{
+    uint32_t n = 0;
+    uint32_t more;
+    do {
+        if (vcpu->gap || stuck) {
+            skip_gap(ring, vcpu, stuck && n == 0);
+        }
+        more = harvest_run(ring, vcpu, ring->nentries - n, error);
+        n += more;
+    } while (vcpu->gap && more > 0 && n < ring->nentries);
     return n;
 }
 
@@ -235,8 +250,9 @@ static int resync_locked(struct vmth_kvm_ring *ring)
     return 0;
 }
 
-/* Returns the number of entries, or an error: what was collected then is kept. */
-static int collect_locked(struct vmth_kvm_ring *ring)
+/* `full` is the ring of a vCPU that had a full-ring exit, or NULL. Returns the number of entries,
+ * or an error: what was collected then is kept. */
+static int collect_locked(struct vmth_kvm_ring *ring, struct vcpu_ring *full)
 {
     uint32_t harvested = 0;
     bool overflowed = false;
@@ -244,12 +260,12 @@ static int collect_locked(struct vmth_kvm_ring *ring)
 
     for (size_t r = 0; r < ring->nrings; r++) {
         struct vcpu_ring *vcpu = &ring->rings[r];
-        if (vcpu->gap || vcpu->idle_fulls >= STUCK_FULLS) {
-            skip_gap(ring, vcpu);
-        }
-        const uint32_t n = harvest(ring, vcpu, &error);
+        const bool stuck = vcpu == full && vcpu->idle_fulls >= STUCK_FULLS;
+        const uint32_t n = harvest(ring, vcpu, stuck, &error);
         if (n > 0) {
             vcpu->idle_fulls = 0;
+        } else if (vcpu == full) {
+            vcpu->idle_fulls++;
         }
         if (n == ring->nentries) {
             overflowed = true;
@@ -315,10 +331,7 @@ int vmth_kvm_ring_collect(struct vmth_kvm_ring *ring, size_t vcpu)
         return -EINVAL;
     }
     pthread_mutex_lock(&ring->lock);
-    const int rc = collect_locked(ring);
-    if (rc == 0) {
-        ring->rings[vcpu].idle_fulls++;
-    }
+    const int rc = collect_locked(ring, &ring->rings[vcpu]);
     pthread_mutex_unlock(&ring->lock);
     return rc;
 }
@@ -330,7 +343,8 @@ int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcpu)
     }
     pthread_mutex_lock(&ring->lock);
     const bool due = is_dirty(entry_at(ring, &ring->rings[vcpu], ring->nentries / 4));
-    const int rc = due ? collect_locked(ring) : 0;
+    const int rc = due ? collect_locked(ring, NULL) : 0;
+    ring->rings[vcpu].idle_fulls = 0; /* it ran */
     pthread_mutex_unlock(&ring->lock);
     return rc;
 }
@@ -343,7 +357,7 @@ int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
         return kicked;
     }
     pthread_mutex_lock(&ring->lock);
-    int rc = ring->started ? collect_locked(ring) : -ENODEV;
+    int rc = ring->started ? collect_locked(ring, NULL) : -ENODEV;
     if (rc >= 0) {
         for (size_t i = 0; i < ring->nslots; i++) {
             const uint64_t words = VMTH_BITMAP_WORDS(ring->slots[i].slot.npages);
@@ -380,7 +394,7 @@ int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring)
             }
         }
         /* Entries that remain would fill the rings and be taken for writes of a later start(). */
-        const int rc = collect_locked(ring);
+        const int rc = collect_locked(ring, NULL);
         if (rc < 0 && first_error == 0) {
             first_error = rc;
         }
