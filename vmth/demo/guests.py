@@ -62,11 +62,10 @@ class DemoGuest:
         self.holder.hold()
 
     def is_running(self) -> bool:
-        return self.holder.status().running
+        return self.holder.is_running()
 
     def describe(self) -> dict[str, str]:
-        """Where a new process finds this guest, and what it is."""
-        return {"kind": self.holder.kind, "holder": self.holder.socket_path}
+        return self.holder.describe()
 
 
 class DepartingGuest(DemoGuest):

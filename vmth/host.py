@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host offers to vmth, found by trying: KVM, dirty sources, kernel faults, kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vmth import __version__, kernels
+from vmth.dirty.probe import probe
+from vmth.guests.kvm_machine import probe as probe_kvm
+from vmth.guests.spawn import available_memory_bytes
+
+__all__ = ["host_lines", "host_report"]
+
+
+def host_report() -> dict[str, Any]:
+    """JSON-able. A small virtual machine is run and a few pages are tracked; takes a second at most.
+    ``tracking`` has ``vmth.dirty.probe``'s checks, ``kernels`` what is used of each family."""
+    kvm, reason = probe_kvm()
+    tracking = {
+        name: {"status": finding.status.value, "reason": finding.reason}
+        for name, finding in probe().items()
+    }
+    available_bytes, where = available_memory_bytes()
+    return {
+        "vmth_version": __version__,
+        "kernel_release": os.uname().release,
+        "machine": os.uname().machine,
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_available_bytes": available_bytes,
+        "memory_available_where": where,
+        "kvm": {"usable": kvm, "reason": reason},
+        "tracking": tracking,
+        "kernels": {family: kernels.selected(family) for family in kernels.kernels()},
+        "guest": "kvm" if kvm else "process",
+    }
+
+
+def host_lines(report: dict[str, Any]) -> list[str]:
+    """The same for people, one fact a line."""
+    lines = [
+        f"{'host':<18} Linux {report['kernel_release']} on {report['machine']}, "
+        f"{report['cpus']} CPUs, {report['memory_available_bytes'] >> 20} MiB of memory left "
+        f"({report['memory_available_where']})",
+        f"{'kvm':<18} {'usable' if report['kvm']['usable'] else 'not usable'}: "
+        f"{report['kvm']['reason']}",
+    ]
+    for name, finding in report["tracking"].items():
+        reason = f": {finding['reason']}" if finding["reason"] else ""
+        lines.append(f"{name:<18} {finding['status']}{reason}")
+    for family, name in report["kernels"].items():
+        lines.append(f"{'kernel ' + family:<18} {name}")
+    lines.append(f"{'default guest':<18} {report['guest']}")
+    return lines
