@@ -11,8 +11,11 @@ from glob import glob
 
 import numpy
 from Cython.Build import cythonize
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
+
+# The sources of a library or module compile side by side.
+ParallelCompile("VMTH_BUILD_JOBS", default=min(os.cpu_count() or 1, 4)).install()
 
 INCLUDE = ["csrc/include", "csrc"]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.hpp", recursive=True))
