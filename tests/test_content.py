@@ -85,7 +85,7 @@ def test_counter_dwords_are_zero_whatever_the_content() -> None:
         counters[100:400] = True
         spec = ContentSpec.parse("dup=25,files=25,random=50")
         fill(memory, spec, 3, first_byte=10 * PAGE_BYTES, counter_pages=counters)
-        first = all_pages(memory)[:, :4].any(axis=1)
+        first = np.asarray(all_pages(memory)[:, :4].any(axis=1))
         assert not first[100:400].any()
         assert first[10:100].any() and first[400:].any()
 

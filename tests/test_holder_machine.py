@@ -157,11 +157,11 @@ def test_registers_outside_their_bounds_are_refused(register: int, value: int) -
     with machine_of(program) as (machine, _):
         machine.start_fresh(program.paces)
         machine.pause()
-        registers, *rest = decode_state(*machine.save_state())
+        registers, paces, running_ns, due_ns = decode_state(*machine.save_state())
         bad = (*registers[:register], value, *registers[register + 1 :])
     with machine_of(None) as (machine, _):
         with pytest.raises(StreamError, match="bounds"):
-            machine.load_state(1, encode_state(bad, *rest))
+            machine.load_state(1, encode_state(bad, paces, running_ns, due_ns))
         with pytest.raises(GuestError):
             machine.resume()
 

@@ -44,10 +44,8 @@ def kind_or_skip(kind: str) -> str:
 
 
 @contextlib.contextmanager
-def source_of(kind: str, **options: object) -> Iterator[HolderGuest]:
-    guest, _ = spawn_source(  # type: ignore[arg-type]
-        kind, 4 * MIB, content=CONTENT, workload=WORKLOAD, **options
-    )
+def source_of(kind: str) -> Iterator[HolderGuest]:
+    guest, _ = spawn_source(kind, 4 * MIB, content=CONTENT, workload=WORKLOAD)
     try:
         yield guest
     finally:

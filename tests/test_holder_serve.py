@@ -172,6 +172,11 @@ def test_a_moved_guest_is_asked_whether_it_runs() -> None:
     assert find({}) is None
 
 
+def pause_and_hold(guest: HolderGuest) -> None:
+    guest.pause()
+    guest.hold()
+
+
 PHASES: list[tuple[str, Callable[[HolderGuest], object], bool]] = [
     # (what the mover did last, does the guest run after its death)
     ("running", lambda guest: None, True),
@@ -179,7 +184,7 @@ PHASES: list[tuple[str, Callable[[HolderGuest], object], bool]] = [
     ("throttled", lambda guest: guest.throttle(99), True),
     ("paused", lambda guest: guest.pause(), True),
     ("paused at a beat", lambda guest: guest.pause_at_beat(), True),
-    ("held", lambda guest: (guest.pause(), guest.hold()), False),
+    ("held", pause_and_hold, False),
 ]
 
 

@@ -25,8 +25,8 @@ from vmth.guests.schedule import (
 MIB = 1 << 20
 
 
-def small(kind: str, **changes: int) -> Program:
-    return plan(Workload(kind, working_set_bytes=64 * PAGE_BYTES, seed=7, **changes), 2 * MIB)
+def small(kind: str) -> Program:
+    return plan(Workload(kind, working_set_bytes=64 * PAGE_BYTES, seed=7), 2 * MIB)
 
 
 def installed(

@@ -19,12 +19,12 @@ def replay(memory: npt.NDArray[np.uint8], steps: int) -> Control:
     registers = start
     for _ in range(steps):
         at = start.schedule_gpa + 16 * index
-        write_gpa, value, counter_gpa, _ = struct.unpack_from("<4I", memory, at)
+        write_gpa, value, counter_gpa, _ = struct.unpack_from("<4I", memory.data, at)
         stored = (value + (loops & start.value_mask)) % (1 << 32)
         for dword in range(start.store_dwords):
-            struct.pack_into("<I", memory, write_gpa + 4 * dword, stored)
-        (counter,) = struct.unpack_from("<I", memory, counter_gpa)
-        struct.pack_into("<I", memory, counter_gpa, (counter + 1) % (1 << 32))
+            struct.pack_into("<I", memory.data, write_gpa + 4 * dword, stored)
+        (counter,) = struct.unpack_from("<I", memory.data, counter_gpa)
+        struct.pack_into("<I", memory.data, counter_gpa, (counter + 1) % (1 << 32))
         index += 1
         if index == start.entries:
             index, loops = 0, loops + 1
