@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small guest in this process for session tests: a memfd, a thread that writes it, a counter.
 
-The writer increments the first 8 bytes of pages in a seeded order, and a total. After a move the sum of
-all page counters must equal the total that travelled in the state stream: no write was lost.
+The writer increments the first 8 bytes of pages in a seeded order, and a total. After a move the
+sum of all page counters must equal the total that travelled in the state stream: no write was lost.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class MemoryGuest:
         if name in self.fail:
             raise self.fail.pop(name)
 
-    # -- the Guest protocol --------------------------------------------------------------------------
+    # -- the Guest protocol ------------------------------------------------------------------------
 
     @property
     def blocks(self) -> Sequence[RamBlock]:

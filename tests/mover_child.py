@@ -4,8 +4,8 @@
     mover_child.py source HOLDER_SOCKET URI STATE_DIR STEP WHEN
     mover_child.py destination URI STATE_DIR STEP WHEN
 
-STEP is an Action's value ("journal GRANTED"), or "none"; WHEN is "before" or "after" its execution. The
-destination prints its endpoint, then the socket path of the holder that it made.
+STEP is an Action's value ("journal GRANTED"), or "none"; WHEN is "before" or "after" its execution.
+The destination prints its endpoint, then the socket path of the holder that it made.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 of either mover before and after every step of the handover, with guests that outlive them.
+"""kill -9 of either mover before and after every step of the handover, with guests that outlive
+them.
 
-After the restart of whatever died exactly one guest runs, it has lost no write, and migrates again. A
-monitor watches all the time that the source never runs once the destination was seen running.
+After the restart of whatever died exactly one guest runs, it has lost no write, and migrates again.
+A monitor watches all the time that the source never runs once the destination was seen running.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def runs(path: str) -> bool:
 
 
 class Monitor:
-    """Samples the destination first, then the source: a source that runs after the destination was seen
-    running is a second copy."""
+    """Samples the destination first, then the source: a source that runs after the destination was
+    seen running is a second copy."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole migrations between two sessions in this process: outcomes, failures, and again afterwards."""
+"""Whole migrations between two sessions in this process: outcomes, failures, and again
+afterwards."""
 
 from __future__ import annotations
 

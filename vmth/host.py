@@ -15,8 +15,9 @@ __all__ = ["host_lines", "host_report"]
 
 
 def host_report() -> dict[str, Any]:
-    """JSON-able. A small virtual machine is run and a few pages are tracked; takes a second at most.
-    ``tracking`` has ``vmth.dirty.probe``'s checks, ``kernels`` what is used of each family."""
+    """JSON-able. A small virtual machine is run and a few pages are tracked; takes a second at
+    most. ``tracking`` has ``vmth.dirty.probe``'s checks, ``kernels`` what is used of each
+    family."""
     kvm, reason = probe_kvm()
     tracking = {
         name: {"status": finding.status.value, "reason": finding.reason}

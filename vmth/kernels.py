@@ -83,8 +83,8 @@ def bitmap_runs(words: U64, npages: int, start: int, out: U64) -> tuple[int, int
     """Write the runs of set bits from page ``start`` on into ``out``: rows {page, npages}.
 
     Returns (runs written, first page not examined); the second is ``npages`` when done, else pass
-    it as ``start`` of the next call. A run that meets the end of the room is left for that call whole.
-    Rows of ``out`` past those written hold nothing of meaning.
+    it as ``start`` of the next call. A run that meets the end of the room is left for that call
+    whole. Rows of ``out`` past those written hold nothing of meaning.
     """
     return _kernels.bitmap_runs(words, npages, start, out)
 

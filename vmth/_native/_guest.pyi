@@ -1,8 +1,8 @@
 """The native walker thread of the process guest (csrc/guest/walker.h).
 
 One caller at a time, except ``report``. OSError carries the C core's errno: EBUSY for a walker that
-runs, EINVAL for values outside their bounds or a walker that was neither reset nor loaded, EFAULT once
-the walker has crashed. ValueError after ``close``.
+runs, EINVAL for values outside their bounds or a walker that was neither reset nor loaded, EFAULT
+once the walker has crashed. ValueError after ``close``.
 """
 
 from collections.abc import Sequence
@@ -38,4 +38,5 @@ class Walker:
         self, registers: Sequence[int], paces: Paces, running_ns: int, next_due_ns: int
     ) -> None: ...
     def report(self) -> dict[str, int]:
-        """The fields of BeatReport, ``seen`` (beats seen by this walker) and ``fault`` (-errno or 0)."""
+        """The fields of BeatReport, ``seen`` (beats seen by this walker) and ``fault`` (-errno or
+        0)."""

@@ -16,7 +16,8 @@ def uffd_features() -> int:
     """The feature bits of this kernel's userfaultfd."""
 
 class UffdWp:
-    """A userfaultfd in WP_ASYNC mode; it owns two file descriptors until ``close()`` or deletion."""
+    """A userfaultfd in WP_ASYNC mode; it owns two file descriptors until ``close()`` or
+    deletion."""
 
     def __init__(self) -> None: ...
     def add(self, address: int, npages: int, populated: U64 | None = None) -> None:
