@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commit titles: ``component: Imperative summary``, at most 72 characters.
 
-Checks the commits since the last tag, at most 50. Prints each offender and exits 1; exits 0 where
+Checks the commits since the last tag, at most 20. Prints each offender and exits 1; exits 0 where
 there is no git history (an unpacked sdist).
 """
 
@@ -13,7 +13,7 @@ import sys
 
 TITLE = re.compile(r"[a-z][a-z0-9_/.-]*(, [a-z][a-z0-9_/.-]*)*: [A-Z0-9`].*[^.\s]")
 LONGEST = 72
-MOST_COMMITS = 50
+MOST_COMMITS = 20
 
 
 def git(*arguments: str) -> str:
