@@ -400,6 +400,21 @@ def test_a_source_whose_fetch_rearms_is_not_asked_to() -> None:
         served.end()
 
 
+def test_tracking_ends_quietly_with_its_holder() -> None:
+    served, script = scripted("uffd-wp")
+    try:
+        source = served.guest.dirty[0]
+        source.start()
+        served.guest.shutdown()
+        served.thread.join(60)
+        source.stop()
+        assert script.calls == ["start", "stop"]
+        with pytest.raises(HolderGoneError):
+            source.fetch(new_bitmaps(served.guest.blocks))
+    finally:
+        served.end()
+
+
 def test_a_source_that_cannot_start_leaves_the_guest_usable() -> None:
     served, _ = scripted("broken")
     try:

@@ -88,8 +88,8 @@ static void test_pauses_lose_no_step(void)
     T_CHECK(vmth_walker_resume(walker) == 0);
     T_CHECK(vmth_walker_pause_at_beat(walker, BEAT_TIMEOUT_NS));
     T_CHECK(vmth_walker_save(walker, &state) == 0);
-    T_CHECK(memcmp(memory + VMTH_WALKER_CONTROL_GPA, &state.registers,
-                   sizeof(state.registers)) == 0);
+    T_CHECK(memcmp(memory + VMTH_WALKER_CONTROL_GPA, &state.registers, sizeof(state.registers)) ==
+            0);
     vmth_walker_free(walker);
     free(memory);
 }

@@ -183,11 +183,13 @@ class HolderDirtySource:
             self._connection.ask(rq.DirtyRearm(block, page, npages), rq.Ack)
 
     def stop(self) -> None:
-        """Idempotent. The shared bitmaps are let go whatever the holder answers."""
+        """Idempotent. The shared bitmaps are let go whatever the holder answers; with a holder that
+        is gone, so is its tracking."""
         self._shared = []
         if self._started:
             self._started = False
-            self._connection.ask(rq.DirtyStop(), rq.Ack)
+            with contextlib.suppress(HolderGoneError):
+                self._connection.ask(rq.DirtyStop(), rq.Ack)
 
 
 class HolderGuest:
