@@ -40,17 +40,21 @@ def host_report() -> dict[str, Any]:
 
 def host_lines(report: dict[str, Any]) -> list[str]:
     """The same for people, one fact a line."""
+    kvm, memory_mib = report["kvm"], report["memory_available_bytes"] >> 20
     lines = [
-        f"{'host':<18} Linux {report['kernel_release']} on {report['machine']}, "
-        f"{report['cpus']} CPUs, {report['memory_available_bytes'] >> 20} MiB of memory left "
-        f"({report['memory_available_where']})",
-        f"{'kvm':<18} {'usable' if report['kvm']['usable'] else 'not usable'}: "
-        f"{report['kvm']['reason']}",
+        _line("host", f"Linux {report['kernel_release']}, {report['machine']}"),
+        _line("cpus", str(report["cpus"])),
+        _line("memory left", f"{memory_mib} MiB ({report['memory_available_where']})"),
+        _line("kvm", f"{'usable' if kvm['usable'] else 'not usable'}: {kvm['reason']}"),
     ]
     for name, finding in report["tracking"].items():
         reason = f": {finding['reason']}" if finding["reason"] else ""
-        lines.append(f"{name:<18} {finding['status']}{reason}")
+        lines.append(_line(name, finding["status"] + reason))
     for family, name in report["kernels"].items():
-        lines.append(f"{'kernel ' + family:<18} {name}")
-    lines.append(f"{'default guest':<18} {report['guest']}")
+        lines.append(_line(f"kernel {family}", name))
+    lines.append(_line("default guest", report["guest"]))
     return lines
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<18} {text}"

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line's edges: help, versions, and every kind of bad input, without a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vmth import __version__
+from vmth.cli import main
+
+BAD_INPUT = [
+    ("unknown command", ["demon"], "demon"),
+    ("unknown option", ["demo", "--memroy", "1GiB"], "--memroy"),
+    ("size without a unit that is known", ["demo", "--memory", "3foo"], "3foo"),
+    ("rate that may mean bits", ["demo", "--bandwidth", "5Mb/s"], "Mbit/s"),
+    ("duration", ["demo", "--downtime-limit", "soon"], "soon"),
+    ("no time for the run", ["demo", "--downtime-limit", "0"], "downtime_limit_ns"),
+    ("phase jump without a rate", ["demo", "--phase-jump", "5s"], "TIME:RATE"),
+    ("workload", ["demo", "--workload", "busy"], "zipf"),
+    ("guest", ["demo", "--guest", "qemu"], "process"),
+    ("dirty source", ["demo", "--dirty-source", "soft-dirty"], "uffd-wp"),
+    (
+        "dirty source of the other guest",
+        ["demo", "--guest", "process", "--dirty-source", "kvm-log"],
+        "uffd-wp",
+    ),
+    ("digest", ["demo", "--digest", "maybe"], "off"),
+    ("audit without a digest", ["demo", "--digest", "off", "--audit"], "audit"),
+    ("channels", ["demo", "--channels", "65"], "1 to 64"),
+    ("dscp", ["demo", "--dscp", "64"], "0 to 63"),
+    ("content that does not add up", ["demo", "--content", "zero=30"], "100"),
+    ("content of an unknown kind", ["demo", "--content", "gold=100"], "gold"),
+    ("memory that is no page", ["demo", "--memory", "1048577"], "4096"),
+    ("working set", ["demo", "--working-set", "4TiB"], "working set"),
+    ("seed", ["demo", "--seed", "-1"], "seed"),
+    ("scheme", ["demo", "--send", "http://host:80"], "tcp:HOST:PORT"),
+    ("port", ["demo", "--send", "tcp:host:0"], "1 to 65535"),
+    ("plaintext to another host", ["demo", "--send", "tcp:192.0.2.1:4444"], "--insecure"),
+    ("plaintext from other hosts", ["demo", "--receive", "tcp:0.0.0.0:0"], "--insecure"),
+    (
+        "both directions",
+        ["demo", "--send", "tcp:localhost:1", "--receive", "tcp:localhost:1"],
+        "one of them",
+    ),
+    ("state directory", ["recover", "--state-dir", "/nowhere/at/all"], "/nowhere/at/all"),
+]
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"), BAD_INPUT, ids=[row[0] for row in BAD_INPUT]
+)
+def test_bad_input_is_one_clear_error(
+    name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr()
+    errors = [line for line in (shown.out + shown.err).splitlines() if said in line]
+    assert len(errors) == 1, shown
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"), BAD_INPUT, ids=[row[0] for row in BAD_INPUT]
+)
+def test_bad_input_is_one_json_object(
+    name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert said in told["error"] or name == "unknown command"
+    assert told["exit_code"] == 2 and told["source_runs"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "Exit codes"),
+        (["demo", "--help"], "--downtime-limit"),
+        (["probe", "--help"], "dirty sources"),
+        (["recover", "--help"], "Ask again"),
+        (["--version"], __version__),
+        (["version"], "protocol versions 1 to 1"),
+    ],
+)
+def test_help_and_versions(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_version_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["version", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "version": __version__,
+        "protocol_version_min": 1,
+        "protocol_version_max": 1,
+    }
+
+
+def test_recover_without_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recover", "--state-dir", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"sessions": [], "exit_code": 0}
+
+
+@pytest.mark.slow
+def test_probe_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["probe", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["kvm"]) == {"usable", "reason"}
+    assert told["tracking"]["uffd-wp"]["status"] in ("ok", "absent", "faulty")
+    assert set(told["kernels"]) >= {"zero", "hash"}
+    assert told["guest"] == ("kvm" if told["kvm"]["usable"] else "process")
+    assert run(["probe"]) == 0
+    assert "uffd-wp" in capsys.readouterr().out

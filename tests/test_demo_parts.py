@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's parts without a migration: settings, record, byte comparison, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from vmth.demo.arrival import Arrival
+from vmth.demo.check import GuestCheckReport
+from vmth.demo.compare import compare_memories
+from vmth.demo.meter import MoverCost, MoverMeter
+from vmth.demo.outcome import Outcome
+from vmth.demo.progress import round_line
+from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
+from vmth.demo.report import json_object, summary_lines
+from vmth.demo.settings import DemoSettings
+from vmth.errors import (
+    ExitCode,
+    GuestError,
+    NotConvergedError,
+    UsageError,
+    VerificationError,
+)
+from vmth.guest import StateStream
+from vmth.stats import DowntimeParts, MigrationResult, RoundStats, TransferCounters
+from vmth.types import Mapping, RamBlock
+
+RECORD = TravelRecord(
+    guest="kvm",
+    content="zero=100",
+    workload="zipf",
+    rate_bps=50_000_000,
+    working_set_bytes=0,
+    seed=2**64 - 1,
+    jump=(5_000_000_000, 400_000_000),
+    beats=1000,
+    last_beat_at_ns=1_000_000_000,
+    out_of_order=0,
+    running_ns=1_000_000_000,
+    rate_reached_bps=49e6,
+)
+ROUND = RoundStats(
+    round=0,
+    pages=10,
+    normal_pages=6,
+    zero_pages=3,
+    hole_pages=1,
+    bytes=25_000,
+    duration_ns=1_000_000,
+    bandwidth_bps=25e6,
+    dirty_pages=2,
+    dirty_rate_bps=8e6,
+    expected_downtime_ns=3_000_000,
+)
+RESULT = MigrationResult(
+    verified=True,
+    verified_scope="memory",
+    mode="live",
+    rounds=(ROUND,),
+    total_ns=5_000_000,
+    downtime_ns=21_000_000,
+    downtime_parts=DowntimeParts(1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000),
+    memory_bytes=40_960,
+    wire_bytes=26_000,
+    digest_source="ab" * 16,
+    digest_destination="ab" * 16,
+    transfer=TransferCounters(normal_pages=6),
+    fallbacks=("zerocopy: off",),
+    session_id="01" * 16,
+)
+
+
+def arrival(check: GuestCheckReport) -> Arrival:
+    return Arrival(
+        session_id="01" * 16,
+        peer="tcp:127.0.0.1:1",
+        guest="kvm",
+        guest_reason="it runs",
+        was_running=True,
+        verified=True,
+        verified_scope="memory",
+        digest="ab" * 16,
+        memory_bytes=40_960,
+        wire_bytes=26_000,
+        bytes_compared=0,
+        heartbeat_gap_ns=20_000_000,
+        record=RECORD,
+        check=check,
+        cost=MoverCost(0.5, 3 << 20, 2 << 20),
+        fallbacks=("zerocopy: off",),
+    )
+
+
+GOOD = GuestCheckReport(2000, 0, 24_000, 0, ())
+
+
+def test_the_record_survives_its_stream() -> None:
+    assert from_stream(to_stream(RECORD)) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [
+        ("version", StateStream(STREAM_NAME, 2, to_stream(RECORD).data)),
+        ("no JSON", StateStream(STREAM_NAME, 1, b"\xff")),
+        ("cut", StateStream(STREAM_NAME, 1, to_stream(RECORD).data[:-1])),
+        ("missing field", StateStream(STREAM_NAME, 1, b"{}")),
+        ("too long", StateStream(STREAM_NAME, 1, to_stream(RECORD).data + b" " * 4096)),
+        (
+            "negative",
+            StateStream(STREAM_NAME, 1, to_stream(RECORD).data.replace(b"1000,", b"-1000,", 1)),
+        ),
+    ],
+)
+def test_a_damaged_record_is_refused(name: str, stream: StateStream) -> None:
+    with pytest.raises(GuestError, match=STREAM_NAME):
+        from_stream(stream)
+
+
+@pytest.fixture
+def memories() -> Iterator[tuple[int, int]]:
+    fds = [os.memfd_create("one"), os.memfd_create("other")]
+    for fd in fds:
+        os.ftruncate(fd, 16 << 20)
+        os.pwrite(fd, b"same", 5 << 20)
+    yield fds[0], fds[1]
+    for fd in fds:
+        os.close(fd)
+
+
+def block(nbytes: int = 16 << 20) -> RamBlock:
+    return RamBlock("ram", nbytes, 0, Mapping(fd=0))
+
+
+def test_equal_memories_compare_equal_and_stay_holes(memories: tuple[int, int]) -> None:
+    ours, theirs = memories
+    before = os.fstat(ours).st_blocks
+    assert compare_memories([block()], [ours], [theirs]) == 16 << 20
+    assert os.fstat(ours).st_blocks == before
+
+
+def test_zeros_that_were_written_equal_a_hole(memories: tuple[int, int]) -> None:
+    ours, theirs = memories
+    os.pwrite(ours, bytes(8192), 9 << 20)
+    assert compare_memories([block()], [ours], [theirs]) == 16 << 20
+
+
+@pytest.mark.parametrize("at", [0, 4095, 4096, (4 << 20) - 1, 4 << 20, 7_654_321, (16 << 20) - 1])
+def test_one_byte_that_differs_is_found_by_page(memories: tuple[int, int], at: int) -> None:
+    ours, theirs = memories
+    os.pwrite(theirs, b"\1", at)
+    with pytest.raises(VerificationError, match=rf"page {at // 4096} of ramblock 'ram'"):
+        compare_memories([block()], [ours], [theirs])
+
+
+def test_memory_that_ends_early_is_an_error(memories: tuple[int, int]) -> None:
+    ours, theirs = memories
+    os.ftruncate(theirs, 6 << 20)
+    with pytest.raises(OSError, match="memory ends at"):
+        compare_memories([block()], [ours], [theirs])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"guest": "qemu"}, "kvm, process"),
+        ({"dirty_source": "magic"}, "uffd-wp"),
+        ({"guest": "process", "dirty_source": "kvm-ring"}, "uffd-wp"),
+        ({"content": "zero=1"}, "100"),
+        ({"memory_bytes": 5}, "memory"),
+        ({"workload": "busy"}, "zipf"),
+        ({"warm_up_ns": -1}, "0 to a day"),
+    ],
+)
+def test_settings_that_are_not_allowed(given: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        DemoSettings(**given)  # type: ignore[arg-type]
+
+
+def test_always_is_unpaced_unless_asked() -> None:
+    assert DemoSettings(workload="always").guest_workload().rate_bps == 0
+    assert DemoSettings(workload="always", dirty_rate_bps=8192).guest_workload().rate_bps == 8192
+    assert DemoSettings(workload="zipf").guest_workload().rate_bps == 50_000_000
+
+
+def moved(check: GuestCheckReport = GOOD) -> Outcome:
+    outcome = Outcome("local", DemoSettings(seed=7), "kvm", "it runs", "kvm-log")
+    outcome.result, outcome.arrival, outcome.record = RESULT, arrival(check), RECORD
+    outcome.source_runs = False
+    outcome.source_cost = MoverCost(0.25, 5 << 20, 4 << 20)
+    return outcome
+
+
+def test_a_good_end_is_told_completely() -> None:
+    told = json.loads(json.dumps(json_object(moved())))
+    assert told["verified"] is True and told["verified_scope"] == "memory"
+    assert told["downtime_ms"] == 21 == sum(told["downtime_parts_ms"].values())
+    assert told["heartbeat_gap_ms"] == 20 and told["heartbeats_lost"] == 0
+    assert told["fallbacks"] == ["zerocopy: off"]
+    assert told["movers"]["destination"]["peak_memory_bytes"] == 3 << 20
+    assert told["rounds"][0]["zero_pages"] == 3
+    text = "\n".join(summary_lines(moved()))
+    for said in ("verified         yes, memory", "2000 heartbeats, none lost", "ab" * 16, "21ms"):
+        assert said in text
+
+
+def test_a_lost_write_is_never_verified() -> None:
+    outcome = moved(GuestCheckReport(2000, 0, 24_000, 3, ("3 writes lost",)))
+    outcome.fail(VerificationError("after the move: 3 writes lost"))
+    told = json_object(outcome)
+    assert told["verified"] is False and told["verified_scope"] == "none"
+    assert told["exit_code"] == 6 and told["writes_lost"] == 3
+    assert "verified         yes" not in "\n".join(summary_lines(outcome))
+
+
+def test_a_failure_has_every_key_of_a_success() -> None:
+    outcome = Outcome("local", DemoSettings(seed=7))
+    outcome.rounds.append(ROUND)
+    outcome.fail(NotConvergedError("dirty rate too high"))
+    outcome.fail(UsageError("a later one"))
+    outcome.source_runs = True
+    told = json_object(outcome)
+    assert told.keys() == json_object(moved()).keys()
+    assert told["error"] == "dirty rate too high"
+    assert told["exit_code"] == ExitCode.NOT_CONVERGED and told["source_runs"] is True
+    assert told["rounds"][0]["round"] == 0 and told["downtime_ms"] is None
+    assert "runs here" in "\n".join(summary_lines(outcome))
+
+
+def test_a_round_is_one_line() -> None:
+    line = round_line(ROUND)
+    assert line.split() == ["0", "10", "6", "3", "1", "24.4KiB", "25MB/s", "2", "8MB/s", "3ms"]
+
+
+def test_a_mover_is_metered() -> None:
+    with MoverMeter() as meter:
+        kept = bytearray(b"\1" * (16 << 20))
+    assert meter.cost.peak_memory_bytes >= meter.cost.start_memory_bytes + len(kept) // 2
+    assert meter.cost.cpu_seconds > 0
