@@ -130,6 +130,9 @@ class MemoryGuest:
             self.running = True
             self._wake.notify_all()
 
+    def hold(self) -> None:
+        self._called("hold")
+
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         self._called("save_state")
         write(StateStream("counter", 1, struct.pack("<Q", self.total)))

@@ -198,15 +198,26 @@ def _again(world: World, source: MemoryGuest, failed: int = 1) -> None:
     world.check_moved(source, listener)
 
 
-@pytest.mark.parametrize("callback", ["save_state", "pause"])
-def test_a_source_callback_that_raises(world: World, callback: str) -> None:
+@pytest.mark.parametrize("error", [ValueError, GuestError])
+@pytest.mark.parametrize("callback", ["save_state", "pause", "hold", "is_running"])
+def test_a_source_callback_that_raises(world: World, callback: str, error: type[Exception]) -> None:
     source, listener = world.guest(), world.listen()
     source.resume()
-    source.fail[callback] = ValueError("the device is on fire")
+    source.fail[callback] = error("the device is on fire")
     with pytest.raises(MigrationError, match="on fire"):
         world.migrate(source, listener)
     world.check_stayed(source)
     _again(world, source)
+
+
+def test_a_release_that_raises_does_not_undo_the_move(world: World) -> None:
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    source.fail["release"] = GuestError("the holder does not answer")
+    assert world.migrate(source, listener).verified
+    listener.wait_for_guest(5)
+    assert world.made[-1].running
+    assert not source.running
 
 
 def test_load_state_that_raises_keeps_the_source(world: World) -> None:

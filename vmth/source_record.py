@@ -74,13 +74,16 @@ class SourceRecord:
         return self.state in (SourceState.GRANTED, SourceState.IN_DOUBT)
 
     def apply(self, event: SourceEvent) -> None:
-        """Take a transition and carry it out. A journal or hold() that fails takes the transition
-        back and raises; what the guest's resume() raises comes out as GuestError after the
-        remaining actions were carried out."""
+        """Take a transition and carry it out. The first action that raises ends the row; a journal
+        or hold() that does so takes the transition back as well. Only what the guest's resume()
+        raises waits, as GuestError, until the remaining actions were carried out."""
         trouble: GuestError | None = None
         for action in self._handover.on(event):
-            try:
+            if action is not Action.RESUME_GUEST:
                 self._do(action)
+                continue
+            try:
+                self._resume()
             except GuestError as error:
                 trouble = error
         if trouble is not None:
@@ -106,10 +109,8 @@ class SourceRecord:
                 raise
         elif action is Action.PAUSE_GUEST:
             self.was_running = self._guest.pause()
-        elif action is Action.RESUME_GUEST:
-            self._resume()
         elif action is Action.RELEASE_GUEST:
-            self._guest.release()
+            self._release()
         elif action is Action.FORGET_RECORD:
             self._journal.remove()
         elif action is Action.QUERY_PEER:
@@ -128,6 +129,12 @@ class SourceRecord:
             self._guest.resume()
         except Exception as error:
             raise GuestError(f"the source guest could not be resumed: {error}") from error
+
+    def _release(self) -> None:
+        try:
+            self._guest.release()
+        except Exception as error:  # it runs at the destination all the same; something may leak
+            log.error("session %s: freeing the guest: %s", self.session_id.hex(), error)
 
     def _message(self, action: Action) -> Message | None:
         if action is Action.SEND_SEAL:

@@ -33,7 +33,7 @@ from vmth.errors import (
     VmthError,
 )
 from vmth.events import Connected, Event, FellBack, Granted, RoundFinished, SealMatched
-from vmth.guest import Guest
+from vmth.guest import CanTell, Guest
 from vmth.handshake import WIRE_PAGE_BYTES, check_blocks, make_offer, open_connection
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.memory import MappedBlock, map_blocks
@@ -231,6 +231,10 @@ class SourceSession:
         self._resources.callback(journal.close)
         record = SourceRecord(self.session_id, journal, self._guest, self._endpoint.display)
         record.receiver_id = accept.receiver_id
+        if isinstance(
+            self._guest, CanTell
+        ):  # a guest that is paused by hand stays so after a crash
+            record.was_running = self._guest.is_running()
         record.send = self._control.send
         record.query = self._query
         record.tell_released = self._tell_released
