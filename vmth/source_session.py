@@ -19,6 +19,7 @@ from collections.abc import Callable
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
 from vmth.channel.pages import NativeSender
+from vmth.channel.watch import ProgressWatch
 from vmth.errors import (
     CancelledError,
     ChannelError,
@@ -212,6 +213,9 @@ class SourceSession:
             preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
             with open_connection(self._endpoint, self._options.link, preamble, index + 1) as sock:
                 sender.add_channel(sock.fileno(), index)
+        self._resources.enter_context(
+            ProgressWatch(sender, self._options.peer_timeout_s, self._peer_lost)
+        )
         self._check_wake()
         self._status = "active"
         self._emit(
@@ -227,14 +231,13 @@ class SourceSession:
 
     def _begin_record(self, directory: StateDirectory, accept: Accept) -> None:
         assert self._control is not None
+        # Known before the pause too: a guest that is paused by hand stays so after a crash.
+        was_running = self._guest.is_running() if isinstance(self._guest, CanTell) else True
         journal = directory.create_journal(self.session_id, Side.SOURCE)
         self._resources.callback(journal.close)
         record = SourceRecord(self.session_id, journal, self._guest, self._endpoint.display)
         record.receiver_id = accept.receiver_id
-        if isinstance(
-            self._guest, CanTell
-        ):  # a guest that is paused by hand stays so after a crash
-            record.was_running = self._guest.is_running()
+        record.was_running = was_running
         record.send = self._control.send
         record.query = self._query
         record.tell_released = self._tell_released
@@ -253,7 +256,7 @@ class SourceSession:
         control = self._control = ControlConnection(
             sock,
             peer_timeout_s=options.peer_timeout_s,
-            on_failure=self._control_lost,
+            on_failure=self._peer_lost,
             on_message=self._control_message,
         )
         self._resources.callback(control.close)
@@ -373,9 +376,7 @@ class SourceSession:
             settle(record, self._options.query_timeout_s)
             self._running_ns = self._clock()
         elif record.state is SourceState.KEPT:
-            raise MigrationError(
-                "the destination could not start the guest: it runs here as before"
-            )
+            raise MigrationError(f"it runs here as before, the destination gave it back{why}")
 
     def _let_records_go(self) -> None:
         """Wait a little for ReleasedSeen; without it the record stays and ``vmth recover`` clears
@@ -451,7 +452,7 @@ class SourceSession:
         if self._peer_gone is not None:
             raise self._peer_gone
 
-    def _control_lost(self, error: VmthError) -> None:
+    def _peer_lost(self, error: VmthError) -> None:
         self._peer_gone = error
         self._heard_why.set()
         if self._sender is not None:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds page channels on which nothing moves although the peer's control connection lives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from vmth.channel.pages import NativeSender
+from vmth.errors import ChannelError, VmthError
+
+__all__ = ["ProgressWatch"]
+
+_LOOKS_PER_TIMEOUT = 4
+
+
+class ProgressWatch:
+    """Calls ``on_stall`` once when bytes are in flight and none was acknowledged for ``timeout_s``.
+    A packet is at most 256 KiB by default, so a link is taken for dead below 256 KiB a timeout.
+    Context manager; a thread of its own inside it."""
+
+    def __init__(
+        self, sender: NativeSender, timeout_s: float, on_stall: Callable[[VmthError], None]
+    ) -> None:
+        self._sender = sender
+        self._timeout_s = timeout_s
+        self._on_stall = on_stall
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="vmth-watch", daemon=True)
+
+    def __enter__(self) -> ProgressWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        acked_bytes, still = -1, 0
+        while not self._stop.wait(self._timeout_s / _LOOKS_PER_TIMEOUT):
+            try:
+                now, in_flight = self._sender.counters().acked_bytes, self._sender.in_flight()
+            except VmthError:
+                return  # failed already, and said so
+            still = still + 1 if in_flight and now == acked_bytes else 0
+            acked_bytes = now
+            if still >= _LOOKS_PER_TIMEOUT:
+                self._on_stall(
+                    ChannelError(
+                        f"page channels: {in_flight} bytes in flight and nothing acknowledged for "
+                        f"{self._timeout_s:g} s"
+                    )
+                )
+                return
