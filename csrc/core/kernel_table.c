@@ -41,7 +41,8 @@ static bool cpu_avx512(void)
 
 static bool cpu_avx512_popcnt(void)
 {
-    return cpu_avx512() && CPU_HAS("avx512vpopcntdq");
+    return cpu_avx512() && CPU_HAS("avx512vpopcntdq") && CPU_HAS("avx512vbmi2") &&
+           CPU_HAS("avx512bitalg");
 }
 
 struct implementation {

@@ -55,7 +55,7 @@ AVX2 static inline bool is_empty_group_avx2(const uint64_t *words)
 
 AVX2 static size_t runs_avx2(const uint64_t *words, size_t from, size_t to, struct run_sink *sink)
 {
-    return walk_runs(words, from, to, sink, is_empty_group_avx2);
+    return walk_runs(words, from, to, sink, is_empty_group_avx2, NULL);
 }
 
 const struct bitmap_ops bitmap_avx2 = {"avx2", count_avx2, merge_avx2, runs_avx2};

@@ -46,10 +46,12 @@ BMI static inline size_t write_ends(struct vmth_run *out, uint64_t ends, uint64_
 }
 
 /* The walk over whole words that both kernels share. `is_empty_group(words)` tells that 8 words are zero;
- * it is a constant at each call and is inlined. */
+ * `closed_group`, if not NULL, writes the runs of 8 words at once and returns their number, or 0 if it
+ * cannot. Both are constants at each call and are inlined. */
 BMI static inline __attribute__((always_inline)) size_t
 walk_runs(const uint64_t *words, size_t from, size_t to, struct run_sink *sink,
-          bool (*is_empty_group)(const uint64_t *words))
+          bool (*is_empty_group)(const uint64_t *words),
+          size_t (*closed_group)(const uint64_t *words, uint64_t base, struct vmth_run *out))
 {
     struct vmth_run *out = sink->out;
     uint64_t carry = sink->open; /* the last bit of the word before */
@@ -74,6 +76,16 @@ walk_runs(const uint64_t *words, size_t from, size_t to, struct run_sink *sink,
             }
             if (sink->cap - nends < RUN_SINK_ROOM) {
                 break;
+            }
+        }
+        if (closed_group != NULL && carry == 0 && group_end == from + 8) {
+            const size_t n = closed_group(words + from, 64 * (uint64_t)from, out + nends);
+
+            if (n != 0) {
+                nends += n;
+                nstarts = nends;
+                from = group_end;
+                continue;
             }
         }
         for (; from < group_end; from++) {

@@ -9,6 +9,8 @@
 #define BMI __attribute__((target("bmi,popcnt")))
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,bmi,popcnt")))
-#define AVX512_POPCNT __attribute__((target("avx512f,avx512bw,avx512vl,avx512vpopcntdq,bmi,popcnt")))
+#define AVX512_POPCNT                                                                              \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx512vbmi2,avx512bitalg,"   \
+                          "bmi,popcnt")))
 
 #endif
