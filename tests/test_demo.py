@@ -180,6 +180,10 @@ class Running:
         out, rest = self.process.communicate(timeout=120)
         return Run(self.process.returncode, json.loads(out or "{}"), self.stderr + rest)
 
+    def stop(self) -> None:
+        with self.process:
+            self.process.kill()
+
     def pids(self) -> list[int]:
         """Of the processes that it said it had started."""
         return [int(pid) for pid in re.findall(r"\(pid (\d+)\)", self.stderr)]
@@ -192,8 +196,7 @@ def endless() -> Iterator[Running]:
         running.wait_for("round")
         yield running
     finally:
-        running.process.kill()
-        running.process.wait()
+        running.stop()
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -290,8 +293,7 @@ def test_two_processes_send_and_receive() -> None:
         sent = run(small("--guest", "process", "--send", uri[1], "--channels", "2"))
         received = receiver.end()
     finally:
-        receiver.process.kill()
-        receiver.process.wait()
+        receiver.stop()
     assert sent.code == 0 and sent.told["verified"], sent.stderr
     assert received.code == 0 and received.told["verified"], received.stderr
     assert received.told["digest_destination"] == sent.told["digest_source"]

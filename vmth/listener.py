@@ -25,7 +25,7 @@ from vmth.guest import Guest
 from vmth.handshake import read_preamble
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.options import ReceiveOptions, check_plaintext
-from vmth.uri import Endpoint, Scheme
+from vmth.uri import Endpoint, Scheme, parse_endpoint
 from vmth.wire.framing import (
     FrameDecoder,
     FrameEncoder,
@@ -74,11 +74,13 @@ class Listener:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: Endpoint | str,
         make_guest: MakeGuest,
         options: ReceiveOptions | None = None,
         find_guest: FindGuest | None = None,
     ) -> None:
+        if isinstance(endpoint, str):
+            endpoint = parse_endpoint(endpoint, listening=True)
         self._options = options or ReceiveOptions()
         self._make_guest = make_guest
         self._find_guest = find_guest
