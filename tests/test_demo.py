@@ -20,17 +20,19 @@ from typing import Any
 import pytest
 
 from vmth.api import start_migration
+from vmth.cli import main
 from vmth.demo.check import check_at_home
 from vmth.demo.guests import DepartingGuest
 from vmth.demo.mover import DestinationMover
 from vmth.demo.settings import ArrivalSettings
 from vmth.dirty.probe import Status
 from vmth.dirty.probe import probe as probe_tracking
-from vmth.errors import MigrationError
+from vmth.errors import MigrationError, VerificationError
 from vmth.events import RoundFinished
+from vmth.guests.client import status_of
 from vmth.guests.kvm_machine import probe as probe_kvm
 from vmth.guests.schedule import WORKLOADS, Workload
-from vmth.guests.spawn import spawn_source
+from vmth.guests.spawn import attach, spawn_source
 from vmth.options import MigrateOptions, ReceiveOptions
 
 ROOT = Path(__file__).parent.parent
@@ -275,6 +277,79 @@ def test_a_destination_that_is_killed_harms_nothing_and_the_next_works(
         rounds = [event for event in job.events() if isinstance(event, RoundFinished)]
         assert rounds and job.wait(60).verified
         assert second.outcome(60).check.passed
+
+
+@needs_uffd
+def test_a_byte_that_differs_ends_the_migration_and_the_source_guest_runs_on(
+    departing: DepartingGuest, tmp_path: Path
+) -> None:
+    # Compared with another guest's memory, in which the same page holds other bytes.
+    block = departing.blocks[0]
+    other = os.memfd_create("other")
+    os.ftruncate(other, block.used_length)
+    os.set_inheritable(other, True)
+    os.pwrite(other, b"not the guest's", block.used_length - 4096)
+    there = ReceiveOptions(state_dir=tmp_path / "destination")
+    with DestinationMover(ArrivalSettings("process", 0), there, [other]) as mover:
+        os.close(other)
+        job = start_migration(departing, mover.uri, MigrateOptions(state_dir=tmp_path / "source"))
+        with pytest.raises(VerificationError, match="byte comparison: page") as failed:
+            job.wait(60)
+    assert failed.value.exit_code == 6 and failed.value.source_runs
+    assert departing.is_running() and check_at_home(departing).passed
+
+
+#: A source's mover that somebody kills: it becomes the mover of the holder at argv[1].
+MOVER = """
+import sys
+from pathlib import Path
+from vmth.api import start_migration
+from vmth.cli import main
+from vmth.guests.spawn import attach
+job = start_migration(
+    attach(sys.argv[1]), sys.argv[2], bandwidth_bps=1_000_000, state_dir=Path(sys.argv[3])
+)
+for event in job.events():
+    print(type(event).__name__, flush=True)
+"""
+
+
+@needs_uffd
+def test_recover_clears_up_after_a_source_mover_that_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = Workload("sequential", 4_000_000, 8 << 20, seed=7)
+    holder, _ = spawn_source(
+        "process", 64 << 20, content="zero=40,random=60", workload=workload, owned=False
+    )
+    path = holder.socket_path
+    holder.close()
+    try:
+        there = ReceiveOptions(state_dir=tmp_path / "destination")
+        with DestinationMover(ArrivalSettings("process", 0), there) as destination:
+            arguments = [sys.executable, "-c", MOVER, path, destination.uri, str(tmp_path / "here")]
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT) as mover:
+                assert mover.stdout is not None
+                while mover.stdout.readline().strip() != "RoundStarted":
+                    assert mover.poll() is None
+                mover.kill()
+        with pytest.raises(SystemExit) as end:
+            main(["recover", "--state-dir", str(tmp_path / "here"), "--json"])
+        told = json.loads(capsys.readouterr().out)
+        assert end.value.code == 0, told
+        assert [session["state"] for session in told["sessions"]] == ["kept"]
+        assert status_of(path).running
+    finally:
+        attach(path).shutdown()
+
+
+@needs_uffd
+def test_a_second_signal_ends_everything_at_once(endless: Running) -> None:
+    endless.process.send_signal(signal.SIGINT)
+    endless.process.send_signal(signal.SIGTERM)
+    endless.process.communicate()
+    assert endless.process.returncode == 130
+    assert_gone(endless.pids())
 
 
 @needs_uffd

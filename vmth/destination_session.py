@@ -32,6 +32,7 @@ from vmth.errors import (
     MigrationError,
     RefusedError,
     StreamError,
+    VerificationError,
     VmthError,
 )
 from vmth.guest import CanReportPopulated, Guest
@@ -313,6 +314,8 @@ class DestinationSession:
             return
         try:
             self._guest.load_state(iter(self._state.streams))
+        except VerificationError:
+            raise  # a guest that checks more than the digest does
         except Exception as error:
             raise GuestError(f"the destination guest could not load its state: {error}") from error
         self._digest = digest_text(ours) if self._digest_on else ""
@@ -393,4 +396,6 @@ def _abort_code(error: Exception) -> AbortCode:
         return AbortCode.PROTOCOL
     if isinstance(error, GuestError):
         return AbortCode.GUEST
+    if isinstance(error, VerificationError):
+        return AbortCode.VERIFICATION
     return AbortCode.FAILED

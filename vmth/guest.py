@@ -85,7 +85,8 @@ class Guest(Protocol):
         """Hand each stream of CPU and device state to ``write``. The guest is paused."""
 
     def load_state(self, streams: Iterable[StateStream]) -> None:
-        """Load them; afterwards ``resume()`` needs nothing more: every resource is held."""
+        """Load them; afterwards ``resume()`` needs nothing more: every resource is held. Raises
+        VerificationError (which reaches the source as one) if the guest finds itself damaged."""
 
     def release(self) -> None:
         """Source: the guest runs elsewhere, free it. Destination: discard what has arrived.
