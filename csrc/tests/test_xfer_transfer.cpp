@@ -27,8 +27,7 @@ void run_rounds(Pair &pair)
         memset(pair.source.page(5), 0, 3 * page_bytes);
         pair.send_all(round);
         T_CHECK(pair.sender->barrier(round, 0));
-        T_CHECK(pair.digests_equal());
-        T_CHECK(pair.source.equals(pair.destination));
+        T_CHECK(pair.same());
     }
     T_EQUAL(pair.sender->in_flight(), 0);
     T_EQUAL(pair.sender->counters().zero_pages.get(), 9);
@@ -58,6 +57,8 @@ void test_digest_off()
     Pair pair(700, 2, unix_pair, options);
     run_rounds(pair);
     T_EQUAL(pair.sender->hashes().total().pages, 0);
+    pair.receiver->close();
+    T_CHECK(pair.source.equals(pair.destination));
 }
 
 void test_small_packets_window_and_bandwidth_that_change()
@@ -74,7 +75,7 @@ void test_small_packets_window_and_bandwidth_that_change()
         pair.sender->set_bandwidth(rates[page / 100 % 4]);
     }
     T_CHECK(pair.sender->barrier(0, 0));
-    T_CHECK(pair.digests_equal() && pair.source.equals(pair.destination));
+    T_CHECK(pair.same());
     pair.finish();
 }
 
@@ -89,11 +90,11 @@ void test_range_and_bitmap()
     }
     pair.sender->send(0, 10, 100, bits.data(), bits.size(), 0);
     T_CHECK(pair.sender->barrier(0, 0));
+    T_CHECK(pair.digests_equal());
     for (uint64_t page = 0; page < 200; page++) {
         bool sent = page >= 10 && page < 110 && page % 3 == 0;
         T_EQUAL(memcmp(pair.source.page(page), pair.destination.page(page), page_bytes) == 0, sent);
     }
-    T_CHECK(pair.digests_equal());
 }
 
 void test_page_twice_between_barriers_is_our_callers_mistake()
@@ -141,7 +142,7 @@ void test_huge_holes()
     unsigned char resident = 0;
     T_EQUAL(mincore(pair.destination.page(npages / 2 - 1), page_bytes, &resident), 0);
     T_EQUAL(resident & 1, 0);
-    pair.finish();
+    pair.sender->finish();  // nothing is compared: reading would allocate it
 }
 
 // Holes and zero pages over memory that held something.
@@ -152,7 +153,7 @@ void test_zeros_are_written_where_memory_was_used()
     pair.sender->send_told(VMTH_FORM_HOLE, 0, {{0, 100}}, 0);
     pair.sender->send(0, 100, 200, pair.bits.data(), pair.bits.size(), 0);
     T_CHECK(pair.sender->barrier(0, 0));
-    T_CHECK(pair.source.equals(pair.destination) && pair.digests_equal());
+    T_CHECK(pair.same());
     T_EQUAL(pair.receiver->counters().hole_pages.get(), 100);
     T_EQUAL(pair.receiver->counters().zero_pages.get(), 200);
 }
@@ -161,7 +162,7 @@ void test_zeros_are_written_where_memory_was_used()
 // content); after it stopped, one more pass makes both ends equal.
 void test_concurrent_writer()
 {
-    Pair pair(512, 2);
+    Pair pair(512, 2, nullptr);  // forked before there are threads
     pair.source.randomize(1);
     pid_t writer = fork();
     T_CHECK(writer >= 0);
@@ -172,6 +173,7 @@ void test_concurrent_writer()
             bytes[at] = static_cast<uint8_t>(bytes[at] + 1);
         }
     }
+    pair.connect_channels(2, unix_pair);
     std::vector<uint64_t> missed(8);
     uint64_t taken = 0;
     for (uint32_t round = 0; round < 40; round++) {
@@ -192,7 +194,7 @@ void test_concurrent_writer()
     T_EQUAL(pair.sender->counters().missed_pages.get(), taken);
     pair.send_all(40);
     T_CHECK(pair.sender->barrier(40, 0));
-    T_CHECK(pair.digests_equal() && pair.source.equals(pair.destination));
+    T_CHECK(pair.same());
     T_EQUAL(pair.sender->take_missed({missed.data()}, {missed.size()}), 0);
     fprintf(stderr, "torn packets: %llu\n",
             static_cast<unsigned long long>(pair.sender->counters().torn_packets.get()));
