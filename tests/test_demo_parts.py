@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from vmth.demo.check import GuestCheckReport
 from vmth.demo.compare import compare_memories
 from vmth.demo.meter import MoverCost, MoverMeter
 from vmth.demo.outcome import Outcome
-from vmth.demo.progress import round_line
+from vmth.demo.progress import Console, round_line
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
 from vmth.demo.report import json_object, summary_lines
 from vmth.demo.settings import DemoSettings
@@ -25,8 +26,9 @@ from vmth.errors import (
     UsageError,
     VerificationError,
 )
+from vmth.events import RoundFinished
 from vmth.guest import StateStream
-from vmth.stats import DowntimeParts, MigrationResult, RoundStats, TransferCounters
+from vmth.stats import DowntimeParts, JobStats, MigrationResult, RoundStats, TransferCounters
 from vmth.types import Mapping, RamBlock
 
 RECORD = TravelRecord(
@@ -241,3 +243,29 @@ def test_a_mover_is_metered() -> None:
         kept = bytearray(b"\1" * (16 << 20))
     assert meter.cost.peak_memory_bytes >= meter.cost.start_memory_bytes + len(kept) // 2
     assert meter.cost.cpu_seconds > 0
+
+
+def test_lines_stand_above_the_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    ours, theirs = os.openpty()
+    stats = JobStats("active", 1, 1 << 20, 0, 1 << 20, 1e6, 0.0, 4096, 1, 1, 1, 0, 0)
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        console = Console(terminal)
+        with console.live(lambda: stats):
+            console.say("a line [that] stands")
+        console.say("and another")
+        terminal.flush()
+        shown = screen.read(65536).decode()
+    assert "migration" in shown and "a line [that] stands" in shown
+    assert shown.endswith("and another\r\n")
+
+
+def test_without_a_terminal_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(sys.stdout)
+    with console.live(lambda: pytest.fail("nobody looks")):
+        console.show(RoundFinished(0, ROUND, None))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["round", "pages", "normal"]
+    assert lines[1] == round_line(ROUND)

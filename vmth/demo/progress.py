@@ -68,9 +68,13 @@ class Console:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._head_shown = False
+        self._print_above_bar: Callable[[str], None] | None = None
 
     def say(self, text: str) -> None:
         """One line, at once. A reader that went away ends nothing."""
+        if self._print_above_bar is not None:
+            self._print_above_bar(text)
+            return
         with contextlib.suppress(BrokenPipeError):
             print(text, file=self._out, flush=True)
 
@@ -104,8 +108,11 @@ class Console:
             progress.TextColumn("{task.fields[note]}"),
         )
         ended = threading.Event()
-        bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
+        terminal = console.Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        bar = progress.Progress(*columns, console=terminal, transient=True)
         with bar:
+            if self._out.isatty():
+                self._print_above_bar = terminal.print
             task = bar.add_task("migration", total=1.0, note="")
 
             def refresh() -> None:
@@ -127,6 +134,7 @@ class Console:
             finally:
                 ended.set()
                 thread.join()
+                self._print_above_bar = None
 
 
 def _event_text(event: Event) -> str:

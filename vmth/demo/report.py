@@ -193,8 +193,10 @@ def _line(name: str, text: str) -> str:
 
 
 def _source_text(outcome: Outcome) -> str:
+    if outcome.role == "receive":
+        return "not asked from here"
     if outcome.source_runs is None:
-        return "none here, or not known" if outcome.role != "receive" else "not asked from here"
+        return "not known: in doubt" if outcome.record else "none was started"
     return "runs here" if outcome.source_runs else "does not run here"
 
 
