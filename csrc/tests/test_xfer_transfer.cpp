@@ -148,8 +148,9 @@ void test_huge_holes()
 // Holes and zero pages over memory that held something.
 void test_zeros_are_written_where_memory_was_used()
 {
-    Pair pair(300, 1);
+    Pair pair(300, 1, nullptr);
     pair.destination.randomize(9);
+    pair.connect_channels(1, unix_pair);
     pair.sender->send_told(VMTH_FORM_HOLE, 0, {{0, 100}}, 0);
     pair.sender->send(0, 100, 200, pair.bits.data(), pair.bits.size(), 0);
     T_CHECK(pair.sender->barrier(0, 0));

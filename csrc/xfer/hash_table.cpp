@@ -44,6 +44,9 @@ HashTable::HashTable(const GuestMemory &memory, uint64_t seed, bool enabled)
             }
             throw system_error("hash table of block " + std::to_string(block), error);
         }
+        // Faults in small pages would take most of the time of a run of holes. Advice only: a kernel
+        // without huge pages answers an error and changes nothing.
+        (void)madvise(table, table_bytes(memory.npages(block)), MADV_HUGEPAGE);
         tables_.push_back(static_cast<vmth_u128 *>(table));
     }
 }
