@@ -151,8 +151,8 @@ def test_order_of_one_chunk_is_rearm_populated_send() -> None:
         calls.append("populated")
         populated(block, page, n, out)
 
-    sender.send = logged_send  # type: ignore[method-assign]
-    guest.source.rearm = logged_rearm  # type: ignore[method-assign]
+    sender.send = logged_send  # type: ignore[method-assign,assignment]
+    guest.source.rearm = logged_rearm  # type: ignore[method-assign,assignment]
     guest.populated = logged_populated  # type: ignore[method-assign,assignment]
     loop.precopy.run()
     loop.check_equal()
@@ -230,6 +230,21 @@ def test_a_last_set_that_grew_resumes_the_guest_and_goes_on() -> None:
     assert sum(isinstance(event, GuestResumed) for event in loop.events) == 2
     assert [view.failed_rechecks for view in policy.views] == [0, 0, 1, 1, 2, 2]
     assert final.was_running
+
+
+@pytest.mark.parametrize("fetch_clears", [True, False])
+def test_a_write_just_before_the_pause_is_in_the_last_set(fetch_clears: bool) -> None:
+    guest = LoopGuest([64], fetch_clears=fetch_clears)
+    loop = Loop(guest, FixedRoundsPolicy(2))
+
+    def write_then_pause() -> bool:
+        guest.write(0, 33, 99)
+        return guest.pause()
+
+    loop.precopy.pause_guest = write_then_pause
+    final = loop.precopy.run()
+    loop.check_equal()
+    assert final.rounds[-1].normal_pages == 1
 
 
 def test_throttle_is_set_and_let_go() -> None:
