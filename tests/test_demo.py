@@ -127,6 +127,13 @@ def test_every_workload_moves_live_and_loses_nothing(guest: str, workload: str) 
     assert done.told["audited"] and done.told["bytes_compared"] == 64 << 20
 
 
+@pytest.mark.skipif(not probe_kvm()[0], reason=probe_kvm()[1])
+def test_kvm_with_the_dirty_ring() -> None:
+    done = run(small("--guest", "kvm", "--dirty-source", "kvm-ring", "--audit"))
+    assert_moved(done)
+    assert done.told["dirty_source"] == "kvm-ring" and done.told["verified"]
+
+
 @needs_uffd
 def test_cold_mode_sends_one_round_of_a_paused_guest() -> None:
     done = run(small("--guest", "process", "--mode", "cold"))
@@ -414,3 +421,15 @@ def test_nobody_listening_leaves_the_source_guest_running() -> None:
     done = run(small("--guest", "process", "--send", f"tcp:127.0.0.1:{port}"))
     assert done.code == 1 and done.told["source_runs"] is True
     assert f"127.0.0.1:{port}" in done.told["error"]
+
+
+def test_an_interrupt_while_memory_is_filled_ends_at_once() -> None:
+    running = Running(command("--guest", "process", "--memory", "1GiB", "--content", "random=100"))
+    try:
+        running.wait_for("filling its memory")
+        running.process.send_signal(signal.SIGINT)
+        done = running.end()
+    finally:
+        running.stop()
+    assert done.code == 130 == done.told["exit_code"]
+    assert done.told["error"] == "interrupted" and "Traceback" not in done.stderr

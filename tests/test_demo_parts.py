@@ -18,10 +18,12 @@ from vmth.demo.outcome import Outcome
 from vmth.demo.progress import Console, round_line
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
 from vmth.demo.report import json_object, summary_lines
+from vmth.demo.run import account_for_signal
 from vmth.demo.settings import DemoSettings
 from vmth.errors import (
     ExitCode,
     GuestError,
+    MigrationError,
     NotConvergedError,
     UsageError,
     VerificationError,
@@ -269,3 +271,23 @@ def test_without_a_terminal_there_are_only_lines(capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["round", "pages", "normal"]
     assert lines[1] == round_line(ROUND)
+
+
+@pytest.mark.parametrize(
+    ("error", "in_doubt", "signalled", "code"),
+    [
+        ("cancelled", False, ExitCode.INTERRUPTED, 130),
+        ("cancelled", False, ExitCode.CANCELLED, 4),
+        ("nobody knows", True, ExitCode.INTERRUPTED, 7),
+        ("", False, ExitCode.INTERRUPTED, 0),
+        ("failed", False, None, 1),
+    ],
+)
+def test_what_a_signal_means_for_the_exit_code(
+    error: str, in_doubt: bool, signalled: ExitCode | None, code: int
+) -> None:
+    outcome = Outcome("local", in_doubt=in_doubt)
+    if error:
+        outcome.fail(MigrationError(error), ExitCode.IN_DOUBT if in_doubt else None)
+    account_for_signal(outcome, signalled)
+    assert outcome.exit_code == code

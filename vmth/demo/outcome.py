@@ -39,6 +39,8 @@ class Outcome:
     source_cost: MoverCost | None = None
     source_check: GuestCheckReport | None = None
     source_runs: bool | None = None
+    #: Nobody knows whether the guest runs elsewhere: what is left of it must stay as it is.
+    in_doubt: bool = False
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""

@@ -196,7 +196,7 @@ def _source_text(outcome: Outcome) -> str:
     if outcome.role == "receive":
         return "not asked from here"
     if outcome.source_runs is None:
-        return "not known: in doubt" if outcome.record else "none was started"
+        return "not known: in doubt" if outcome.in_doubt else "none was started"
     return "runs here" if outcome.source_runs else "does not run here"
 
 

@@ -28,7 +28,7 @@ from vmth.demo.outcome import Outcome
 from vmth.demo.progress import Console
 from vmth.demo.settings import ArrivalSettings, DemoSettings
 from vmth.destination_session import ReceiveResult
-from vmth.errors import InDoubtError, UsageError, VerificationError, VmthError
+from vmth.errors import ExitCode, InDoubtError, UsageError, VerificationError, VmthError
 from vmth.events import RoundFinished
 from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
 from vmth.listener import Listener
@@ -36,7 +36,7 @@ from vmth.options import MigrateOptions, ReceiveOptions, check_plaintext
 from vmth.units import format_duration, format_size
 from vmth.uri import parse_endpoint
 
-__all__ = ["run_local", "run_receive", "run_send"]
+__all__ = ["account_for_signal", "run_local", "run_receive", "run_send"]
 
 #: The destination checks its guest after the move: how long that may take beyond the guest's run.
 _CHECK_S = 120.0
@@ -124,9 +124,18 @@ def _filling(outcome: Outcome) -> Iterator[tuple[Interrupts, contextlib.ExitStac
             outcome.fail(error)
         except OSError as error:
             outcome.fail(error)
-        if interrupts.exit_code is not None:
-            outcome.error = outcome.error or "interrupted"
-            outcome.exit_code = interrupts.exit_code
+        account_for_signal(outcome, interrupts.exit_code)
+
+
+def account_for_signal(outcome: Outcome, exit_code: ExitCode | None) -> None:
+    """A signal explains a failure, but not one that leaves the guest in doubt; and what was
+    complete when it came stays complete."""
+    if exit_code is None or outcome.in_doubt:
+        return
+    if outcome.error:
+        outcome.exit_code = exit_code
+    else:
+        outcome.notes.append("a signal came when the guest had been moved already")
 
 
 def _spawn_guest(
@@ -171,7 +180,7 @@ def _choose(settings: DemoSettings) -> tuple[str, str]:
 
 def _end_source(outcome: Outcome, guest: DepartingGuest) -> None:
     """The demonstration is over: its guest goes, unless nobody knows whether it runs elsewhere."""
-    if outcome.source_runs is None:
+    if outcome.in_doubt:
         guest.holder.close()
     else:
         guest.holder.shutdown()
@@ -205,7 +214,7 @@ def _state_dir(outcome: Outcome, resources: contextlib.ExitStack) -> Path:
     path = Path(tempfile.mkdtemp(prefix="vmth-demo-"))
 
     def remove() -> None:
-        if outcome.source_runs is not None:
+        if not outcome.in_doubt:
             shutil.rmtree(path, ignore_errors=True)
 
     resources.callback(remove)
@@ -238,7 +247,7 @@ def _migrate(
                 outcome.result = job.wait()
         outcome.source_runs = False
     except InDoubtError as error:
-        outcome.source_runs = None
+        outcome.source_runs, outcome.in_doubt = None, True
         outcome.notes.append(f"in doubt: the source guest stays paused; {_recover_hint(options)}")
         outcome.fail(error)
     except VmthError as error:

@@ -99,6 +99,10 @@ class HolderConnection:
                 self._break(f"{self.name} did not answer {_verb(request)} within {timeout_s:g} s")
             except OSError as error:
                 self._break(f"{self.name} is gone ({_verb(request)}: {error})")
+            except BaseException:  # a signal's: the answer still comes, and nobody waits for it
+                self._broken = f"{self.name}: {_verb(request)} was interrupted"
+                self._socket.close()
+                raise
             if not answer:
                 self._break(f"{self.name} is gone (while asked for {_verb(request)})")
         try:
@@ -371,8 +375,11 @@ class HolderGuest:
 
     def _end(self, request: rq.Request) -> None:
         process, self._process = self._process, None
-        with contextlib.suppress(HolderGoneError):
+        try:
             self._connection.ask(request, rq.Ack)
+        except HolderGoneError:
+            if process is not None:
+                process.terminate()  # it may live all the same, and then nobody can ask it to end
         self.close()
         if process is not None:
             _reap(process)
