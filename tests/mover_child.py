@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +69,7 @@ def destination(uri: str, state_dir: str, step: str, when: str) -> None:
         sys.stdin.read()  # until the test closes it
 
 
+MOVERS: dict[str, Callable[..., None]] = {"source": source, "destination": destination}
+
 if __name__ == "__main__":
-    {"source": source, "destination": destination}[sys.argv[1]](*sys.argv[2:])
+    MOVERS[sys.argv[1]](*sys.argv[2:])

@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Run test programs one after another: exit 0 passes, 77 skips (its output says why), else fails.
+# One that hangs fails with exit 124.
 failed=0
 for program in "$@"; do
     name=$(basename "$program" .test)
-    output=$("$program" 2>&1)
+    output=$(timeout 300 "$program" 2>&1)
     status=$?
     case $status in
     0) echo "pass  $name" ;;

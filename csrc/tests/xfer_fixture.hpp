@@ -382,8 +382,8 @@ private:
     std::thread thread_;
 };
 
-// Waits until the thread of this name is blocked in the kernel.
-inline void thread_sleeping(const std::string &name)
+// The stat file of the thread of this name; empty if there is none (yet).
+inline std::string thread_stat(const std::string &name)
 {
     DIR *dir = opendir("/proc/self/task");
     T_CHECK(dir != nullptr);
@@ -400,7 +400,17 @@ inline void thread_sleeping(const std::string &name)
         }
     }
     closedir(dir);
-    T_CHECK(!found.empty());
+    return found;
+}
+
+// Waits until the thread of this name, just started, is blocked in the kernel.
+inline void thread_sleeping(const std::string &name)
+{
+    // A thread takes its name itself, once it gets to run.
+    std::string found;
+    while ((found = thread_stat(name)).empty()) {
+        sched_yield();
+    }
     Blocked::wait_asleep(found);
 }
 
