@@ -247,6 +247,15 @@ def test_a_write_just_before_the_pause_is_in_the_last_set(fetch_clears: bool) ->
     assert final.rounds[-1].normal_pages == 1
 
 
+def test_what_a_dirty_source_did_more_weakly_is_told() -> None:
+    guest = LoopGuest([64])
+    counts = iter(range(1, 9))
+    guest.source.notes = lambda: [f"{next(counts)} overflows"]  # type: ignore[attr-defined]
+    loop = Loop(guest, FixedRoundsPolicy(2))
+    loop.precopy.run()
+    assert loop.precopy.notes == ["3 overflows"]
+
+
 def test_throttle_is_set_and_let_go() -> None:
     guest = LoopGuest([64])
     policy = ScriptedPolicy(

@@ -19,6 +19,7 @@ __all__ = [
     "CanClose",
     "CanDescribe",
     "CanHold",
+    "CanNote",
     "CanReportPopulated",
     "CanTell",
     "CanThrottle",
@@ -91,6 +92,14 @@ class Guest(Protocol):
     def release(self) -> None:
         """Source: the guest runs elsewhere, free it. Destination: discard what has arrived.
         Idempotent."""
+
+
+@runtime_checkable
+class CanNote(Protocol):
+    """Optional, for a dirty source: what it did more weakly or slowly than asked."""
+
+    def notes(self) -> Sequence[str]:
+        """Sentences for the result's ``fallbacks``; read after each fetch."""
 
 
 @runtime_checkable

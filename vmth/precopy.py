@@ -28,7 +28,7 @@ from vmth.events import (
     RoundStarted,
     Throttled,
 )
-from vmth.guest import CanReportPopulated, CanThrottle, Guest
+from vmth.guest import CanNote, CanReportPopulated, CanThrottle, Guest
 from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
 from vmth.stats import RoundStats, TransferCounters
 from vmth.types import Bitmap, bitmap_words, new_bitmaps
@@ -87,6 +87,7 @@ class PreCopy:
     paused: bool = False
     was_running: bool = False
     throttle_percent: int = 0
+    notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
     _todo: list[Bitmap] = field(default_factory=list)
     _populated_bits: Bitmap = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
     _failed_rechecks: int = 0
@@ -283,8 +284,11 @@ class PreCopy:
             self.emit(Throttled(self.clock(), percent))
 
     def _fetch(self) -> None:
+        self.notes = []
         for source in self.guest.dirty:
             source.fetch(self._todo)
+            if isinstance(source, CanNote):
+                self.notes += source.notes()
 
     def _bound_queue(self) -> None:
         """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the

@@ -508,7 +508,7 @@ class SourceSession:
         assert self._sender is not None and self._precopy is not None and self._record is not None
         counters = self._last_counters = self._sender.counters()
         digest_on = self._options.digest
-        fallbacks = [*self._fallbacks, *self._sender.fallbacks()]
+        fallbacks = [*self._fallbacks, *self._precopy.notes, *self._sender.fallbacks()]
         if not digest_on:
             fallbacks.append("digest off: nothing was verified")
         return MigrationResult(

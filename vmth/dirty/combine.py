@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmth.errors import UsageError
-from vmth.guest import DirtySource
+from vmth.guest import CanNote, DirtySource
 from vmth.types import Bitmaps
 
 __all__ = ["CombinedDirtySource"]
@@ -48,6 +48,11 @@ class CombinedDirtySource:
         """Re-arm in all. If one raises, the pages may not be read as if they were armed."""
         for source in self._sources:
             source.rearm(block, page, npages)
+
+    def notes(self) -> Sequence[str]:
+        """Those of all sources."""
+        noting = [source for source in self._sources if isinstance(source, CanNote)]
+        return [note for source in noting for note in source.notes()]
 
     def stop(self) -> None:
         """Stop all, even if one raises; the first error is raised, others are its notes."""

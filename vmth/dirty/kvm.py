@@ -105,6 +105,11 @@ class KvmDirtyLog(_KvmTracker):
 
     _name = "kvm-log"
 
+    def notes(self) -> Sequence[str]:
+        if self.mode == "fetch-clears":
+            return ["kvm-log: KVM has no manual protect here, each fetch arms everything at once"]
+        return []
+
 
 class KvmDirtyRing(_KvmTracker):
     """The per-vCPU rings of KVM. ``fetch`` kicks the vCPU out of the guest so that its ring is
@@ -122,3 +127,8 @@ class KvmDirtyRing(_KvmTracker):
     def overflows(self) -> int:
         """How often entries were lost and all pages reported instead, since the VM was made."""
         return self._vm.ring_overflows
+
+    def notes(self) -> Sequence[str]:
+        if self.overflows:
+            return [f"kvm-ring: {self.overflows} overflows, every page was sent again"]
+        return []

@@ -159,6 +159,7 @@ class HolderDirtySource:
         self._blocks = blocks
         self._shared: list[Bitmap] = []
         self._rearm = True
+        self._notes: list[str] = []
         self._started = False
 
     def start(self) -> None:
@@ -177,7 +178,7 @@ class HolderDirtySource:
                 os.close(fd)
 
     def fetch(self, bitmaps: Bitmaps) -> None:
-        self._connection.ask(rq.DirtyFetch(), rq.Ack)
+        self._notes = self._connection.ask(rq.DirtyFetch(), rq.DirtyFetched)[0].notes
         for out, shared in zip(bitmaps, self._shared, strict=True):
             np.bitwise_or(out, shared, out=out)
             shared[:] = 0
@@ -185,6 +186,10 @@ class HolderDirtySource:
     def rearm(self, block: int, page: int, npages: int) -> None:
         if self._rearm:
             self._connection.ask(rq.DirtyRearm(block, page, npages), rq.Ack)
+
+    def notes(self) -> Sequence[str]:
+        """As of the last fetch."""
+        return self._notes
 
     def stop(self) -> None:
         """Idempotent. The shared bitmaps are let go whatever the holder answers; with a holder that

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from vmth.errors import GuestError, StreamError, UsageError, VmthError
-from vmth.guest import DirtySource
+from vmth.guest import CanNote, DirtySource
 from vmth.guests import requests as rq
 from vmth.guests.content import ContentSpec, fill
 from vmth.guests.machine import Machine
@@ -313,7 +313,8 @@ class Hosted:
         source = self._tracking()
         assert self._bitmaps is not None
         source.fetch(self._bitmaps.arrays)
-        return rq.Ack(), []
+        notes = list(source.notes()) if isinstance(source, CanNote) else []
+        return rq.DirtyFetched(notes), []
 
     def _dirty_rearm(self, request: rq.DirtyRearm) -> tuple[rq.Reply, list[int]]:
         source = self._tracking()

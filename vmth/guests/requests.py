@@ -26,6 +26,7 @@ __all__ = [
     "Attached",
     "BlockRow",
     "DirtyFetch",
+    "DirtyFetched",
     "DirtyRearm",
     "DirtyStart",
     "DirtyStarted",
@@ -277,6 +278,12 @@ class DirtyStarted(_Reply, frozen=True):
     rearm: bool
 
 
+class DirtyFetched(_Reply, frozen=True):
+    """``notes``: ``CanNote.notes()`` of the dirty source."""
+
+    notes: list[Text]
+
+
 class StatusReport(_Reply, frozen=True):
     """``phase``: "empty" (no guest in it yet), "prepared", "loaded" (state is in, never ran),
     "running", "paused", "held" (paused, and stays so without a mover). ``ever_ran``: a vCPU ran in
@@ -296,7 +303,16 @@ class StatusReport(_Reply, frozen=True):
 
 
 Reply: TypeAlias = (
-    Ack | Failed | Attached | Was | Saved | Reported | Prepared | DirtyStarted | StatusReport
+    Ack
+    | Failed
+    | Attached
+    | Was
+    | Saved
+    | Reported
+    | Prepared
+    | DirtyStarted
+    | DirtyFetched
+    | StatusReport
 )
 
 _encoder = msgspec.msgpack.Encoder()
