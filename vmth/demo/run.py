@@ -246,6 +246,11 @@ def _migrate(
                         outcome.rounds.append(event.stats)
                 outcome.result = job.wait()
         outcome.source_runs = False
+        if outcome.result.downtime_ns > options.downtime_limit_ns:
+            outcome.notes.append(
+                f"the downtime of {format_duration(outcome.result.downtime_ns)} exceeds the limit "
+                f"of {format_duration(options.downtime_limit_ns)}"
+            )
     except InDoubtError as error:
         outcome.source_runs, outcome.in_doubt = None, True
         outcome.notes.append(f"in doubt: the source guest stays paused; {_recover_hint(options)}")
