@@ -35,7 +35,6 @@ from vmth.guests.schedule import WORKLOADS, Workload
 from vmth.guests.spawn import attach, spawn_source
 from vmth.options import MigrateOptions, ReceiveOptions
 
-ROOT = Path(__file__).parent.parent
 KEYS = {
     "verified",
     "verified_scope",
@@ -96,7 +95,7 @@ def small(*options: str) -> list[str]:
 
 
 def run(arguments: list[str]) -> Run:
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
     return Run(done.returncode, json.loads(done.stdout), done.stderr)
 
 
@@ -174,7 +173,7 @@ class Running:
 
     def __init__(self, arguments: list[str]) -> None:
         self.process = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.stderr = ""
 
@@ -335,7 +334,7 @@ def test_recover_clears_up_after_a_source_mover_that_was_killed(
         there = ReceiveOptions(state_dir=tmp_path / "destination")
         with DestinationMover(ArrivalSettings("process", 0), there) as destination:
             arguments = [sys.executable, "-c", MOVER, path, destination.uri, str(tmp_path / "here")]
-            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT) as mover:
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as mover:
                 assert mover.stdout is not None
                 while mover.stdout.readline().strip() != "RoundStarted":
                     assert mover.poll() is None
