@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The micro VM: creation, the calls of its owner, and its end. */
+#if defined(__x86_64__)
 #define _GNU_SOURCE
 #include "guest/micro_vm.h"
 
@@ -354,3 +355,7 @@ enum vmth_kvm_log_mode vmth_micro_vm_log_mode(const struct vmth_micro_vm *vm)
 {
     return vm->log_mode;
 }
+
+#else
+typedef int micro_vm_is_not_built_here;
+#endif

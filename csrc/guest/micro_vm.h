@@ -14,6 +14,8 @@
  * A vCPU that stops for a reason that this VM does not have (internal error, triple fault, unknown
  * exit) parks for good: the VM is crashed, and calls return -EIO until it is freed.
  *
+ * The program is x86 code: elsewhere vmth_micro_vm_create returns -ENOSYS, and nothing else is of use.
+ *
  * All calls come from one thread at a time, in the process that created the VM; those of its
  * tracker may come from another one. Calls return 0 or a negative errno. Memory is the caller's and
  * outlives the VM. */
@@ -36,6 +38,18 @@ VMTH_BEGIN_DECLS
 #define VMTH_MICRO_VM_MSRS 3
 #define VMTH_MICRO_VM_BEAT_PORT 0x510
 #define VMTH_MICRO_VM_THROTTLE_PERIOD_NS UINT64_C(10000000)
+
+#if !defined(__x86_64__)
+/* linux/kvm.h has these on x86 only; here they let users of the state compile. */
+#define KVM_MAX_XCRS 16
+struct kvm_xcrs {
+    uint32_t nr_xcrs;
+};
+struct kvm_msr_entry {
+    uint32_t index;
+    uint64_t data;
+};
+#endif
 
 enum vmth_micro_vm_tracker {
     VMTH_MICRO_VM_LOG = 1,
@@ -74,7 +88,8 @@ struct vmth_micro_vm_state {
 struct vmth_micro_vm;
 
 /* A VM with its vCPU, parked. Slots get the ids 0 .. nslots-1. Returns 0, or what /dev/kvm said
- * (-ENOENT, -EACCES: no KVM here), -ENOTSUP for a tracker that this kernel has not, -ENOMEM. */
+ * (-ENOENT, -EACCES: no KVM here), -ENOTSUP for a tracker that this kernel has not, -ENOMEM, -ENOSYS
+ * where this architecture does not run the guest's program. */
 VMTH_MUST_CHECK int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
                                          enum vmth_micro_vm_tracker tracker,
                                          struct vmth_micro_vm **out);

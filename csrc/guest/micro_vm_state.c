@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The micro VM's state: fresh registers, and all that moves with the guest beside its memory. */
+#if defined(__x86_64__)
 #include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -238,3 +239,7 @@ int vmth_micro_vm_set_state(struct vmth_micro_vm *vm, const struct vmth_micro_vm
     pthread_mutex_unlock(&vm->lock);
     return rc;
 }
+
+#else
+typedef int micro_vm_state_is_not_built_here;
+#endif

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The micro VM's vCPU thread: park, wait for the beat, nap when throttled, or run the guest. */
+#if defined(__x86_64__)
 #define _GNU_SOURCE
 #include <errno.h>
 #include <inttypes.h>
@@ -287,3 +288,7 @@ void *vmth_micro_vm_vcpu_main(void *argument)
     }
     return NULL;
 }
+
+#else
+typedef int micro_vm_vcpu_is_not_built_here;
+#endif

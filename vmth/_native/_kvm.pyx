@@ -2,7 +2,7 @@
 # cython: boundscheck=True, wraparound=False
 """The micro VM and the KVM dirty trackers for Python: checks, GIL release, exceptions."""
 
-from libc.errno cimport EBUSY, ETIMEDOUT
+from libc.errno cimport EBUSY, ENOSYS, ETIMEDOUT
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -174,6 +174,8 @@ cdef class MicroVm:
             self.npages[i] = npages
         with nogil:
             rc = vmth_micro_vm_create(table, self.nslots, kind, &self.vm)
+        if rc == -ENOSYS:
+            raise OSError(ENOSYS, "kvm guest: not on this architecture")
         check(rc, "KVM micro VM")
 
     def __dealloc__(self):
