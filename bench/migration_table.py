@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole migrations, as an embedder runs them, against bare sockets; downtime and memory of a mover.
+
+    python bench/migration_table.py [--mib 2048] [--channels 1,2] [--rounds 5]
+
+Cold: from the first connection to the guest running there, against send and recv of the same bytes
+into memory of the same kind and state, interleaved, with the medians' ratio and every run's spread.
+Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
+bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transfer_table import bare
+
+import vmth
+from vmth.guest import DirtySource, StateStream
+from vmth.guests.schedule import Workload
+from vmth.guests.spawn import choose_guest, spawn_destination, spawn_source
+from vmth.handshake import Incoming
+from vmth.listener import Listener
+from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.types import Gpa, Mapping, RamBlock
+from vmth.uri import parse_endpoint
+from vmth.wire.messages import Mode
+
+Memory = npt.NDArray[np.uint8]
+PAGE = 4096
+
+
+class StillGuest:
+    """Memory that nobody writes, in a memfd of this process."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.fd = os.memfd_create("bench")
+        os.ftruncate(self.fd, nbytes)
+        self.view: Memory = np.frombuffer(mmap.mmap(self.fd, nbytes), dtype=np.uint8)
+        self.blocks: Sequence[RamBlock] = [RamBlock("ram", nbytes, Gpa(0), Mapping(fd=self.fd))]
+        self.dirty: Sequence[DirtySource] = ()
+
+    def pause(self) -> bool:
+        return True
+
+    def resume(self) -> None:
+        """There is nothing to run."""
+
+    def save_state(self, write: Callable[[StateStream], None]) -> None:
+        write(StateStream("none", 1, b""))
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        list(streams)
+
+    def release(self) -> None:
+        """Kept: the next round moves it again."""
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def target(nbytes: int, populated: bool) -> StillGuest:
+    guest = StillGuest(nbytes)
+    if populated:
+        guest.view[::PAGE] = 1
+    return guest
+
+
+def move(source: StillGuest, populated: bool, channels: int, digest: bool, state: Path) -> float:
+    """Seconds of one cold migration."""
+    there = target(source.view.nbytes, populated)
+    endpoint = parse_endpoint("tcp:127.0.0.1:0", listening=True)
+    options = ReceiveOptions(state_dir=state / "d")
+    with Listener(endpoint, lambda _: there, options) as listener:
+        result = vmth.migrate(
+            source,
+            listener.endpoint.display,
+            MigrateOptions(mode=Mode.COLD, channels=channels, digest=digest, state_dir=state / "s"),
+        )
+        listener.wait_for_guest()
+    there.close()
+    return result.total_ns / 1e9
+
+
+def copy(source: StillGuest, populated: bool, channels: int) -> float:
+    there = target(source.view.nbytes, populated)
+    seconds = bare(source.view, there.view, channels)
+    there.close()
+    return seconds
+
+
+def cold_table(nbytes: int, channel_counts: Sequence[int], rounds: int, state: Path) -> None:
+    source = StillGuest(nbytes)
+    rng = np.random.default_rng(1)
+    for at in range(0, nbytes, 64 << 20):
+        piece = source.view[at : at + (64 << 20)]
+        piece[:] = np.frombuffer(rng.bytes(piece.nbytes), dtype=np.uint8)
+    print(f"cold, {nbytes >> 20} MiB incompressible, loopback TCP, {rounds} rounds interleaved")
+    for channels in channel_counts:
+        for populated in (True, False):
+            runs = {
+                "bare sockets": partial(copy, source, populated, channels),
+                "digest off": partial(move, source, populated, channels, False, state),
+                "digest on": partial(move, source, populated, channels, True, state),
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(rounds):
+                for name, run in runs.items():
+                    seconds[name].append(run())
+            base = statistics.median(seconds["bare sockets"])
+            for name, values in seconds.items():
+                middle = statistics.median(values)
+                print(
+                    f"  {channels} channels, {'populated' if populated else 'fresh':<9} {name:<13}"
+                    f"{nbytes / middle / 1e9:6.2f} GB/s  ratio {base / middle:5.2f}  "
+                    f"(runs {min(values):.2f} to {max(values):.2f} s)"
+                )
+    source.close()
+
+
+def idle_table(rounds: int, state: Path) -> None:
+    kind, _ = choose_guest(None)
+    print(f"\nidle 1 GiB guest ({kind}), live, {rounds} rounds")
+    for _ in range(rounds):
+        source, _ = spawn_source(kind, 1 << 30, workload=Workload("idle", seed=1))
+        made: list[object] = []
+
+        def make_guest(incoming: Incoming, made: list[object] = made) -> object:
+            made.append(spawn_destination(kind, incoming.blocks))
+            return made[-1]
+
+        endpoint = parse_endpoint("tcp:127.0.0.1:0", listening=True)
+        options = ReceiveOptions(state_dir=state / "d")
+        with Listener(endpoint, make_guest, options) as listener:  # type: ignore[arg-type]
+            result = vmth.migrate(
+                source, listener.endpoint.display, MigrateOptions(state_dir=state / "s")
+            )
+            listener.wait_for_guest().guest.release()
+        last = result.rounds[-1]
+        best_bps = max(one.bandwidth_bps for one in result.rounds)
+        beyond_ms = result.downtime_ns / 1e6 - last.bytes / best_bps * 1e3
+        parts = result.downtime_parts
+        print(
+            f"  downtime {result.downtime_ns / 1e6:6.2f} ms, {beyond_ms:6.2f} ms beyond last bytes "
+            f"(pause {parts.pause_ns / 1e6:.2f}, last pages {parts.last_pages_ns / 1e6:.2f}, state "
+            f"{parts.state_ns / 1e6:.2f}, seal {parts.seal_ns / 1e6:.2f}, grant "
+            f"{parts.grant_ns / 1e6:.2f}, resume {parts.resume_ns / 1e6:.2f})"
+        )
+
+
+def memory_table() -> None:
+    print("\nmemory of each mover, from its own report")
+    command = [sys.executable, "-m", "vmth", "demo", "--memory", "4GiB", "--content", "random=100"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for line in output.splitlines():
+        if "mover" in line and "memory" in line:
+            print("  4GiB random:", line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--mib", type=int, default=2048)
+    parser.add_argument("--channels", default="1,2")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
+        state = Path(directory)
+        channels = [int(text) for text in arguments.channels.split(",")]
+        cold_table(arguments.mib << 20, channels, arguments.rounds, state)
+        idle_table(arguments.rounds, state)
+    memory_table()
+
+
+if __name__ == "__main__":
+    main()
