@@ -18,15 +18,18 @@ from memory_guest import PAGE, MemoryGuest
 import vmth
 from vmth.errors import (
     CancelledError,
+    ExitCode,
     GuestError,
     InDoubtError,
     MigrationError,
+    NotResumedError,
     RefusedError,
     UsageError,
     VerificationError,
 )
 from vmth.events import Connected, RoundFinished
 from vmth.handshake import Incoming
+from vmth.journal import Journal, JournalError
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.uri import parse_endpoint
@@ -266,6 +269,80 @@ def test_a_destination_that_cannot_tell_leaves_both_paused(world: World, tmp_pat
     assert there.counted() == there.total
 
 
+def test_a_slow_start_that_the_source_gave_up_on_keeps_the_only_copy(world: World) -> None:
+    """The source loses patience after the grant and hears RUNNING from a query: it releases its
+    guest and says so on that connection, while the destination's session still goes on."""
+    source, listener = world.guest(), world.listen()
+    source.resume()
+
+    def wait_a_second() -> None:
+        threading.Event().wait(1.0)
+
+    def slow(guest: MemoryGuest) -> None:
+        guest.on_call["resume"] = wait_a_second
+
+    world.prepare = slow
+    result = world.migrate(source, listener, peer_timeout_s=0.3, query_timeout_s=5)
+    assert result.verified
+    assert source.released
+    there = world.made[-1]
+    assert listener.wait_for_guest(5).guest is there
+    assert there.running
+    assert not there.released
+
+
+def test_records_that_cannot_be_removed_change_no_outcome(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    stuck: list[Path] = []
+
+    def cannot(journal: Journal) -> None:
+        stuck.append(journal.path)
+        raise JournalError(f"{journal.path}: read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", cannot)
+        assert world.migrate(source, listener).verified
+        world.check_moved(source, listener)
+    assert {path.suffix for path in stuck} == {".source", ".destination"}
+    for path in stuck:
+        path.unlink()
+
+
+def test_a_guest_given_back_that_cannot_be_resumed_is_said_to_be_paused(world: World) -> None:
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    world.prepare = lambda guest: guest.fail.update(resume=OSError("no vCPU"))
+    source.on_call["hold"] = lambda: source.fail.update(resume=ValueError("stuck"))
+    with pytest.raises(NotResumedError, match=r"stuck.*paused"):
+        world.migrate(source, listener)
+    assert not source.running
+    assert not world.made[-1].running
+    vmth.recover(lambda detail: source, state_dir=world.tmp_path / "source")
+    assert source.running
+
+
+def test_stopping_the_tracking_comes_before_the_release_and_may_fail(world: World) -> None:
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    tracked = source.dirty[0]
+    stop = tracked.stop
+
+    def stop_badly() -> None:
+        source.calls.append("stop")
+        stop()
+        if not source.released:
+            raise OSError("no such device")
+
+    tracked.stop = stop_badly  # type: ignore[method-assign]
+    assert world.migrate(source, listener).verified
+    assert source.calls.index("stop") < source.calls.index("release")
+    assert source.calls.count("stop") == 1
+    world.check_moved(source, listener)
+
+
 def test_make_guest_that_refuses(world: World) -> None:
     source, listener = world.guest(), world.listen()
     source.resume()
@@ -419,6 +496,11 @@ def test_a_resume_that_raises_after_a_failure_is_told(world: World) -> None:
     source, listener = world.guest(), world.listen()
     source.resume()
     source.fail.update(save_state=ValueError("disk"), resume=ValueError("stuck"))
-    with pytest.raises(GuestError, match=r"disk.*stuck.*paused"):
+    with pytest.raises(NotResumedError, match=r"disk.*stuck.*paused") as caught:
         world.migrate(source, listener)
     assert not source.running
+    assert not caught.value.source_runs
+    assert caught.value.exit_code == ExitCode.IN_DOUBT
+    recovered = vmth.recover(lambda detail: source, state_dir=world.tmp_path / "source")
+    assert [one.state for one in recovered] == ["kept"]
+    assert source.running

@@ -19,14 +19,26 @@ from vmth.dirty.populated import populated_bits
 from vmth.guest import CanReportPopulated, Guest
 from vmth.types import RamBlock, bitmap_words
 
-__all__ = ["Area", "MemoryDigests", "areas", "differing_pages", "pack_digests", "unpack_digests"]
+__all__ = [
+    "REQUEST_PAGES",
+    "TABLE_PAGES",
+    "Area",
+    "MemoryDigests",
+    "Pending",
+    "areas",
+    "differing_pages",
+    "pack_digests",
+    "unpack_digests",
+]
 
 U64 = npt.NDArray[np.uint64]
 
 #: Pages behind one sub-digest of the first look.
 COARSE_PAGES = 4096
-#: Pages of one request: 65,536 sub-digests at most, which is 1 MiB on the wire.
+#: Pages of one request that hashes memory: 256 MiB, a quarter of a second or less.
 REQUEST_PAGES = 65536
+#: Pages of one request to the table: 65,536 sub-digests, which is 1 MiB on the wire for 1 TiB.
+TABLE_PAGES = 65536 * COARSE_PAGES
 _RUNS_CAP = 1024
 
 
@@ -39,11 +51,11 @@ class Area:
     npages: int
 
 
-def areas(blocks: Sequence[RamBlock]) -> Iterator[Area]:
+def areas(blocks: Sequence[RamBlock], pages: int = REQUEST_PAGES) -> Iterator[Area]:
     """All of memory in pieces of one request each."""
     for index, block in enumerate(blocks):
-        for page in range(0, block.npages, REQUEST_PAGES):
-            yield Area(index, page, min(REQUEST_PAGES, block.npages - page))
+        for page in range(0, block.npages, pages):
+            yield Area(index, page, min(pages, block.npages - page))
 
 
 class MemoryDigests:
@@ -101,26 +113,42 @@ class MemoryDigests:
             yield from ((first, n) for first, n in runs[:count].tolist())
 
 
+#: Waits for the peer's digests.
+Pending = Callable[[], U64]
+
+
 def differing_pages(
     blocks: Sequence[RamBlock],
     ours: Callable[[Area, int], U64],
-    theirs: Callable[[Area, int], U64],
-    limit: int = 4096,
+    theirs: Callable[[Area, int], Pending],
+    limit: int,
+    pages: int = REQUEST_PAGES,
 ) -> Iterator[tuple[int, int]]:
     """(block, page) of at most ``limit`` pages in which two ends differ: first one digest for every
-    COARSE_PAGES, then the page hashes of those that differ."""
+    COARSE_PAGES, in requests of ``pages``, then the page hashes of those that differ."""
     found = 0
-    for area in areas(blocks):
-        coarse = np.any(ours(area, COARSE_PAGES) != theirs(area, COARSE_PAGES), axis=1)
+    for area in areas(blocks, pages):
+        coarse = _differ(ours, theirs, area, COARSE_PAGES)
         for index in np.flatnonzero(coarse).tolist():
             first = area.page + index * COARSE_PAGES
             fine = Area(area.block, first, min(COARSE_PAGES, area.page + area.npages - first))
-            pages = np.flatnonzero(np.any(ours(fine, 1) != theirs(fine, 1), axis=1))
-            for page in pages.tolist():
+            for page in np.flatnonzero(_differ(ours, theirs, fine, 1)).tolist():
                 yield area.block, first + page
                 found += 1
                 if found >= limit:
                     return
+
+
+def _differ(
+    ours: Callable[[Area, int], U64],
+    theirs: Callable[[Area, int], Pending],
+    area: Area,
+    step: int,
+) -> npt.NDArray[np.bool_]:
+    pending = theirs(area, step)  # asked first: both ends compute at the same time
+    mine = ours(area, step)
+    different: npt.NDArray[np.bool_] = np.any(mine != pending(), axis=1)
+    return different
 
 
 def pack_digests(digests: U64) -> bytes:

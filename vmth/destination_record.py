@@ -80,6 +80,8 @@ class DestinationRecord:
         self._lock = threading.RLock()
         self._owner: threading.Thread | None = None
         self._discard_due = False
+        #: RUNNING was reached in this process: the guest is nobody's to discard any more
+        self.started_here = False
 
     @property
     def state(self) -> DestinationState:
@@ -95,7 +97,8 @@ class DestinationRecord:
         journal write raised after taking the transition back."""
         with self._lock:
             for action in self._handover.on(event):
-                outcome = self._do(action, self.send or reply, reply)
+                outcome = self._do(action, reply or self.send, reply)
+                self.started_here = self.started_here or self.runs_here
                 if outcome is not None:
                     self.apply(outcome, reply)
 
@@ -104,6 +107,22 @@ class DestinationRecord:
         with self._lock:
             self.guest = guest
             self._owner = threading.current_thread()
+
+    @property
+    def may_run(self) -> bool:
+        """A vCPU runs here, or may: whatever else fails, the guest is not to be discarded."""
+        return self.started_here or self.state in (
+            DestinationState.STARTING,
+            DestinationState.ASKING,
+            DestinationState.RUNNING,
+            DestinationState.IN_DOUBT,
+        )
+
+    def discard(self) -> None:
+        """Free a guest that will never run here. Idempotent."""
+        with self._lock:
+            if not self.may_run:
+                self._discard()
 
     def disown(self) -> None:
         """The session thread ends: carry out a discard that a query decided meanwhile."""
@@ -139,7 +158,7 @@ class DestinationRecord:
         if action is Action.DISCARD_GUEST:
             self._discard()
         elif action is Action.FORGET_RECORD:
-            self._journal.remove()
+            self._forget()
         elif action is Action.TELL_OPERATOR:
             log.error(
                 "session %s is in doubt: its guest was being started here and cannot be asked; the "
@@ -151,6 +170,12 @@ class DestinationRecord:
         else:
             self._tell(send, self._message(action))
         return None
+
+    def _forget(self) -> None:
+        try:
+            self._journal.remove()
+        except VmthError as error:  # the outcome stands; a restart finds the record once more
+            log.error("session %s: its record stays: %s", self.session_id.hex(), error)
 
     def _resume(self) -> DestinationEvent:
         assert self.guest is not None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmth import __version__
-from vmth.audit import Area, MemoryDigests, pack_digests
+from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
 from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver
@@ -120,6 +120,8 @@ class DestinationSession:
         self._ended = threading.Event()
         self._state = StateCollector()
         self._digest = ""
+        self._paused = False
+        self._arrived = False  #: the guest runs here, or stays paused as it was: the outcome
         self._record: DestinationRecord | None = None
         self._guest: Guest | None = None
         self._offer: Offer | None = None
@@ -174,20 +176,13 @@ class DestinationSession:
             guest = self._guest = self._call_make_guest(incoming)
             compare_blocks(incoming.blocks, guest.blocks)
             self._memory = self._resources.enter_context(map_blocks(guest.blocks, writable=True))
-            record = self._record = self._open_record()
+            receiver = self._receiver = self._make_receiver(guest, offer)
+            record = self._open_record()
         except OfferRefused as refusal:
             self._control.send(refusal.message)
             raise
+        self._record = record
         record.own_guest(guest)
-        receiver = self._receiver = NativeReceiver(
-            self._memory,
-            WIRE_PAGE_BYTES,
-            hash_seed=offer.hash_seed,
-            digest=offer.hash_algorithm != HashAlgorithm.NONE,
-            maybe_nonzero=self._maybe_nonzero(guest),
-            channels=offer.channels,
-        )
-        self._resources.callback(receiver.close)
         watcher = threading.Thread(target=self._watch_pages, name="vmth-watch", daemon=True)
         self._resources.callback(watcher.join)
         self._resources.callback(receiver.cancel, "the session is over")
@@ -209,6 +204,21 @@ class DestinationSession:
             raise OfferRefused(
                 RefuseCode.GUEST, f"the destination made no guest: {error}"
             ) from error
+
+    def _make_receiver(self, guest: Guest, offer: Offer) -> PageReceiver:
+        try:
+            receiver = NativeReceiver(
+                self._memory,
+                WIRE_PAGE_BYTES,
+                hash_seed=offer.hash_seed,
+                digest=offer.hash_algorithm != HashAlgorithm.NONE,
+                maybe_nonzero=self._maybe_nonzero(guest),
+                channels=offer.channels,
+            )
+        except (VmthError, OSError, MemoryError) as error:
+            raise OfferRefused(RefuseCode.MEMORY, f"the page tables: {error}") from error
+        self._resources.callback(receiver.close)
+        return receiver
 
     def _open_record(self) -> DestinationRecord:
         try:
@@ -237,13 +247,13 @@ class DestinationSession:
     def _serve(self) -> None:
         """Handle messages until the guest runs here and the source has let it go. Once it runs, an
         ending connection is no failure: queries are answered from the record."""
-        assert self._record is not None
         while True:
             try:
                 message = self._control.receive()
                 self._handle(message)
-            except VmthError:
-                if self._record.runs_here:
+            except VmthError as error:
+                if self._arrived:
+                    log.info("%s: after the guest had arrived: %s", self.peer, error)
                     return
                 raise
             if isinstance(message, Released):
@@ -253,10 +263,17 @@ class DestinationSession:
 
     def _handle(self, message: Message) -> None:
         assert self._record is not None
+        receiving = self._record.state is DestinationState.RECEIVING
         if isinstance(message, RoundDone):
             self.progress = message
+        elif isinstance(message, Paused | State | DigestRequest | Seal) and not receiving:
+            raise StreamError(
+                f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
+                "Grant, Released or Abort"
+            )
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
+            self._paused = True
         elif isinstance(message, State):
             self._state.feed(message)
         elif isinstance(message, DigestRequest):
@@ -290,6 +307,7 @@ class DestinationSession:
             raise StreamError(f"DigestRequest: pages up to {end}, allowed up to {npages}")
         area = Area(request.block, request.page, request.npages)
         if request.source == DigestSource.MEMORY:
+            self._check_audit(request)
             views = [mapped.view for mapped in self._memory]
             memory = MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._offer.hash_seed)
             digests = memory.subdigests(area, request.step)
@@ -301,8 +319,23 @@ class DestinationSession:
             request.source, area.block, area.page, area.npages, request.step, pack_digests(digests)
         )
 
+    def _check_audit(self, request: DigestRequest) -> None:
+        """Hashing memory anew costs: only what was offered, while paused, in bounded pieces."""
+        assert self._offer is not None
+        if not self._offer.audit or not self._paused:
+            raise StreamError(
+                f"DigestRequest of memory: audit offered {self._offer.audit}, "
+                f"paused {self._paused}, allowed when both are true"
+            )
+        if request.npages > REQUEST_PAGES:
+            raise StreamError(
+                f"DigestRequest of memory: {request.npages} pages, allowed {REQUEST_PAGES}"
+            )
+
     def _seal(self, seal: Seal) -> None:
         assert self._guest is not None and self._receiver is not None and self._record is not None
+        if not self._paused:
+            raise StreamError("received Seal before Paused, allowed: only after it")
         self._state.check(seal)
         ours, expected = (0, 0, 0), 0
         if self._digest_on:
@@ -323,14 +356,20 @@ class DestinationSession:
         self._record.apply(DestinationEvent.SEAL_EQUAL)
 
     def _granted(self, grant: Grant) -> None:
-        assert self._record is not None
+        assert self._record is not None and self._receiver is not None
         if grant.receiver_id != self._record.receiver_id:
             raise StreamError(
                 f"Grant: received receiver {grant.receiver_id.hex()}, allowed "
                 f"{self._record.receiver_id.hex()}"
             )
-        self._record.apply(DestinationEvent.GRANT)
-        if not self._record.runs_here:
+        if self._digest_on and digest_text(self._receiver.digest()) != self._digest:
+            raise StreamError("pages have landed after the seal: the proof does not hold any more")
+        try:
+            self._record.apply(DestinationEvent.GRANT)
+        finally:
+            # Released on another connection may have moved the record on already.
+            self._arrived = self._record.started_here
+        if not self._arrived:
             raise MigrationError(f"the guest does not run here: {self._record.outgoing.reason}")
 
     @property
@@ -358,7 +397,7 @@ class DestinationSession:
         """Discard what has arrived, unless it runs or may run, and say why."""
         outcome = error if isinstance(error, MigrationError) else MigrationError(_text(error))
         record = self._record
-        if record is None or record.state is DestinationState.NO_RECORD:
+        if record is None:
             self._discard_unrecorded(outcome)
             return outcome
         record.outgoing.reason = str(outcome)
@@ -367,18 +406,19 @@ class DestinationSession:
         event = DestinationEvent.CONNECTION_LOST if lost else DestinationEvent.FAILURE
         try:
             record.apply(event)
-        except VmthError as trouble:  # the journal; the guest was never started and goes with it
-            return MigrationError(f"{outcome}; and then: {trouble}")
-        if record.state is DestinationState.IN_DOUBT:
-            return InDoubtError(str(outcome))
+        except Exception as trouble:  # the journal, above all
+            outcome = MigrationError(f"{outcome}; and then: {_text(trouble)}")
+        if record.may_run:
+            return InDoubtError(f"{outcome}; the guest may run here: it was being started")
+        record.discard()
         return outcome
 
     def _discard_unrecorded(self, outcome: MigrationError) -> None:
-        """Before the record began, or after the source ended it: nothing is promised."""
-        if self._record is None and not isinstance(outcome, OfferRefused):
+        """Before the record began: nothing is promised."""
+        if not isinstance(outcome, OfferRefused):
             with contextlib.suppress(VmthError):
                 self._control.send(Abort(AbortCode.FAILED, str(outcome)[:1024]))
-        if self._guest is not None and (self._record is None or self._record.guest is not None):
+        if self._guest is not None:
             try:
                 self._guest.release()
             except Exception as error:

@@ -19,6 +19,7 @@ __all__ = [
     "InDoubtError",
     "MigrationError",
     "NotConvergedError",
+    "NotResumedError",
     "RefusedError",
     "StreamError",
     "UsageError",
@@ -38,7 +39,7 @@ class ExitCode(enum.IntEnum):
     CANCELLED = 4
     NOT_CONVERGED = 5  #: did not converge or timed out, the source guest runs
     VERIFICATION_FAILED = 6  #: digests differ and could not be repaired, the source guest runs
-    IN_DOUBT = 7  #: both sides are paused, an operator must decide
+    IN_DOUBT = 7  #: the guest is paused and an operator must decide
     INTERRUPTED = 130
 
 
@@ -94,6 +95,14 @@ class VerificationError(MigrationError):
     """The digests differ and could not be repaired within the downtime limit."""
 
     exit_code = ExitCode.VERIFICATION_FAILED
+
+
+class NotResumedError(MigrationError):
+    """The migration failed, and then the source guest could not be resumed: it is paused here, and
+    runs nowhere. An operator must look at it; the message has both reasons."""
+
+    exit_code = ExitCode.IN_DOUBT
+    source_runs = False
 
 
 class InDoubtError(MigrationError):

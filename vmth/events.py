@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job tells while it runs: one frozen record an occurrence. Times are monotonic
-nanoseconds."""
+"""What a job tells while it runs: one frozen record an occurrence, and the log that carries them.
+
+Times are monotonic nanoseconds.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
+from collections import deque
 from dataclasses import dataclass
 
 from vmth.policy.interface import Decision
@@ -13,6 +18,7 @@ __all__ = [
     "Completed",
     "Connected",
     "Event",
+    "EventLog",
     "Failed",
     "FellBack",
     "Granted",
@@ -102,3 +108,29 @@ class Completed(Event):
 class Failed(Event):
     error: str
     source_runs: bool
+
+
+class EventLog:
+    """Events on their way to a reader, oldest first; beyond ``KEPT`` the oldest are dropped, so
+    that a job that nobody listens to stays small. None marks the end. Any thread."""
+
+    KEPT = 8192
+
+    def __init__(self) -> None:
+        self._events: deque[Event | None] = deque(maxlen=self.KEPT)
+        self._changed = threading.Condition()
+
+    def put(self, event: Event | None) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify()
+
+    def get(self, timeout: float) -> Event | None:
+        """Raises queue.Empty when none came in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._events, timeout):
+                raise queue.Empty
+            return self._events.popleft()
+
+    def empty(self) -> bool:
+        return not self._events

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from vmth.errors import UsageError, let_frames_go
-from vmth.events import Event
+from vmth.events import Completed, Event, Failed
 from vmth.stats import JobStats, MigrationResult
 
 if TYPE_CHECKING:
@@ -102,8 +103,11 @@ class MigrationJob:
     def _run(self) -> None:
         try:
             self._result = self._session.run()
+            self._session.events.put(Completed(time.monotonic_ns(), self._result))
         except BaseException as error:  # wait() raises it: nothing is swallowed
             self._error = error
+            runs = getattr(error, "source_runs", True)
+            self._session.events.put(Failed(time.monotonic_ns(), str(error), runs))
         finally:
             let_frames_go(self._error)
             self._session.events.put(None)

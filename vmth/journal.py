@@ -268,10 +268,12 @@ class Journal:
         return entry
 
     def remove(self) -> None:
-        """Forget the session: delete the file, durably, and close. Idempotent."""
+        """Forget the session: delete the file, durably, and close. Idempotent. JournalError if that
+        cannot be made durable; the file may then be gone or not."""
         if self._fd >= 0:
-            self.path.unlink(missing_ok=True)
-            _fsync_directory(self.path.parent, self._ops)
+            with _as_journal_error(self.path):
+                self.path.unlink(missing_ok=True)
+                _fsync_directory(self.path.parent, self._ops)
             self.close()
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ from vmth.guest import CanNote, CanReportPopulated, CanThrottle, Guest
 from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
 from vmth.stats import RoundStats, TransferCounters
 from vmth.types import Bitmap, bitmap_words, new_bitmaps
+from vmth.units import format_duration
 
 __all__ = ["FinalPass", "PreCopy", "Tuning"]
 
@@ -39,6 +40,11 @@ __all__ = ["FinalPass", "PreCopy", "Tuning"]
 CHUNK_BYTES = 64 << 20
 #: Asked first in round 0: a span that was never populated is one run of holes.
 SPAN_BYTES = 1 << 30
+#: How often a wait for a round's end looks at the time.
+LOOK_EVERY_NS = 100_000_000
+#: Last pages that take so many times the downtime limit, or their forecast, are given up.
+LATE_FACTOR = 10
+ROUNDS_KEPT = 1000
 #: Repair passes of damaged pages while paused before giving up.
 MAX_REPAIRS = 3
 #: Two packets of the smallest size, so that one is on the way while the other is read.
@@ -83,15 +89,21 @@ class PreCopy:
     live: bool
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
-    rounds: list[RoundStats] = field(default_factory=list)
+    rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
     throttle_percent: int = 0
     notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
     _todo: list[Bitmap] = field(default_factory=list)
     _populated_bits: Bitmap = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    taken_back_ns: int = 0  #: pauses that ended with the guest running here again
+    _next_round: int = 0
+    _dirty_pages: int = 0  #: set bits of _todo
+    _pause_started_ns: int = 0
+    _pause_limit_ns: int = 0  #: how long the last pages may take; 0: as long as they need
     _failed_rechecks: int = 0
     _started_ns: int = 0
+    _closed: bool = False
 
     def run(self) -> FinalPass:
         """Returns with the guest paused and all pages landed. Tracking goes on, since stopping it
@@ -103,27 +115,37 @@ class PreCopy:
         return self._run_live() if self.live else self._run_cold()
 
     def close(self) -> None:
-        """Let the throttle go and stop the dirty sources. Idempotent."""
+        """Let the throttle go and stop the dirty sources: all of them, whatever one raises; the
+        first error is raised then. Only the first call does anything."""
+        if self._closed or not self.live:
+            return
+        self._closed = True
+        steps: list[Callable[[], None]] = [source.stop for source in self.guest.dirty]
         if self.throttle_percent:
-            self._throttle(0)
-        if self.live:
-            for source in self.guest.dirty:
-                source.stop()
+            steps.insert(0, lambda: self._throttle(0))
+        first: Exception | None = None
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def _run_cold(self) -> FinalPass:
         pause_started_ns = self._pause()
         paused_ns = self.clock()
-        self._todo = self._everything()
-        self._send_round(0)
+        self._everything()
+        self._send_round()
         self._send_missed()
         return self._final(pause_started_ns, paused_ns)
 
     def _run_live(self) -> FinalPass:
         for source in self.guest.dirty:
             source.start()
-        self._todo = self._everything()
+        self._everything()
         while True:
-            decision = self._send_round(len(self.rounds))
+            decision = self._send_round()
             assert decision is not None
             if decision.action is Action.CONTINUE:
                 continue
@@ -148,7 +170,10 @@ class PreCopy:
             self._failed_rechecks += 1
             self._resume(verdict.reason)
             return None
-        self._send_round(len(self.rounds))
+        self._pause_limit_ns = max(
+            LATE_FACTOR * self.tuning.downtime_limit_ns, LATE_FACTOR * verdict.forecast.total_ns
+        )
+        self._send_round()
         self._send_missed()
         return self._final(pause_started_ns, paused_ns)
 
@@ -159,23 +184,29 @@ class PreCopy:
 
     # -- one round -------------------------------------------------------------------------------
 
-    def _send_round(self, number: int) -> Decision | None:
+    def _send_round(self) -> Decision | None:
         """Send ``_todo``, wait until it has landed, fetch what was dirtied meanwhile. Returns the
         policy's decision while the guest runs."""
+        number = self._next_round
+        self._next_round += 1
         started_ns = self.clock()
         before = self.sender.counters()
-        self.emit(RoundStarted(started_ns, number, self._dirty_pages()))
+        self.emit(RoundStarted(started_ns, number, self._dirty_pages))
         for block in range(len(self.guest.blocks)):
             self._send_block(block, number)
-        self.sender.barrier(number)
+        while not self.sender.barrier(number, LOOK_EVERY_NS):
+            self._check_late()
         landed_ns = self.clock()
         for bitmap in self._todo:
             bitmap.fill(0)
         if not self.paused:
             self._fetch()
         self.sender.take_missed(self._todo)
+        self._count()
         stats = self._round_stats(number, started_ns, landed_ns, before)
         self.rounds.append(stats)
+        if len(self.rounds) > ROUNDS_KEPT:
+            del self.rounds[1]
         self._bound_queue()
         if self.paused:
             self.emit(RoundFinished(self.clock(), stats, None))
@@ -199,6 +230,7 @@ class PreCopy:
         todo = self._todo[block]
         chunk_pages = CHUNK_BYTES // self.page_bytes
         for first in range(start, start + length, chunk_pages):
+            self._check_late()
             n = min(chunk_pages, start + length - first)
             if kernels.bitmap_count(todo, first, n) == 0:
                 continue
@@ -241,17 +273,35 @@ class PreCopy:
             for source in self.guest.dirty:
                 source.rearm(block, first, n)
 
+    def _check_late(self) -> None:
+        """Raises NotConvergedError when what goes on now has no time left: the timeout where that
+        cancels, or last pages that take far longer than forecast while the guest is paused."""
+        now_ns, tuning = self.clock(), self.tuning
+        if self.paused:
+            if 0 < self._pause_limit_ns < now_ns - self._pause_started_ns:
+                raise NotConvergedError(
+                    f"the last pages have not landed {format_duration(self._pause_limit_ns)} after "
+                    f"the pause (limit {format_duration(tuning.downtime_limit_ns)}): the link is "
+                    "slower than it was"
+                )
+        elif (
+            tuning.on_stall is OnStall.CANCEL and 0 < tuning.timeout_ns < now_ns - self._started_ns
+        ):
+            raise NotConvergedError(
+                f"the timeout of {format_duration(tuning.timeout_ns)} came in round "
+                f"{self._next_round - 1}"
+            )
+
     def _send_missed(self) -> None:
         """While paused: pages that arrived damaged go again, a bounded number of times."""
         for _ in range(MAX_REPAIRS):
-            missed = self._dirty_pages()
-            if missed == 0:
+            if self._dirty_pages == 0:
                 return
-            self.emit(RepairStarted(self.clock(), missed))
-            self._send_round(len(self.rounds))
-        if self._dirty_pages():
+            self.emit(RepairStarted(self.clock(), self._dirty_pages))
+            self._send_round()
+        if self._dirty_pages:
             raise VerificationError(
-                f"{self._dirty_pages()} pages still arrive damaged after {MAX_REPAIRS} repairs"
+                f"{self._dirty_pages} pages still arrive damaged after {MAX_REPAIRS} repairs"
             )
 
     def resend(self, block: int, pages: Sequence[int]) -> None:
@@ -259,22 +309,24 @@ class PreCopy:
         self._todo = new_bitmaps(self.guest.blocks)
         for page in pages:
             kernels.bitmap_set_range(self._todo[block], page, 1)
+        self._count()
         self.emit(RepairStarted(self.clock(), len(pages)))
-        self._send_round(len(self.rounds))
+        self._send_round()
         self._send_missed()
 
     # -- the guest -------------------------------------------------------------------------------
 
     def _pause(self) -> int:
-        started_ns = self.clock()
+        self._pause_started_ns = self.clock()
         self.was_running = self.pause_guest()
         self.paused = True
         self.emit(GuestPaused(self.clock()))
-        return started_ns
+        return self._pause_started_ns
 
     def _resume(self, reason: str) -> None:
         self.resume_guest()
         self.paused = False
+        self.taken_back_ns += self.clock() - self._pause_started_ns
         self.emit(GuestResumed(self.clock(), reason))
 
     def _throttle(self, percent: int) -> None:
@@ -289,6 +341,7 @@ class PreCopy:
             source.fetch(self._todo)
             if isinstance(source, CanNote):
                 self.notes += source.notes()
+        self._count()
 
     def _bound_queue(self) -> None:
         """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the
@@ -299,14 +352,14 @@ class PreCopy:
 
     # -- numbers ---------------------------------------------------------------------------------
 
-    def _everything(self) -> list[Bitmap]:
-        bitmaps = new_bitmaps(self.guest.blocks)
-        for block, bitmap in zip(self.guest.blocks, bitmaps, strict=True):
+    def _everything(self) -> None:
+        self._todo = new_bitmaps(self.guest.blocks)
+        for block, bitmap in zip(self.guest.blocks, self._todo, strict=True):
             kernels.bitmap_set_range(bitmap, 0, block.npages)
-        return bitmaps
+        self._count()
 
-    def _dirty_pages(self) -> int:
-        return sum(
+    def _count(self) -> None:
+        self._dirty_pages = sum(
             kernels.bitmap_count(bitmap, 0, block.npages)
             for block, bitmap in zip(self.guest.blocks, self._todo, strict=True)
         )
@@ -316,7 +369,7 @@ class PreCopy:
     ) -> RoundStats:
         after = self.sender.counters()
         duration_ns = max(1, landed_ns - started_ns)
-        dirty_pages = self._dirty_pages()
+        dirty_pages = self._dirty_pages
         normal = after.normal_pages - before.normal_pages
         zero = after.zero_pages - before.zero_pages
         hole = after.hole_pages - before.hole_pages
@@ -344,7 +397,7 @@ class PreCopy:
             now_ns=self.clock(),
             started_ns=self._started_ns,
             rounds=tuple(self.rounds),
-            dirty_pages=self._dirty_pages(),
+            dirty_pages=self._dirty_pages,
             page_bytes=self.page_bytes,
             memory_bytes=sum(block.used_length for block in self.guest.blocks),
             queued_bytes=max(0, counters.wire_bytes - counters.acked_bytes),

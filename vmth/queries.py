@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 
 from vmth.channel.sockets import LinkOptions
-from vmth.errors import ChannelError, InDoubtError, MigrationError, VmthError
+from vmth.errors import ChannelError, InDoubtError, MigrationError, StreamError, VmthError
 from vmth.handshake import open_connection
 from vmth.source_record import SourceRecord
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.framing import FrameDecoder, FrameEncoder, Preamble
 from vmth.wire.handover import SourceEvent, SourceState
-from vmth.wire.messages import Message, Query, Released, Role
+from vmth.wire.messages import Answer, Message, Query, Released, ReleasedSeen, Role
 
 __all__ = ["ask_destination", "settle", "tell_released"]
 
+log = logging.getLogger(__name__)
+
 _READ_BYTES = 1 << 16
+ANSWER_TIMEOUT_S = 5.0
 #: Between two queries that brought nothing.
 RETRY_S = 0.5
 
@@ -46,21 +50,28 @@ def _exchange(
     try:
         with open_connection(endpoint, options, Preamble(Role.QUERY, session_id), 0) as sock:
             sock.sendall(FrameEncoder().encode(message))
-            return _read_message(sock)
-    except (VmthError, OSError):
+            return _read_answer(sock)
+    except (VmthError, OSError) as error:
+        log.info("session %s: %s: %s", session_id.hex(), endpoint.display, error)
         return None
 
 
-def _read_message(sock: socket.socket) -> Message:
+def _read_answer(sock: socket.socket) -> Message:
+    """Within ANSWER_TIMEOUT_S altogether, however slowly the bytes come."""
     decoder = FrameDecoder()
-    while True:
-        message = decoder.next_message()
-        if message is not None:
-            return message
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while (message := decoder.next_message()) is None:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise ChannelError(f"no whole answer within {ANSWER_TIMEOUT_S:g} s")
+        sock.settimeout(left_s)
         data = sock.recv(_READ_BYTES)
         if not data:
             raise ChannelError("the destination closed the query connection")
         decoder.feed(data)
+    if not isinstance(message, Answer | ReleasedSeen):
+        raise StreamError(f"received {type(message).__name__}, allowed Answer or ReleasedSeen")
+    return message
 
 
 def settle(record: SourceRecord, timeout_s: float) -> None:

@@ -27,6 +27,7 @@ __all__ = ["Recovered", "recover"]
 
 #: Find a guest from the journal's detail (``CanDescribe.describe()``, keys prefixed "guest.");
 #: closed afterwards where it has a ``close()``.
+#: None only when it is known to be gone; it raises when that cannot be known.
 FindGuest = Callable[[Mapping[str, str]], Guest | None]
 
 
@@ -56,8 +57,12 @@ def recover(
     done: list[Recovered] = []
     with StateDirectory(state_dir or default_state_dir()) as directory:
         for found, side in directory.sessions():
-            if side is Side.SOURCE and session_id in (None, found.hex()):
+            if side is not Side.SOURCE or session_id not in (None, found.hex()):
+                continue
+            try:
                 done.append(_recover_one(directory, found, find_guest, timeout_s, link))
+            except Exception as error:  # one session's trouble is not the others'
+                done.append(Recovered(found.hex(), "", "unknown", True, f"not settled: {error}"))
     return done
 
 
@@ -110,15 +115,15 @@ def _settle_guest(
         if record.state is SourceState.IN_DOUBT:
             settle(record, timeout_s)
     except (InDoubtError, GuestError) as error:
-        note = str(error)
+        note = str(error)  # the record stays
     except MigrationError:
         pass  # settled: the guest came back, which _NOTES says
     return Recovered(
         last.session_id.hex(),
         peer,
         record.state.value,
-        record.state is SourceState.IN_DOUBT,
-        note or _NOTES.get(record.state, ""),
+        record.state is SourceState.IN_DOUBT or bool(note),
+        note or (_LOST if isinstance(guest, _LostGuest) else "") or _NOTES.get(record.state, ""),
     )
 
 
@@ -130,8 +135,11 @@ _NOTES = {
 }
 
 
+_LOST = "the source guest is gone with its process; record removed"
+
+
 class _LostGuest:
-    """Stands for a guest that could not be found: it can be let go, but not resumed."""
+    """Stands for a guest whose process is gone: nothing can be done with it any more."""
 
     blocks: tuple[RamBlock, ...] = ()
     dirty: tuple[DirtySource, ...] = ()
@@ -140,7 +148,7 @@ class _LostGuest:
         return False
 
     def resume(self) -> None:
-        raise GuestError("the source guest was not found: its process is gone")
+        """There is nothing left to run."""
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         raise GuestError("the source guest was not found")

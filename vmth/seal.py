@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmth.audit import Area, MemoryDigests, differing_pages, unpack_digests
+from vmth.audit import (
+    TABLE_PAGES,
+    Area,
+    MemoryDigests,
+    Pending,
+    differing_pages,
+    unpack_digests,
+)
 from vmth.channel.control import ControlConnection
 from vmth.channel.interface import Digest, PageSender
 from vmth.errors import StreamError, VerificationError
@@ -53,6 +60,7 @@ class Sealer:
     digest_on: bool
     send_seal: Callable[[Seal], None]
     mismatched: Callable[[], None]  #: told before the repair begins
+    check_time: Callable[[], None]  #: raises VerificationError when no time is left to repair
     answer_timeout_s: float = 30.0
 
     def run(self, state: StateSummary, rehash: Callable[[], MemoryDigests] | None) -> Digest:
@@ -72,6 +80,7 @@ class Sealer:
                     )
                 return theirs
             self.mismatched()
+            self.check_time()
             self._repair()
         raise VerificationError(
             f"digests still differ after {MAX_SEAL_REPAIRS} repairs: source {digest_text(ours)} of "
@@ -90,7 +99,7 @@ class Sealer:
         by_block: dict[int, list[int]] = {}
         found = 0
         for block, page in differing_pages(
-            self.blocks, self._our_table, self._their_table, MAX_REPAIR_PAGES
+            self.blocks, self._our_table, self._their_table, MAX_REPAIR_PAGES, TABLE_PAGES
         ):
             by_block.setdefault(block, []).append(page)
             found += 1
@@ -107,7 +116,7 @@ class Sealer:
         def ours(area: Area, step: int) -> npt.NDArray[np.uint64]:
             return memory.subdigests(area, step)
 
-        def theirs(area: Area, step: int) -> npt.NDArray[np.uint64]:
+        def theirs(area: Area, step: int) -> Pending:
             return self._ask(DigestSource.MEMORY, area, step)
 
         wrong = list(differing_pages(self.blocks, ours, theirs, limit=16))
@@ -124,18 +133,22 @@ class Sealer:
             return self.sender.hashes(area.block, area.page, area.npages)
         return self.sender.subdigests(area.block, area.page, area.npages, step)
 
-    def _their_table(self, area: Area, step: int) -> npt.NDArray[np.uint64]:
+    def _their_table(self, area: Area, step: int) -> Pending:
         return self._ask(DigestSource.TABLE, area, step)
 
-    def _ask(self, source: DigestSource, area: Area, step: int) -> npt.NDArray[np.uint64]:
-        request = DigestRequest(source, area.block, area.page, area.npages, step)
-        self.control.send(request)
-        # No bound but the peer's liveness: hashing memory anew takes as long as it takes.
-        reply = self.control.receive()
-        if not isinstance(reply, DigestReply):
-            raise StreamError(f"received {type(reply).__name__}, allowed DigestReply")
+    def _ask(self, source: DigestSource, area: Area, step: int) -> Pending:
+        """Ask, and return what waits for the answer: both ends compute at the same time."""
         asked = (source, area.block, area.page, area.npages, step)
-        answered = (reply.source, reply.block, reply.page, reply.npages, reply.step)
-        if asked != answered:
-            raise StreamError(f"DigestReply: received {answered}, allowed {asked}")
-        return unpack_digests(reply.digests)
+        self.control.send(DigestRequest(*asked))
+
+        def answer() -> npt.NDArray[np.uint64]:
+            # No bound but the peer's liveness: hashing memory anew takes as long as it takes.
+            reply = self.control.receive()
+            if not isinstance(reply, DigestReply):
+                raise StreamError(f"received {type(reply).__name__}, allowed DigestReply")
+            answered = (reply.source, reply.block, reply.page, reply.npages, reply.step)
+            if asked != answered:
+                raise StreamError(f"DigestReply: received {answered}, allowed {asked}")
+            return unpack_digests(reply.digests)
+
+        return answer

@@ -58,6 +58,7 @@ class SourceRecord:
         self.send: Callable[[Message], None] | None = None
         self.query: Callable[[], Message | None] | None = None
         self.tell_released: Callable[[], Message | None] | None = None
+        self.before_release: Callable[[], None] | None = None  #: must not raise
         self.query_due = False
         self.operator_told = False
         self._journal = journal
@@ -79,14 +80,17 @@ class SourceRecord:
         raises waits, as GuestError, until the remaining actions were carried out."""
         trouble: GuestError | None = None
         for action in self._handover.on(event):
-            if action is not Action.RESUME_GUEST:
-                self._do(action)
-                continue
+            if trouble is not None and action is Action.FORGET_RECORD:
+                continue  # kept, so that a recovery tries to resume it again
             try:
-                self._resume()
+                self._do(action)
             except GuestError as error:
+                if action is not Action.RESUME_GUEST:
+                    raise
                 trouble = error
         if trouble is not None:
+            if event is SourceEvent.RESUME:
+                self._handover.undo()  # it is paused still
             raise trouble
 
     def apply_message(self, message: Message) -> None:
@@ -109,10 +113,12 @@ class SourceRecord:
                 raise
         elif action is Action.PAUSE_GUEST:
             self.was_running = self._guest.pause()
+        elif action is Action.RESUME_GUEST:
+            self._resume()
         elif action is Action.RELEASE_GUEST:
             self._release()
         elif action is Action.FORGET_RECORD:
-            self._journal.remove()
+            self._forget()
         elif action is Action.QUERY_PEER:
             self.query_due = True
         elif action is Action.TELL_OPERATOR:
@@ -130,7 +136,15 @@ class SourceRecord:
         except Exception as error:
             raise GuestError(f"the source guest could not be resumed: {error}") from error
 
+    def _forget(self) -> None:
+        try:
+            self._journal.remove()
+        except VmthError as error:  # the outcome stands; a recovery finds the record once more
+            log.error("session %s: its record stays: %s", self.session_id.hex(), error)
+
     def _release(self) -> None:
+        if self.before_release is not None:
+            self.before_release()
         try:
             self._guest.release()
         except Exception as error:  # it runs at the destination all the same; something may leak

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
+from vmth.channel.interface import Digest
 from vmth.channel.pages import NativeSender
 from vmth.channel.watch import ProgressWatch
 from vmth.errors import (
@@ -27,13 +28,23 @@ from vmth.errors import (
     InDoubtError,
     MigrationError,
     NotConvergedError,
+    NotResumedError,
     RefusedError,
     StreamError,
     UsageError,
     VerificationError,
     VmthError,
 )
-from vmth.events import Connected, Event, FellBack, Granted, RoundFinished, SealMatched
+from vmth.events import (
+    Connected,
+    Event,
+    EventLog,
+    FellBack,
+    Granted,
+    GuestResumed,
+    RoundFinished,
+    SealMatched,
+)
 from vmth.guest import CanTell, Guest
 from vmth.handshake import WIRE_PAGE_BYTES, check_blocks, make_offer, open_connection
 from vmth.journal import Side, StateDirectory, default_state_dir
@@ -46,6 +57,7 @@ from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord
 from vmth.state_streams import StateSender
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
+from vmth.units import format_duration
 from vmth.uri import Endpoint
 from vmth.wire.framing import Preamble
 from vmth.wire.handover import SourceEvent, SourceState
@@ -95,7 +107,7 @@ class SourceSession:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.session_id = secrets.token_bytes(16)
-        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.events = EventLog()
         self.tuning = Tuning(
             options.bandwidth_bps, options.downtime_limit_ns, options.timeout_ns, options.on_stall
         )
@@ -241,6 +253,7 @@ class SourceSession:
         record.send = self._control.send
         record.query = self._query
         record.tell_released = self._tell_released
+        record.before_release = self._stop_tracking
         self._record = record
         try:
             record.apply(SourceEvent.START)
@@ -321,56 +334,80 @@ class SourceSession:
             self._options.digest,
             self._send_seal,
             lambda: record.apply(SourceEvent.MISMATCH),
+            lambda: self._check_repair(final),
         )
         theirs = sealer.run(state.summary, self._rehash if self._options.audit else None)
         record.apply(SourceEvent.SEALED)
         self._emit(SealMatched(self._clock(), digest_text(theirs)))
         sealed_ns = self._clock()
+        draft = self._draft(theirs)
         self._check_wake()
         record.apply(SourceEvent.GRANT)
         granted_ns = self._clock()
         self._emit(Granted(granted_ns))
         self._await_running()
-        running_ns = self._running_ns
         parts = DowntimeParts(
             pause_ns=final.paused_ns - final.pause_started_ns,
             last_pages_ns=final.landed_ns - final.paused_ns,
             state_ns=state_ns - final.landed_ns,
             seal_ns=sealed_ns - state_ns,
             grant_ns=granted_ns - sealed_ns,
-            resume_ns=running_ns - granted_ns,
+            resume_ns=self._running_ns - granted_ns,
         )
         self._status = "completed"
         self._let_records_go()
-        return self._result(theirs, parts, running_ns)
+        return replace(
+            draft,
+            rounds=tuple(precopy.rounds),
+            total_ns=self._running_ns - self._started_ns,
+            downtime_ns=parts.total_ns,
+            downtime_parts=parts,
+        )
 
     def _send_seal(self, seal: Seal) -> None:
         assert self._record is not None
         self._record.seal = seal
         self._record.apply(SourceEvent.SEAL)
 
+    def _check_repair(self, final: FinalPass) -> None:
+        """A repair is downtime: it has the downtime limit, or as long again as the last pages took
+        where that was more. In cold mode downtime is accepted."""
+        if self._options.mode is Mode.COLD:
+            return
+        last_ns = final.landed_ns - final.pause_started_ns
+        allowed_ns = max(self.tuning.downtime_limit_ns, 2 * last_ns)
+        if self._clock() - final.pause_started_ns > allowed_ns:
+            raise VerificationError(
+                "the digests differ, and the downtime limit of "
+                f"{format_duration(self.tuning.downtime_limit_ns)} leaves no time to repair"
+            )
+
     def _rehash(self) -> MemoryDigests:
         views = [mapped.view for mapped in self._memory]
         return MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._hash_seed)
 
     def _await_running(self) -> None:
-        """After the grant: until it is known where the guest runs. Raises what ended it
-        otherwise."""
+        """After the grant: until it is known where the guest runs. Raises what ended it otherwise.
+        What the peer says that is no answer buys it no time."""
         record, control = self._record, self._control
         assert record is not None and control is not None
         why = ""
+        deadline = time.monotonic() + self._options.peer_timeout_s
         while record.state is SourceState.GRANTED:
             try:
-                message = control.receive(self._options.peer_timeout_s)
+                message = control.receive(max(0.001, deadline - time.monotonic()))
                 self._running_ns = self._clock()  # before the clean-up that follows from it
                 if isinstance(message, Aborted):
                     why = f": {message.reason}"
                 record.apply_message(message)
             except CancelledError:
                 continue  # too late: the right to run is given
-            except VmthError:
+            except GuestError:
+                raise  # given back, and it cannot be resumed here
+            except VmthError as error:
+                log.info("after the grant: %s", error)
+                record.send = None
                 if record.state is SourceState.GRANTED:
-                    record.send = None
                     record.apply(SourceEvent.CONNECTION_LOST)
         if record.state is SourceState.IN_DOUBT:
             settle(record, self._options.query_timeout_s)
@@ -380,38 +417,55 @@ class SourceSession:
 
     def _let_records_go(self) -> None:
         """Wait a little for ReleasedSeen; without it the record stays and ``vmth recover`` clears
-        it."""
+        it. The guest runs at the destination: nothing here may change that outcome."""
         assert self._record is not None and self._control is not None
-        if self._record.state is not SourceState.RELEASED or self._record.send is None:
-            return
-        with contextlib.suppress(VmthError):
-            message = self._control.receive(RELEASED_SEEN_TIMEOUT_S)
-            if isinstance(message, ReleasedSeen):
-                self._record.apply_message(message)
+        try:
+            while self._record.state is SourceState.RELEASED and self._record.send is not None:
+                message = self._control.receive(RELEASED_SEEN_TIMEOUT_S)
+                if isinstance(message, ReleasedSeen):
+                    self._record.apply_message(message)
+        except VmthError as error:
+            log.info("the destination's last word was not heard: %s", error)
 
     # -- the end -----------------------------------------------------------------------------------
 
     def _end(self, error: BaseException) -> BaseException:
-        """Undo what can be undone and turn the error into the outcome."""
-        outcome = self._outcome(error)
+        """Resume the guest where that is allowed, then find out and say why it ended."""
         record = self._record
         self._status = "failed"
+        trouble: GuestError | None = None
+        if record is None or record.state is SourceState.NEW:
+            self._say_abort(self._outcome(error))
+        elif record.state is SourceState.KEPT:
+            trouble = error if isinstance(error, GuestError) else None
+        elif not record.guest_paused_for_good:
+            trouble = self._give_up(record, self._outcome(error))
+        if isinstance(error, ChannelError) and self._control is not None:
+            self._heard_why.wait(REASON_TIMEOUT_S)  # a page channel may break before it is heard
+        outcome = self._outcome(error)
         if isinstance(outcome, CancelledError):
             self._status = "cancelled"
-        if record is None or record.state in (SourceState.KEPT, SourceState.DONE, SourceState.NEW):
-            if self._control is not None:
-                with contextlib.suppress(VmthError):
-                    self._control.send(Abort(_abort_code(outcome), str(outcome)[:1024]))
-            return outcome
-        if record.guest_paused_for_good or record.state is SourceState.RELEASED:
-            return outcome
+        if trouble is not None:
+            return NotResumedError(f"{outcome}; and then {trouble}: it is paused here")
+        return outcome
+
+    def _give_up(self, record: SourceRecord, outcome: BaseException) -> GuestError | None:
+        """Before the grant: the guest runs here as before. Returns why it does not."""
+        paused = record.state is not SourceState.RUNNING
         record.abort_code = _abort_code(outcome)
         record.abort_reason = str(outcome)
         try:
             record.apply(SourceEvent.FAILURE)
         except GuestError as trouble:
-            return GuestError(f"{outcome}; and then {trouble}: it is paused")
-        return outcome
+            return trouble
+        if paused:
+            self._emit(GuestResumed(self._clock(), str(outcome)))
+        return None
+
+    def _say_abort(self, outcome: BaseException) -> None:
+        if self._control is not None:
+            with contextlib.suppress(VmthError):
+                self._control.send(Abort(_abort_code(outcome), str(outcome)[:1024]))
 
     def _outcome(self, error: BaseException) -> BaseException:
         """Whose fault it was: a cancel or the peer's end shows first as a broken page channel."""
@@ -424,10 +478,6 @@ class SourceSession:
             )
         if self._cancelled:
             return CancelledError(self._cancelled)
-        if isinstance(error, ChannelError) and self._control is not None:
-            self._heard_why.wait(
-                REASON_TIMEOUT_S
-            )  # a page channel may break before the reason is heard
         if self._peer_abort is not None:
             kind = {
                 AbortCode.VERIFICATION: VerificationError,
@@ -465,11 +515,12 @@ class SourceSession:
             self._wake(MigrationError(message.reason))
 
     def _stop_tracking(self) -> None:
-        assert self._precopy is not None
-        try:
-            self._precopy.close()
-        except VmthError as error:  # the outcome stands; a released guest has nothing to stop
-            log.info("stopping the dirty sources: %s", error)
+        """Once, before the guest is released or when all is over; never changes the outcome."""
+        if self._precopy is not None:
+            try:
+                self._precopy.close()
+            except Exception as error:
+                log.error("session %s: stopping the tracking: %s", self.session_id.hex(), error)
 
     def _close_sender(self) -> None:
         assert self._sender is not None
@@ -502,9 +553,8 @@ class SourceSession:
             with contextlib.suppress(VmthError):  # informative; a lost connection shows elsewhere
                 self._control.send(done)
 
-    def _result(
-        self, theirs: tuple[int, int, int], parts: DowntimeParts, end_ns: int
-    ) -> MigrationResult:
+    def _draft(self, theirs: Digest) -> MigrationResult:
+        """The result but for its times; made before the grant, after which nothing may fail."""
         assert self._sender is not None and self._precopy is not None and self._record is not None
         counters = self._last_counters = self._sender.counters()
         digest_on = self._options.digest
@@ -515,10 +565,10 @@ class SourceSession:
             verified=digest_on,
             verified_scope="memory" if digest_on else "none",
             mode=self._options.mode.name.lower(),
-            rounds=tuple(self._precopy.rounds),
-            total_ns=end_ns - self._started_ns,
-            downtime_ns=parts.total_ns,
-            downtime_parts=parts,
+            rounds=(),
+            total_ns=0,
+            downtime_ns=0,
+            downtime_parts=DowntimeParts(),
             memory_bytes=sum(block.used_length for block in self._guest.blocks),
             wire_bytes=counters.wire_bytes,
             digest_source=digest_text(self._sender.digest()) if digest_on else "",
@@ -526,6 +576,7 @@ class SourceSession:
             transfer=counters,
             fallbacks=tuple(fallbacks),
             audited=self._options.audit,
+            pauses_taken_back_ns=self._precopy.taken_back_ns,
             session_id=self.session_id.hex(),
             receiver_id=self._record.receiver_id.hex(),
             peer={"uri": self._endpoint.display},

@@ -91,6 +91,8 @@ class StateCollector:
             raise StreamError(
                 f"State: received {self._total} bytes, allowed at most {STATE_MAX_BYTES}"
             )
+        if not message.data and not message.last:
+            raise StreamError(f"State {message.name!r}: received an empty piece, allowed: the last")
         self._parts.append(message.data)
         self._offset += len(message.data)
         self._crc32 = zlib.crc32(message.data, self._crc32)

@@ -112,6 +112,7 @@ class MigrationResult:
     transfer: TransferCounters
     fallbacks: tuple[str, ...] = ()
     audited: bool = False
+    pauses_taken_back_ns: int = 0  #: pauses that a too large last set ended, not in the downtime
     session_id: str = ""
     receiver_id: str = ""
     peer: Mapping[str, Any] = field(default_factory=dict)

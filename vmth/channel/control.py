@@ -9,11 +9,11 @@ stopped process keeps its connections).
 
 from __future__ import annotations
 
-import queue
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from vmth.errors import ChannelError, StreamError, VmthError
@@ -23,7 +23,7 @@ from vmth.wire.messages import Message, Ping, Pong
 __all__ = ["ControlConnection"]
 
 _READ_BYTES = 1 << 16
-_QUEUE_MESSAGES = 64
+_INBOX_MESSAGES = 64
 _PINGS_PER_TIMEOUT = 4
 
 
@@ -49,7 +49,10 @@ class ControlConnection:
         self._encoder = FrameEncoder()
         self._decoder = FrameDecoder()
         self._send_lock = threading.Lock()
-        self._inbox: queue.Queue[Message | VmthError] = queue.Queue(_QUEUE_MESSAGES)
+        # Guarded by _changed: what arrived, what wakes the owner first, and how it ended.
+        self._changed = threading.Condition()
+        self._inbox: deque[Message] = deque()
+        self._interruptions: deque[VmthError] = deque()
         self._failure: VmthError | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_loop, name=name, daemon=True)
@@ -74,26 +77,28 @@ class ControlConnection:
             raise ChannelError(f"control connection: sending failed: {error}") from error
 
     def receive(self, timeout_s: float | None = None) -> Message:
-        """The next message. Raises what broke the connection, or ChannelError at the timeout."""
-        try:
-            message = self._inbox.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ChannelError(f"no answer from the peer within {timeout_s:g} s") from None
-        if isinstance(message, VmthError):
-            if message is self._failure:
-                self.interrupt(message)  # every later call sees the end too
-            raise message
-        return message
+        """The next message. An interruption comes before any message, the end of the connection
+        after all of them, and again at every later call. Raises ChannelError at the timeout."""
+        with self._changed:
+            ready = self._changed.wait_for(
+                lambda: self._interruptions or self._inbox or self._failure, timeout_s
+            )
+            if not ready:
+                raise ChannelError(f"no answer from the peer within {timeout_s:g} s")
+            if self._interruptions:
+                raise self._interruptions.popleft()
+            if self._inbox:
+                message = self._inbox.popleft()
+                self._changed.notify_all()
+                return message
+            assert self._failure is not None
+            raise self._failure
 
     def interrupt(self, error: VmthError) -> None:
-        """Make ``receive()``, a blocked one too, raise ``error`` once what came before it is taken.
-        Any thread."""
-        while not self._closed.is_set():
-            try:
-                self._inbox.put(error, timeout=0.05)
-                return
-            except queue.Full:
-                continue
+        """Make ``receive()``, a blocked one too, raise ``error`` once. Any thread; never blocks."""
+        with self._changed:
+            self._interruptions.append(error)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Close the socket and join the reader. Idempotent, not from the reader thread."""
@@ -102,13 +107,10 @@ class ControlConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # already gone: that is what close wants
+        with self._changed:
+            self._changed.notify_all()  # the reader may wait for room in the inbox
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            # The reader may wait for room in the inbox; nobody reads it any more.
-            while self._thread.is_alive():
-                try:
-                    self._inbox.get_nowait()
-                except queue.Empty:
-                    self._thread.join(0.05)
+            self._thread.join()
         self._sock.close()
 
     def _read_loop(self) -> None:
@@ -155,23 +157,25 @@ class ControlConnection:
             return
         if self._on_message is not None:
             self._on_message(message)
-        while not self._closed.is_set():
-            try:
-                self._inbox.put(message, timeout=0.1)
-                return
-            except queue.Full:
-                continue  # the owner is busy: stop reading until it takes what is there
+        with self._changed:
+            # A full inbox: stop reading until the owner takes what is there.
+            self._changed.wait_for(
+                lambda: len(self._inbox) < _INBOX_MESSAGES or self._closed.is_set()
+            )
+            self._inbox.append(message)
+            self._changed.notify_all()
 
     def _fail(self, error: VmthError) -> None:
         if isinstance(error, StreamError):
             error = StreamError(f"control connection: {error}")
-        self._failure = error
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
         if self._closed.is_set():
             return
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the peer was faster
-        self.interrupt(error)
         if self._on_failure is not None:
             self._on_failure(error)

@@ -130,14 +130,30 @@ def attach(socket_path: str) -> HolderGuest:
 
 def find(detail: Mapping[str, str]) -> HolderGuest | None:
     """The guest that a journal's detail describes ("guest.socket", by ``describe()``), with us as
-    its mover; None when there is no such holder any more. GuestError: it has a mover already."""
+    its mover; None when there is no such holder any more. GuestError: it has a mover already, or
+    does not answer."""
     path = detail.get("guest.socket", "")
     if not path:
         return None
     try:
         return attach(path)
     except HolderGoneError:
+        if _listens(path):
+            raise  # it lives and does not answer: its guest may be the only copy
         return None
+
+
+def _listens(path: str) -> bool:
+    """Does a process have that socket open?"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def _plan_of(row: RamBlock | BlockPlan) -> BlockPlan:
