@@ -18,9 +18,11 @@ from vmth.dirty.fake import FakeDirtySource
 from vmth.errors import NotConvergedError, VerificationError
 from vmth.events import Event, GuestResumed, RepairStarted, Throttled
 from vmth.guest import StateStream
+from vmth.memory_pass import CHUNK_BYTES
 from vmth.policy.fixed import FixedRoundsPolicy
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
-from vmth.precopy import CHUNK_BYTES, PreCopy, Tuning
+from vmth.precopy import PreCopy
+from vmth.tuning import Tuning
 from vmth.types import Bitmap, Gpa, Mapping, RamBlock
 
 PAGE = 4096

@@ -2,9 +2,8 @@
 """The round loop: everything once, then what was dirtied meanwhile, until the rest fits.
 
 It reads as the algorithm and owns no socket, thread or clock: the guest, the page sender, the
-policy and the clock are handed in, so it runs on fakes. Order matters and is fixed
-(docs/invariants.md): a chunk is re-armed, then asked what of it was ever populated, then hashed and
-sent.
+policy and the clock are handed in, so it runs on fakes. How one round goes over memory is
+vmth/memory_pass.py.
 """
 
 from __future__ import annotations
@@ -12,12 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-import numpy.typing as npt
-
 from vmth import kernels
 from vmth.channel.interface import PageSender
-from vmth.dirty.populated import populated_bits
 from vmth.errors import NotConvergedError, VerificationError
 from vmth.events import (
     Event,
@@ -28,18 +23,16 @@ from vmth.events import (
     RoundStarted,
     Throttled,
 )
-from vmth.guest import CanNote, CanReportPopulated, CanThrottle, Guest
+from vmth.guest import CanNote, CanThrottle, Guest
+from vmth.memory_pass import MemoryPass
 from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
-from vmth.stats import RoundStats, TransferCounters
-from vmth.types import Bitmap, bitmap_words, new_bitmaps
+from vmth.stats import RoundStats, round_stats
+from vmth.tuning import Tuning
+from vmth.types import Bitmap, new_bitmaps
 from vmth.units import format_duration
 
-__all__ = ["FinalPass", "PreCopy", "Tuning"]
+__all__ = ["FinalPass", "PreCopy"]
 
-#: Re-armed and queued at once. Small keeps the time between re-arming and reading short.
-CHUNK_BYTES = 64 << 20
-#: Asked first in round 0: a span that was never populated is one run of holes.
-SPAN_BYTES = 1 << 30
 #: How often a wait for a round's end looks at the time.
 LOOK_EVERY_NS = 100_000_000
 #: Last pages that take so many times the downtime limit, or their forecast, are given up.
@@ -49,19 +42,6 @@ ROUNDS_KEPT = 1000
 MAX_REPAIRS = 3
 #: Two packets of the smallest size, so that one is on the way while the other is read.
 MIN_WINDOW_BYTES = 256 << 10
-_RUNS_CAP = 4096
-
-
-@dataclass(slots=True)
-class Tuning:
-    """What may change while the loop runs; written by the job, read once a round."""
-
-    bandwidth_bps: int
-    downtime_limit_ns: int
-    timeout_ns: int
-    on_stall: OnStall
-    state_bytes: int = 64 << 10
-    switchover_requested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +75,6 @@ class PreCopy:
     throttle_percent: int = 0
     notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
     _todo: list[Bitmap] = field(default_factory=list)
-    _populated_bits: Bitmap = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
     taken_back_ns: int = 0  #: pauses that ended with the guest running here again
     _next_round: int = 0
     _dirty_pages: int = 0  #: set bits of _todo
@@ -104,14 +83,16 @@ class PreCopy:
     _failed_rechecks: int = 0
     _started_ns: int = 0
     _closed: bool = False
+    _pass: MemoryPass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pass = MemoryPass(self.guest, self.sender, self.page_bytes, self._check_late)
 
     def run(self) -> FinalPass:
         """Returns with the guest paused and all pages landed. Tracking goes on, since stopping it
         would be downtime: call ``close()`` when the guest runs somewhere again. After an exception
         the caller resumes the guest if it is paused."""
         self._started_ns = self.clock()
-        largest = max(block.npages for block in self.guest.blocks)
-        self._populated_bits = np.zeros(bitmap_words(largest), dtype=np.uint64)
         return self._run_live() if self.live else self._run_cold()
 
     def close(self) -> None:
@@ -192,8 +173,8 @@ class PreCopy:
         started_ns = self.clock()
         before = self.sender.counters()
         self.emit(RoundStarted(started_ns, number, self._dirty_pages))
-        for block in range(len(self.guest.blocks)):
-            self._send_block(block, number)
+        self._pass.rearm = self.live and not self.paused
+        self._pass.send(self._todo, number)
         while not self.sender.barrier(number, LOOK_EVERY_NS):
             self._check_late()
         landed_ns = self.clock()
@@ -203,7 +184,15 @@ class PreCopy:
             self._fetch()
         self.sender.take_missed(self._todo)
         self._count()
-        stats = self._round_stats(number, started_ns, landed_ns, before)
+        stats = round_stats(
+            number,
+            before,
+            self.sender.counters(),
+            landed_ns - started_ns,
+            self._dirty_pages,
+            self.page_bytes,
+            self.paused,
+        )
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
             del self.rounds[1]
@@ -216,62 +205,6 @@ class PreCopy:
         self.rounds[-1] = stats
         self.emit(RoundFinished(self.clock(), stats, decision))
         return decision
-
-    def _send_block(self, block: int, number: int) -> None:
-        npages = self.guest.blocks[block].npages
-        span_pages = SPAN_BYTES // self.page_bytes
-        for first in range(0, npages, span_pages):
-            n = min(span_pages, npages - first)
-            if number == 0 and self._is_hole(block, first, n):
-                continue
-            self._send_span(block, first, n, number)
-
-    def _send_span(self, block: int, start: int, length: int, number: int) -> None:
-        todo = self._todo[block]
-        chunk_pages = CHUNK_BYTES // self.page_bytes
-        for first in range(start, start + length, chunk_pages):
-            self._check_late()
-            n = min(chunk_pages, start + length - first)
-            if kernels.bitmap_count(todo, first, n) == 0:
-                continue
-            self._rearm(block, first, n)
-            if number == 0:
-                self._send_populated(block, first, n)
-            else:
-                self.sender.send(block, first, n, todo, number)
-
-    def _is_hole(self, block: int, first: int, n: int) -> bool:
-        """Send a span as holes if nothing in it was ever populated. The first look is a hint; after
-        re-arming, the second one counts."""
-        if self._populated(block, first, n).any():
-            return False
-        self._rearm(block, first, n)
-        if self._populated(block, first, n).any():
-            return False
-        self.sender.send_holes(block, np.array([[first, n]], dtype=np.uint64), 0)
-        return True
-
-    def _send_populated(self, block: int, first: int, n: int) -> None:
-        populated = self._populated(block, first, n)
-        self.sender.send_holes(block, _clear_runs(populated, first, n), 0)
-        self.sender.send(block, first, n, self._populated_bits, 0)
-
-    def _populated(self, block: int, first: int, n: int) -> Bitmap:
-        """The words of ``_populated_bits`` for pages [first, first + n); ``first`` is a multiple of
-        64."""
-        out = self._populated_bits
-        words = out[first // 64 : (first + n + 63) // 64]
-        words.fill(0)
-        if isinstance(self.guest, CanReportPopulated):
-            self.guest.populated(block, first, n, out)
-        else:
-            populated_bits(self.guest.blocks[block], first, n, out)
-        return words
-
-    def _rearm(self, block: int, first: int, n: int) -> None:
-        if self.live and not self.paused:
-            for source in self.guest.dirty:
-                source.rearm(block, first, n)
 
     def _check_late(self) -> None:
         """Raises NotConvergedError when what goes on now has no time left: the timeout where that
@@ -364,33 +297,6 @@ class PreCopy:
             for block, bitmap in zip(self.guest.blocks, self._todo, strict=True)
         )
 
-    def _round_stats(
-        self, number: int, started_ns: int, landed_ns: int, before: TransferCounters
-    ) -> RoundStats:
-        after = self.sender.counters()
-        duration_ns = max(1, landed_ns - started_ns)
-        dirty_pages = self._dirty_pages
-        normal = after.normal_pages - before.normal_pages
-        zero = after.zero_pages - before.zero_pages
-        hole = after.hole_pages - before.hole_pages
-        return RoundStats(
-            round=number,
-            pages=normal + zero + hole,
-            normal_pages=normal,
-            zero_pages=zero,
-            hole_pages=hole,
-            bytes=after.wire_bytes - before.wire_bytes,
-            duration_ns=duration_ns,
-            bandwidth_bps=(after.acked_bytes - before.acked_bytes) * 1e9 / duration_ns,
-            dirty_pages=dirty_pages,
-            dirty_rate_bps=0.0
-            if self.paused
-            else dirty_pages * self.page_bytes * 1e9 / duration_ns,
-            expected_downtime_ns=0,
-            paused=self.paused,
-            missed_pages=after.missed_pages - before.missed_pages,
-        )
-
     def _view(self) -> RoundView:
         counters = self.sender.counters()
         return RoundView(
@@ -412,17 +318,3 @@ class PreCopy:
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
         )
-
-
-def _clear_runs(words: Bitmap, first: int, n: int) -> npt.NDArray[np.uint64]:
-    """Runs of clear bits among the first ``n``, as {page, npages} with ``first`` added."""
-    inverted = np.invert(words)
-    found: list[npt.NDArray[np.uint64]] = []
-    start = 0
-    while start < n:
-        out = np.empty((_RUNS_CAP, 2), dtype=np.uint64)
-        count, start = kernels.bitmap_runs(inverted, n, start, out)
-        found.append(out[:count])
-    runs = np.concatenate(found) if found else np.empty((0, 2), dtype=np.uint64)
-    runs[:, 0] += np.uint64(first)
-    return runs

@@ -51,12 +51,13 @@ from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.standard import StandardPolicy
-from vmth.precopy import FinalPass, PreCopy, Tuning
+from vmth.precopy import FinalPass, PreCopy
 from vmth.queries import ask_destination, settle, tell_released
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord
 from vmth.state_streams import StateSender
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
+from vmth.tuning import Tuning
 from vmth.units import format_duration
 from vmth.uri import Endpoint
 from vmth.wire.framing import Preamble

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DowntimeParts", "JobStats", "MigrationResult", "RoundStats", "TransferCounters"]
+__all__ = [
+    "DowntimeParts",
+    "JobStats",
+    "MigrationResult",
+    "RoundStats",
+    "TransferCounters",
+    "round_stats",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +123,34 @@ class MigrationResult:
     session_id: str = ""
     receiver_id: str = ""
     peer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def round_stats(
+    number: int,
+    before: TransferCounters,
+    after: TransferCounters,
+    duration_ns: int,
+    dirty_pages: int,
+    page_bytes: int,
+    paused: bool,
+) -> RoundStats:
+    """A round's numbers from the counters around it; the downtime forecast is filled in later."""
+    duration_ns = max(1, duration_ns)
+    normal = after.normal_pages - before.normal_pages
+    zero = after.zero_pages - before.zero_pages
+    hole = after.hole_pages - before.hole_pages
+    return RoundStats(
+        round=number,
+        pages=normal + zero + hole,
+        normal_pages=normal,
+        zero_pages=zero,
+        hole_pages=hole,
+        bytes=after.wire_bytes - before.wire_bytes,
+        duration_ns=duration_ns,
+        bandwidth_bps=(after.acked_bytes - before.acked_bytes) * 1e9 / duration_ns,
+        dirty_pages=dirty_pages,
+        dirty_rate_bps=0.0 if paused else dirty_pages * page_bytes * 1e9 / duration_ns,
+        expected_downtime_ns=0,
+        paused=paused,
+        missed_pages=after.missed_pages - before.missed_pages,
+    )
