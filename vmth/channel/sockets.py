@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmth._native import _xfer
@@ -33,11 +33,30 @@ class LinkOptions:
     def __post_init__(self) -> None:
         if not -1 <= self.dscp <= 63:
             raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
+        if not 0 < self.connect_timeout_s <= 3600:
+            raise UsageError(
+                f"connect_timeout_s: received {self.connect_timeout_s}, allowed over 0 to 3600"
+            )
+        for name, most in _MOST.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 to {most}")
+
+
+#: What the kernel takes.
+_MOST = {
+    "keepalive_s": 32767,
+    "user_timeout_ms": 2**31 - 1,
+    "send_buffer_bytes": 2**31 - 1,
+    "receive_buffer_bytes": 2**31 - 1,
+}
 
 
 def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
-    """TCP options for an established connection; a no-op for other families."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
+    """TCP options for an established connection; a no-op for other families. Raises ChannelError
+    when the kernel refuses one."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    try:
         _xfer.connect_options(
             sock.fileno(),
             dscp=options.dscp,
@@ -46,6 +65,8 @@ def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
             send_buffer_bytes=options.send_buffer_bytes,
             receive_buffer_bytes=options.receive_buffer_bytes,
         )
+    except _xfer.TransferError as error:
+        raise ChannelError(f"link options: {error}") from error
 
 
 def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:
@@ -113,10 +134,12 @@ def _stream_socket(fd: int) -> socket.socket:
     return sock
 
 
-def fd_sockets(endpoint: Endpoint) -> Iterator[socket.socket]:
-    """The connected sockets of an ``fd:`` endpoint, duplicated."""
-    for fd in endpoint.fds:
-        yield _stream_socket(fd)
+def fd_sockets(endpoint: Endpoint) -> list[socket.socket]:
+    """The connected sockets of an ``fd:`` endpoint, duplicated: all, or UsageError and none."""
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(_stream_socket(fd)) for fd in endpoint.fds]
+        opened.pop_all()
+    return sockets
 
 
 class ListeningSocket:
@@ -168,7 +191,11 @@ class ListeningSocket:
     def accept(self) -> tuple[socket.socket, str]:
         """A connection with the link's options set, and its peer for messages."""
         sock, address = self.sock.accept()
-        set_link_options(sock, self._options)
+        try:
+            set_link_options(sock, self._options)
+        except BaseException:
+            sock.close()
+            raise
         if sock.family == socket.AF_UNIX:
             return sock, self.endpoint.display
         return sock, f"tcp:{address[0]}:{address[1]}"
