@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,7 @@ __all__ = [
     "open_connection",
     "read_exactly",
     "read_preamble",
+    "receive_before",
 ]
 
 #: One size a session; the two ends' backing pages may differ.
@@ -115,10 +118,29 @@ def _check_reply(endpoint: Endpoint, preamble: Preamble, reply: PreambleReply) -
     raise RefusedError(f"{endpoint.display} refused the connection: {reply.status.name.lower()}")
 
 
-def read_preamble(sock: socket.socket, timeout_s: float) -> Preamble:
-    """At the destination: read and check; PreambleError carries the status to answer."""
-    sock.settimeout(timeout_s)
-    return Preamble.unpack(read_exactly(sock, PREAMBLE_BYTES))
+def receive_before(sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
+    """One recv() of a peer that has until ``deadline_s`` (time.monotonic(); infinity: for ever) for
+    all that it has to say, however small its pieces. Raises ChannelError past that."""
+    left_s = deadline_s - time.monotonic()
+    try:
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(None if left_s == math.inf else left_s)
+        return sock.recv(nbytes)
+    except OSError as error:
+        raise ChannelError(f"handshake: {error}") from error
+
+
+def read_preamble(sock: socket.socket, deadline_s: float) -> Preamble:
+    """At the destination: read and check; PreambleError carries the status to answer. Raises
+    ChannelError when it is not whole by ``deadline_s`` (as for ``receive_before``)."""
+    data = b""
+    while len(data) < PREAMBLE_BYTES:
+        piece = receive_before(sock, PREAMBLE_BYTES - len(data), deadline_s)
+        if not piece:
+            raise ChannelError(f"handshake: the peer closed after {len(data)} of {PREAMBLE_BYTES}")
+        data += piece
+    return Preamble.unpack(data)
 
 
 def check_blocks(blocks: Sequence[RamBlock]) -> None:

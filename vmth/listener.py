@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's listener: routes connections to sessions, and answers for those of the past.
 
-One accept thread; a short-lived thread reads each connection's preamble (at most MAX_UNKNOWN at
-once, so that silent strangers cannot exhaust it); each session has a thread of its own. The state
-directory is locked: one process answers for its destinations.
+One accept thread; a short-lived thread reads each connection's preamble and answers its queries (at
+most MAX_UNKNOWN at once and STRANGER_TIMEOUT_S each, so that strangers cannot exhaust it); each
+session has a thread of its own. The state directory is locked: one process answers for its
+destinations.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 from vmth.channel.sockets import ListeningSocket, fd_sockets, set_link_options
@@ -22,7 +24,7 @@ from vmth.destination_record import DestinationRecord
 from vmth.destination_session import DestinationSession, MakeGuest, ReceiveResult
 from vmth.errors import ChannelError, MigrationError, StreamError, VmthError, let_frames_go
 from vmth.guest import Guest
-from vmth.handshake import read_preamble
+from vmth.handshake import read_preamble, receive_before
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.options import ReceiveOptions, check_plaintext
 from vmth.uri import Endpoint, Scheme, parse_endpoint
@@ -55,10 +57,13 @@ __all__ = ["FindGuest", "Listener"]
 
 log = logging.getLogger(__name__)
 
-#: Connections whose preamble has not arrived yet.
+#: Connections of nobody's session: their preamble has not arrived yet, or they query.
 MAX_UNKNOWN = 64
-PREAMBLE_TIMEOUT_S = 5.0
-_READ_BYTES = 1 << 16
+#: What such a connection has for its preamble, and again for its queries, however it dribbles.
+STRANGER_TIMEOUT_S = 5.0
+#: All that a query connection may say: two messages of some ten bytes, or an Abort and its reason.
+MAX_QUERY_BYTES = 8192
+_REPLY_TIMEOUT_S = 1.0
 
 #: After a restart: find the guest of a session that was starting or ran, from its journal's detail.
 FindGuest = Callable[[str, Mapping[str, str]], Guest | None]
@@ -91,26 +96,26 @@ class Listener:
         self._sessions: dict[bytes, DestinationSession] = {}
         self._records: dict[bytes, DestinationRecord] = {}
         self._threads: set[threading.Thread] = set()
+        self._strangers: set[socket.socket] = set()
         self._unknown = threading.BoundedSemaphore(MAX_UNKNOWN)
         self._closing = False
         self._resources = contextlib.ExitStack()
+        self._socket: ListeningSocket | None = None
         try:
             self._directory = self._resources.enter_context(
                 StateDirectory(self._options.state_dir or default_state_dir())
             )
             self._directory.lock()
             self._load_records()
-            self._socket: ListeningSocket | None = None
             self.endpoint = endpoint
             if endpoint.scheme is Scheme.FD:
-                for sock in fd_sockets(endpoint):
-                    self._spawn(self._serve, sock, endpoint.display)
+                self._adopt(fd_sockets(endpoint))
             else:
                 self._socket = ListeningSocket(endpoint, self._options.link)
                 self.endpoint = self._socket.endpoint
                 self._spawn(self._accept_loop)
         except BaseException:
-            self._resources.close()
+            self.close()
             raise
 
     @property
@@ -139,6 +144,9 @@ class Listener:
                 return
             self._closing = True
             sessions = list(self._sessions.values())
+            for sock in self._strangers:
+                with contextlib.suppress(OSError):  # the peer was faster
+                    sock.shutdown(socket.SHUT_RDWR)
         if self._socket is not None:
             self._socket.close()
         for session in sessions:
@@ -176,7 +184,7 @@ class Listener:
             if last is None:
                 journal.remove()  # creation was torn: nothing was ever promised
                 continue
-            record = DestinationRecord(
+            record = self._records[session_id] = DestinationRecord(
                 session_id,
                 self._directory.receiver_id,
                 journal,
@@ -185,12 +193,13 @@ class Listener:
             record.was_running = last.detail.get("was_running") != "0"
             if self._find_guest is not None and last.record in (Record.STARTING, Record.RUNNING):
                 record.guest = self._find_guest(session_id.hex(), last.detail)
-            self._records[session_id] = record
             record.apply(DestinationEvent.RESTARTED)
 
     # -- connections -------------------------------------------------------------------------------
 
     def _spawn(self, target: Callable[..., None], *args: object) -> None:
+        """Raises RuntimeError when the system starts no thread."""
+
         def run() -> None:
             try:
                 target(*args)
@@ -199,84 +208,127 @@ class Listener:
                     self._threads.discard(thread)
 
         thread = threading.Thread(target=run, name="vmth-listen", daemon=True)
-        with self._lock:
+        with self._lock:  # close() joins what it finds in the set: nothing that was not started
+            thread.start()
             self._threads.add(thread)
-        thread.start()
 
     def _accept_loop(self) -> None:
         assert self._socket is not None
         while True:
             try:
-                sock, peer = self._socket.accept()
-            except OSError as error:
+                self._accept_one(self._socket)
+            except Exception as error:  # whatever a connection brings, the next one is served
                 if self._closing:
                     return
                 log.warning("accept on %s: %s", self.endpoint.display, error)
                 time.sleep(0.05)  # out of descriptors, for example: do not spin
-                continue
-            if self._unknown.acquire(blocking=False):
-                self._spawn(self._serve_counted, sock, peer)
-            else:
-                sock.close()
 
-    def _serve_counted(self, sock: socket.socket, peer: str) -> None:
-        self._serve(sock, peer, self._unknown.release)
+    def _accept_one(self, listening: ListeningSocket) -> None:
+        sock, peer = listening.accept()
+        if not self._unknown.acquire(blocking=False):
+            log.info("%s: refused, %d connections are unknown already", peer, MAX_UNKNOWN)
+            _refuse(sock, PreambleStatus.BUSY)
+            return
+        try:
+            self._spawn(self._serve, sock, peer, STRANGER_TIMEOUT_S, self._unknown.release)
+        except BaseException:
+            self._unknown.release()
+            sock.close()
+            raise
+
+    def _adopt(self, sockets: list[socket.socket]) -> None:
+        """Connected sockets that the caller passed. Their peer may begin whenever it likes, and its
+        page channels begin only after a guest was made: no deadline for a preamble."""
+        with contextlib.ExitStack() as unserved:
+            for sock in sockets:
+                unserved.callback(sock.close)
+            for sock in sockets:
+                self._spawn(self._serve, sock, self.endpoint.display, math.inf)
+            unserved.pop_all()
 
     def _serve(
-        self, sock: socket.socket, peer: str, known: Callable[[], None] = lambda: None
+        self,
+        sock: socket.socket,
+        peer: str,
+        timeout_s: float,
+        known: Callable[[], None] = lambda: None,
     ) -> None:
-        """One connection, in a thread of its own. ``known`` is called when the preamble was
-        read."""
+        """One connection, in a thread of its own. ``known`` is called once it is a session's, or
+        over."""
         try:
-            try:
-                preamble = read_preamble(sock, PREAMBLE_TIMEOUT_S)
-            except PreambleError as error:
-                log.info("%s: %s", peer, error)
-                sock.sendall(PreambleReply(error.status).pack())
-                sock.close()
-                return
-            finally:
-                known()
-            set_link_options(sock, self._options.link)
+            with contextlib.ExitStack() as stranger:
+                stranger.callback(known)
+                stranger.enter_context(self._ended_by_close(sock))
+                preamble = self._meet(sock, timeout_s)
+                if preamble.role is Role.QUERY:
+                    self._serve_query(sock, preamble.session_id)
+                    return
             if preamble.role is Role.CONTROL:
                 self._serve_control(sock, preamble, peer)
             elif preamble.role is Role.PAGE:
                 self._serve_page(sock, preamble)
-            elif preamble.role is Role.QUERY:
-                self._serve_query(sock, preamble)
             else:
                 _refuse(sock, PreambleStatus.ROLE)
         except (VmthError, OSError) as error:
             log.info("%s: %s", peer, error)
+        except Exception:
+            log.exception("%s: a connection failed", peer)
+        finally:
             sock.close()
 
-    def _serve_control(self, sock: socket.socket, preamble: Preamble, peer: str) -> None:
+    @contextlib.contextmanager
+    def _ended_by_close(self, sock: socket.socket) -> Iterator[None]:
         with self._lock:
-            known = preamble.session_id in self._records or preamble.session_id in self._sessions
+            if self._closing:
+                raise ChannelError("the listener is closing")
+            self._strangers.add(sock)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._strangers.discard(sock)
+
+    def _meet(self, sock: socket.socket, timeout_s: float) -> Preamble:
+        try:
+            preamble = read_preamble(sock, time.monotonic() + timeout_s)
+        except PreambleError as error:
+            _refuse(sock, error.status)
+            raise
+        sock.settimeout(STRANGER_TIMEOUT_S)
+        set_link_options(sock, self._options.link)
+        return preamble
+
+    def _serve_control(self, sock: socket.socket, preamble: Preamble, peer: str) -> None:
+        session_id = preamble.session_id
+        with self._lock:
+            known = session_id in self._records or session_id in self._sessions
             if known or self._closing or len(self._sessions) >= self._options.max_sessions:
                 session = None
             else:
-                session = DestinationSession(
+                session = self._sessions[session_id] = DestinationSession(
                     sock, preamble, peer, self._make_record, self._make_guest, self._options
                 )
-                self._sessions[preamble.session_id] = session
         if session is None:
             _refuse(sock, PreambleStatus.BUSY)
             return
-        sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
-        outcome: ReceiveResult | MigrationError
+        outcome: ReceiveResult | MigrationError = MigrationError(f"{peer}: the session was ended")
         try:
+            sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
             outcome = session.run()
         except MigrationError as error:
             let_frames_go(error)
             outcome = error
-        with self._lock:
-            del self._sessions[preamble.session_id]
-            record = self._records.get(preamble.session_id)
-            if record is not None and record.state is DestinationState.NO_RECORD:
-                del self._records[preamble.session_id]
-                record.close()
-        self.outcomes.put(outcome)
+        except Exception as error:
+            let_frames_go(error)
+            outcome = MigrationError(f"{peer}: the session failed: {error}")
+            log.info("%s: the session failed: %s", peer, error)
+        finally:
+            with self._lock:
+                del self._sessions[session_id]
+                record = self._records.get(session_id)
+            if record is not None:
+                self._forget(session_id, record)
+            self.outcomes.put(outcome)
 
     def _make_record(self, session_id: bytes) -> DestinationRecord:
         journal = self._directory.create_journal(session_id, Side.DESTINATION)
@@ -293,28 +345,30 @@ class Listener:
         elif not session.check_token(preamble.token):
             _refuse(sock, PreambleStatus.BAD_TOKEN)
         else:
-            with sock:
-                sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
-                session.attach(sock, preamble.channel)
-
-    def _serve_query(self, sock: socket.socket, preamble: Preamble) -> None:
-        with sock:
             sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
-            encoder, decoder = FrameEncoder(), FrameDecoder()
+            session.attach(sock, preamble.channel)
 
-            def reply(message: Message) -> None:
-                try:
-                    sock.sendall(encoder.encode(message))
-                except OSError as error:
-                    raise ChannelError(f"query connection: {error}") from error
+    def _serve_query(self, sock: socket.socket, session_id: bytes) -> None:
+        deadline_s = time.monotonic() + STRANGER_TIMEOUT_S
+        sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
+        encoder, decoder = FrameEncoder(), FrameDecoder()
 
-            while True:
-                data = sock.recv(_READ_BYTES)
-                if not data:
-                    return
-                decoder.feed(data)
-                while (message := decoder.next_message()) is not None:
-                    self._answer(preamble.session_id, message, reply)
+        def reply(message: Message) -> None:
+            # The record may have been busy for long, with a resume(): that is not the peer's fault.
+            sock.settimeout(max(_REPLY_TIMEOUT_S, deadline_s - time.monotonic()))
+            try:
+                sock.sendall(encoder.encode(message))
+            except OSError as error:
+                raise ChannelError(f"query connection: {error}") from error
+
+        left_bytes = MAX_QUERY_BYTES
+        while data := receive_before(sock, left_bytes, deadline_s):
+            decoder.feed(data)
+            while (message := decoder.next_message()) is not None:
+                self._answer(session_id, message, reply)
+            left_bytes -= len(data)
+            if not left_bytes:
+                raise StreamError(f"query connection: received {MAX_QUERY_BYTES} bytes and more")
 
     def _answer(
         self, session_id: bytes, message: Message, reply: Callable[[Message], None]
@@ -346,13 +400,15 @@ class Listener:
                 session.cancel("the source asked on another connection: this session is over")
 
     def _forget(self, session_id: bytes, record: DestinationRecord) -> None:
+        """Let a record go that the table has ended, unless its session goes on."""
         if record.state is DestinationState.NO_RECORD:
             with self._lock:
-                if session_id not in self._sessions and session_id in self._records:
-                    del self._records[session_id]
-                    record.close()
+                if session_id in self._sessions or self._records.get(session_id) is not record:
+                    return
+                del self._records[session_id]
+            record.close()
 
 
 def _refuse(sock: socket.socket, status: PreambleStatus) -> None:
-    with sock:
+    with sock, contextlib.suppress(OSError):  # a peer that is gone needs no answer
         sock.sendall(PreambleReply(status).pack())
