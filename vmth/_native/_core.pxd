@@ -124,3 +124,44 @@ cdef extern from "vmth/packet.h" nogil:
                           const vmth_packet_limits *limits, vmth_packet_error *error)
     void vmth_ack_encode(const vmth_ack *ack, uint8_t *out)
     int vmth_ack_decode(const uint8_t *data, vmth_ack *ack, vmth_packet_error *error)
+
+
+cdef extern from "vmth/qemu_ram.h" nogil:
+    enum:
+        VMTH_QEMU_NAME_BYTES
+
+    struct vmth_qemu_run:
+        uint64_t page
+        uint64_t npages
+        uint64_t at
+        uint32_t stride
+        uint32_t nbytes
+        uint32_t block
+        uint32_t kind
+
+    struct vmth_qemu_blocks:
+        uint32_t page_bytes
+        uint32_t nblocks
+        const uint64_t *used_length
+        const uint8_t *names
+
+    struct vmth_qemu_parsed:
+        size_t nruns
+        size_t used
+        size_t need
+        uint64_t value
+        uint32_t stop
+
+    struct vmth_qemu_error:
+        const char *field
+        uint64_t received
+        uint64_t allowed
+
+    int vmth_qemu_ram_parse(const vmth_qemu_blocks *blocks, uint32_t *block, const uint8_t *data,
+                            size_t nbytes, vmth_qemu_run *out, size_t cap,
+                            vmth_qemu_parsed *parsed, vmth_qemu_error *error)
+    size_t vmth_qemu_ram_encoded_bytes(const vmth_qemu_blocks *blocks, uint32_t block,
+                                       const vmth_qemu_run *runs, size_t nruns, size_t nbytes)
+    void vmth_qemu_ram_encode(const vmth_qemu_blocks *blocks, uint32_t *block,
+                              const vmth_qemu_run *runs, size_t nruns, const uint8_t *data,
+                              uint8_t *out)
