@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 600
-PURE = ("vmth.wire", "vmth.policy")
+PURE = ("vmth.wire", "vmth.policy", "vmth.qemu.stream", "vmth.qemu.ram")
 #: Standard modules through which I/O, time, threads or chance could enter the pure layers.
 IMPURE = set(
     """asyncio builtins concurrent ctypes datetime fcntl io mmap multiprocessing os pathlib queue
@@ -27,6 +27,7 @@ NATIVE_FACES = (
     "vmth.dirty",
     "vmth.channel",
     "vmth.guests",
+    "vmth.qemu.ram",
     "vmth.qemu.relay",
     "vmth._native",
 )
@@ -137,6 +138,8 @@ def test_sources_keep_the_house_rules() -> None:
     [
         ("vmth.wire.x", "import socket", "is pure and imports socket"),
         ("vmth.wire.x", "def f():\n    from time import monotonic", "is pure and imports time"),
+        ("vmth.qemu.stream.x", "import socket", "is pure and imports socket"),
+        ("vmth.qemu.stream.x", "from vmth._native import _qemu", "is no native face"),
         ("vmth.policy.x", "import os.path", "is pure and imports os.path"),
         ("vmth.session", "from vmth._native import _xfer", "is no native face"),
         ("vmth.guest", "from vmth import journal", "(layer 1) imports vmth.journal (layer 2)"),
