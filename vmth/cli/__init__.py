@@ -14,6 +14,7 @@ import click
 from vmth import __version__
 from vmth.cli.answers import fail
 from vmth.cli.demo import demo
+from vmth.cli.inspect import inspect
 from vmth.cli.probe import probe
 from vmth.cli.recover import recover
 from vmth.cli.version import version
@@ -42,6 +43,7 @@ def cli() -> None:
 
 
 cli.add_command(demo)
+cli.add_command(inspect)
 cli.add_command(probe)
 cli.add_command(recover)
 cli.add_command(version)
