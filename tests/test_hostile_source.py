@@ -245,16 +245,17 @@ def test_pages_that_land_after_the_seal_are_found_at_the_grant(
     source = MemoryGuest(NPAGES, writing=False)
     source.resume()
     jobs: list[vmth.MigrationJob] = []
+    ready = threading.Event()
 
     def sneak() -> None:
+        ready.wait(5)
         sender = jobs[0]._session._sender
         assert sender is not None
         source.views[0][:8] = 99
         sender.send(0, 0, 1, np.array([1], dtype=np.uint64), 9)
         sender.barrier(9)
 
-    ready = threading.Event()
-    source.on_call["hold"] = lambda: (ready.wait(5), sneak())[1]
+    source.on_call["hold"] = sneak
     options = MigrateOptions(state_dir=tmp_path / "s")
     jobs.append(vmth.start_migration(source, stage.listener.endpoint.display, options))
     ready.set()
