@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <climits>
+#include <thread>
 
 #include "sys/sock_options.h"
 
@@ -15,6 +17,7 @@ namespace vmth {
 namespace {
 
 constexpr size_t max_vectors = IOV_MAX;
+constexpr std::chrono::milliseconds error_queue_pause{1};
 
 }  // namespace
 
@@ -78,7 +81,7 @@ bool Channel::read_vec(iovec *iov, size_t count, const std::function<void()> &be
                 before_block();
                 ask = false;
             } else {
-                wait(POLLIN, -1);
+                wait_readable();
             }
         } else if (errno != EINTR) {
             throw system_error(name_ + ": receive", errno);
@@ -129,6 +132,16 @@ short Channel::wait(short events, int timeout_ms)
         throw system_error(name_ + ": poll", errno);
     }
     return ready > 0 ? entry.revents : static_cast<short>(0);
+}
+
+// Zero-copy completions in the error queue raise POLLERR until the sending thread takes them, so a
+// reader that only asked poll() again would spin.
+void Channel::wait_readable()
+{
+    short got = wait(POLLIN, -1);
+    if ((got & POLLERR) != 0 && (got & (POLLIN | POLLHUP)) == 0) {
+        std::this_thread::sleep_for(error_queue_pause);
+    }
 }
 
 void Channel::shutdown() noexcept

@@ -50,6 +50,8 @@ public:
     void shutdown_read() noexcept;  // wakes a blocked read only
 
 private:
+    void wait_readable();
+
     UniqueFd fd_;
     unsigned index_;
     const vmth_sock_ops *ops_;

@@ -134,6 +134,9 @@ void SenderChannel::send_batch(Batch &batch)
 
 void SenderChannel::send_packet()
 {
+    if (completions_.outstanding > 0) {
+        reap();  // of earlier packets, also after zero-copy was switched off
+    }
     std::vector<iovec> &payload = builder_.payload();
     if (worth_zerocopy(builder_.payload_bytes())) {
         // The header's buffer is reused at once, so it goes by copy.
