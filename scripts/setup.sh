@@ -60,6 +60,9 @@ missing_packages() {
     command -v make >/dev/null || printf 'make '
     python_has_venv "$python" || printf 'python3-venv '
     python_has_headers "$python" || printf 'python3-dev '
+    # Only the tests need it; they set this before vmth_setup.
+    [ -z "${VMTH_NEEDS_QEMU:-}" ] || command -v qemu-system-x86_64 >/dev/null \
+        || printf 'qemu-system-x86 '
 }
 
 # Install the packages named, by apt as root or by sudo without a password.

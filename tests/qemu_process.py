@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real QEMU for the tests: paused, without devices of its own, driven by QMP over a socket.
+
+Nothing is installed here. ``VMTH_QEMU_SRC`` and ``VMTH_QEMU_DST`` name other binaries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+MEMORY_BYTES = 64 << 20
+TIMEOUT_S = 60
+RAM_ID = "pc.ram"
+
+
+def qemu_binary(side: str) -> str:
+    """Of ``SRC`` or ``DST``; the test fails where there is none."""
+    name = os.environ.get(f"VMTH_QEMU_{side}", "qemu-system-x86_64")
+    found = shutil.which(name)
+    if found is None:
+        pytest.fail(f"{name} is not installed: apt-get install qemu-system-x86")
+    return found
+
+
+class Qemu:
+    """One QEMU whose RAM is the file ``memory``; leaving the context ends the process."""
+
+    def __init__(self, folder: Path, side: str, *arguments: str, machine: str = "q35") -> None:
+        self.memory = folder / f"{side}.ram"
+        with self.memory.open("wb") as file:
+            file.truncate(MEMORY_BYTES)
+        self._socket = folder / f"{side}.qmp"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self._socket))
+        listener.listen(1)
+        listener.settimeout(TIMEOUT_S)
+        backend = f"memory-backend-file,id={RAM_ID},size={MEMORY_BYTES},share=on"
+        self._process = subprocess.Popen(
+            [
+                *(qemu_binary(side), "-S", "-display", "none", "-nodefaults", "-accel", "tcg"),
+                *("-machine", f"{machine},memory-backend={RAM_ID}"),
+                *("-m", f"{MEMORY_BYTES >> 20}M", "-object", f"{backend},mem-path={self.memory}"),
+                *("-chardev", f"socket,id=qmp,path={self._socket}", "-mon", "qmp,mode=control"),
+                *arguments,
+            ]
+        )
+        with listener:
+            self._connection, _ = listener.accept()
+        self._connection.settimeout(TIMEOUT_S)
+        self._lines = self._connection.makefile("rb")
+        self._lines.readline()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        request = {"execute": command, "arguments": arguments}
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            answer = self._read()
+            if "error" in answer:
+                raise AssertionError(f"{command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def _read(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        assert line, "QEMU closed its QMP socket"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def capabilities(self, *names: str) -> None:
+        self.execute(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": name, "state": True} for name in names],
+        )
+
+    def wait_migrated(self) -> None:
+        """Until QEMU reports ``completed``; needs the capability ``events``."""
+        while True:
+            answer = self._read()
+            if answer.get("event") == "MIGRATION":
+                status = answer["data"]["status"]
+                assert status != "failed", self.execute("query-migrate")
+                if status == "completed":
+                    return
+
+    def status(self) -> str:
+        status: str = self.execute("query-status")["status"]
+        return status
+
+    def __enter__(self) -> Qemu:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lines.close()
+        self._connection.close()
+        self._process.kill()
+        self._process.wait(TIMEOUT_S)
+
+
+def accept_all(listener: socket.socket, count: int) -> list[bytearray]:
+    """What ``count`` connections send until they close, in the order in which they connected."""
+    listener.settimeout(TIMEOUT_S)
+    received: list[bytearray] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        closed = 0
+        while closed < count:
+            ready = selector.select(TIMEOUT_S)
+            assert ready, "QEMU sends nothing"
+            for key, _ in ready:
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    received.append(bytearray())
+                    selector.register(connection, selectors.EVENT_READ, received[-1])
+                    continue
+                assert isinstance(key.fileobj, socket.socket)
+                data = key.fileobj.recv(1 << 20)
+                key.data.extend(data)
+                if not data:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    closed += 1
+    return received
+
+
+def fill(path: Path, pieces: Sequence[tuple[int, bytes]]) -> None:
+    """Write guest memory from outside, through its shared file."""
+    with path.open("r+b") as file:
+        for offset, data in pieces:
+            file.seek(offset)
+            file.write(data)
