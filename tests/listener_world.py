@@ -132,9 +132,9 @@ class Stranger:
                 pass
         return True
 
-    def begin(self, session_id: bytes, channels: int = 1, npages: int = 1) -> Accept:
+    def begin(self, session_id: bytes, channels: int = 1, *, digest: bool = True) -> Accept:
         assert self.status(Role.CONTROL, session_id) is PreambleStatus.OK
-        self.say(offer(session_id, channels, npages))
+        self.say(offer(session_id, channels, digest))
         accept = self.hear()
         assert isinstance(accept, Accept)
         return accept
@@ -151,6 +151,7 @@ class Stranger:
         self.sock.close()
 
 
-def offer(session_id: bytes, channels: int = 1, npages: int = 1) -> Offer:
-    blocks = [RamBlock("ram", npages * PAGE, Gpa(0), Mapping(fd=0))]
-    return make_offer(session_id, 7, blocks, MigrateOptions(channels=channels), {})
+def offer(session_id: bytes, channels: int, digest: bool) -> Offer:
+    """Of a guest of one page."""
+    blocks = [RamBlock("ram", PAGE, Gpa(0), Mapping(fd=0))]
+    return make_offer(session_id, 7, blocks, MigrateOptions(channels=channels, digest=digest), {})

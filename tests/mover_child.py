@@ -32,8 +32,13 @@ LINGER_S = 60.0
 
 
 def die_at(record: type[SourceRecord] | type[DestinationRecord], step: str, when: str) -> None:
-    """Wrap the one place where actions are executed."""
-    execute: Any = record._do
+    """Wrap the places where actions are executed; a destination sends when all else is done."""
+    for place in ("_do", "_tell") if record is DestinationRecord else ("_do",):
+        _die_in(record, place, step, when)
+
+
+def _die_in(record: type, place: str, step: str, when: str) -> None:
+    execute: Any = getattr(record, place)
 
     def wrapped(self: object, action: Action, *rest: object) -> object:
         if action.value == step and when == "before":
@@ -43,7 +48,7 @@ def die_at(record: type[SourceRecord] | type[DestinationRecord], step: str, when
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    record._do = wrapped  # type: ignore[method-assign,assignment]
+    setattr(record, place, wrapped)
 
 
 def source(holder: str, uri: str, state_dir: str, step: str, when: str) -> None:

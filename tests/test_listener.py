@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,28 @@ from waiting import wait_until
 import vmth
 from vmth import listener as listener_module
 from vmth.channel.sockets import LinkOptions
+from vmth.destination_record import DestinationRecord
 from vmth.errors import ChannelError, MigrationError, UsageError
 from vmth.journal import JournalError, Side, StateDirectory
+from vmth.source_session import SourceSession
 from vmth.wire.framing import Preamble, PreambleStatus
 from vmth.wire.handover import Record
-from vmth.wire.messages import PROTOCOL_VERSION, Role
+from vmth.wire.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    AbortCode,
+    Answer,
+    AnswerState,
+    Paused,
+    Query,
+    Role,
+    Seal,
+    Sealed,
+    State,
+)
 
 SESSION = b"s" * 16
+LARGE = random.Random(0).randbytes(700_000)  # what a MemoryGuest that never wrote sends
 
 
 @pytest.fixture
@@ -172,10 +189,10 @@ def test_a_thread_that_does_not_start_costs_one_connection(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with monkeypatch.context() as broken, Stranger(listener) as stranger:
+    with monkeypatch.context() as broken:
         broken.setattr(threading.Thread, "start", fail_once)
-        stranger.preamble(Role.QUERY, SESSION)
-        assert stranger.ends()
+        with Stranger(listener) as stranger:
+            assert stranger.ends()
     assert failed
     world.moves(listener)
 
@@ -190,9 +207,10 @@ def test_a_link_option_that_the_kernel_refuses_costs_one_connection(
         calls.append(1)
         raise ChannelError("link options: no")
 
-    with monkeypatch.context() as broken, Stranger(listener) as stranger:
+    with monkeypatch.context() as broken:
         broken.setattr("vmth.channel.sockets.set_link_options", refuse)
-        assert stranger.ends()
+        with Stranger(listener) as stranger:
+            assert stranger.ends()
     assert calls
     world.moves(listener)
 
@@ -251,6 +269,161 @@ def test_a_session_beyond_the_bound_is_busy(world: World) -> None:
         assert second.status(Role.CONTROL, b"t" * 16) is PreambleStatus.BUSY
     assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
     world.moves(listener)
+
+
+# -- what is remembered ----------------------------------------------------------------------------
+
+
+def _seal(stranger: Stranger) -> None:
+    """A guest of one page that is a hole, without pages sent and without a digest."""
+    stranger.say(Paused(0, False))
+    stranger.say(State("counter", 1, 0, bytes(8), True))
+    for name, version, data in (("empty", 3, b""), ("large", 2, LARGE)):
+        stranger.say(State(name, version, 0, data, True))
+    everything = bytes(8) + LARGE
+    stranger.say(Seal(0, 0, 0, 3, len(everything), zlib.crc32(everything)))
+    assert isinstance(stranger.hear(), Sealed)
+
+
+def test_fenced_offers_leave_nothing_behind(world: World) -> None:
+    listener = world.listen()
+    before = open_files()
+    for _ in range(20):
+        session_id = secrets.token_bytes(16)
+        with Stranger(listener) as source, Stranger(listener) as asker:
+            accept = source.begin(session_id)
+            assert asker.status(Role.QUERY, session_id) is PreambleStatus.OK
+            asker.say(Query(session_id, accept.receiver_id))
+            answer = asker.hear()
+            assert isinstance(answer, Answer)
+            assert answer.state == AnswerState.ABORTED
+            assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
+        while world.made:
+            guest = world.made.pop()
+            assert guest.released
+            assert guest.calls.count("release") == 1
+            guest.close()
+    wait_until(lambda: open_files() == before)
+    assert listener.states() == {}
+    assert list((world.tmp_path / "destination").glob("*.destination")) == []
+    world.moves(listener)
+
+
+def test_aborted_sessions_hold_no_descriptor_and_are_bounded(world: World) -> None:
+    listener = world.listen(max_records=5)
+    before = open_files()
+    for number in range(5):
+        with Stranger(listener) as source:
+            source.begin(bytes([number + 1]) * 16, digest=False)
+            _seal(source)
+        assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
+        world.made.pop().close()
+    assert list(listener.states().values()) == ["aborted"] * 5
+    wait_until(lambda: open_files() == before)
+    with Stranger(listener) as source:
+        assert source.status(Role.CONTROL, SESSION) is PreambleStatus.BUSY
+    # The source of one of them gives it back: there is room again.
+    with Stranger(listener) as source:
+        assert source.status(Role.QUERY, b"\x03" * 16) is PreambleStatus.OK
+        source.say(Abort(AbortCode.FAILED, "it runs here"))
+        assert source.ends()
+    assert len(listener.states()) == 4
+    world.moves(listener)
+
+
+def test_records_are_remembered_over_a_restart_and_can_then_be_given_back(world: World) -> None:
+    listener = world.listen()
+    with Stranger(listener) as source:
+        source.begin(SESSION, digest=False)
+        _seal(source)
+    listener.outcomes.get(timeout=5)
+    listener.close()
+    again = world.listen()
+    assert again.states() == {SESSION.hex(): "aborted"}
+    with Stranger(again) as source:
+        assert source.status(Role.QUERY, SESSION) is PreambleStatus.OK
+        source.say(Abort(AbortCode.FAILED, "it runs here"))
+        assert source.ends()
+    assert again.states() == {}
+    world.moves(again)
+
+
+def test_an_abort_by_query_ends_a_session_that_goes_on(world: World) -> None:
+    listener = world.listen()
+    with Stranger(listener) as source, Stranger(listener) as other:
+        source.begin(SESSION)
+        assert other.status(Role.QUERY, SESSION) is PreambleStatus.OK
+        other.say(Abort(AbortCode.CANCELLED, "enough"))
+        assert other.ends()
+        assert source.ends()
+        assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
+    assert world.made[-1].calls == ["release"]
+    assert listener.states() == {}
+    world.moves(listener)
+
+
+def test_aborted_is_answered_on_the_control_connection(world: World) -> None:
+    """resume() raised: the source says Abort to Aborted, and the destination hears it."""
+    listener = world.listen()
+    world.prepare = lambda guest: guest.fail.update(resume=OSError("no vCPU"))
+    source = world.guest()
+    source.resume()
+    with pytest.raises(MigrationError):
+        vmth.migrate(source, listener.endpoint.display, world.options())
+    listener.outcomes.get(timeout=5)
+    assert source.running
+    assert listener.states() == {}
+    world.prepare = lambda guest: None
+    world.moves(listener)
+
+
+def test_a_connection_lost_after_the_seal_is_given_back_on_another(world: World) -> None:
+    listener = world.listen()
+    source = world.guest()
+    source.resume()
+    lost: list[str] = []
+
+    def lose(session: SourceSession) -> None:
+        assert session._control is not None
+        session._control._sock.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: "aborted" in listener.states().values())
+        lost.append("the control connection")
+
+    job = vmth.start_migration(source, listener.endpoint.display, world.options())
+    source.on_call["hold"] = lambda: lose(job._session)
+    source.fail["hold"] = OSError("the control connection is gone")
+    with pytest.raises(MigrationError):
+        job.wait(20)
+    assert lost
+    assert source.running
+    assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
+    wait_until(lambda: listener.states() == {})
+    world.moves(listener)
+
+
+def test_a_peer_that_does_not_read_delays_nobody(world: World) -> None:
+    """Replies are sent after the record's lock was let go."""
+    directory = world.resources.enter_context(StateDirectory(world.tmp_path / "records"))
+    journal = directory.create_journal(SESSION, Side.DESTINATION)
+    record = DestinationRecord(SESSION, directory.receiver_id, journal)
+    stuck, free = threading.Event(), threading.Event()
+
+    def send(_: object) -> None:
+        stuck.set()
+        assert free.wait(60)
+
+    query = Query(SESSION, directory.receiver_id)
+    slow = threading.Thread(target=record.answer, args=(query, send))
+    slow.start()
+    assert stuck.wait(60)
+    answers: list[object] = []
+    other = threading.Thread(target=record.answer, args=(query, answers.append))
+    other.start()
+    wait_until(lambda: len(answers) == 1)
+    free.set()
+    slow.join()
+    other.join()
+    journal.remove()
 
 
 # -- where it listens ------------------------------------------------------------------------------

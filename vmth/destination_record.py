@@ -45,6 +45,10 @@ __all__ = ["DestinationRecord", "Outgoing"]
 log = logging.getLogger(__name__)
 
 Send = Callable[[Message], None]
+_Unsent = tuple[Action, Send, Message]
+
+#: No row of these states appends to the journal.
+_SETTLED = (DestinationState.ABORTED, DestinationState.RUNNING, DestinationState.IN_DOUBT)
 
 
 @dataclass(slots=True)
@@ -80,6 +84,8 @@ class DestinationRecord:
         self._lock = threading.RLock()
         self._owner: threading.Thread | None = None
         self._discard_due = False
+        #: A grant may have been given, as far as one knows here; a restart cannot tell
+        self.sealed_said = state is not DestinationState.NO_RECORD
         #: RUNNING was reached in this process: the guest is nobody's to discard any more
         self.started_here = False
 
@@ -95,12 +101,32 @@ class DestinationRecord:
         """Take a transition and carry it out. ``reply`` is the connection that brought the event.
         Raises StreamError for an event of the peer's that the state does not allow, and what a
         journal write raised after taking the transition back."""
-        with self._lock:
-            for action in self._handover.on(event):
-                outcome = self._do(action, reply or self.send, reply)
-                self.started_here = self.started_here or self.runs_here
-                if outcome is not None:
-                    self.apply(outcome, reply)
+        unsent: list[_Unsent] = []
+        try:
+            with self._lock:
+                self._carry_out(event, reply, unsent)
+                if self.state in _SETTLED:
+                    self._journal.close()  # nothing is appended now; remove() works all the same
+        finally:
+            # Not under the lock: a peer that does not read holds up nobody but itself.
+            for action, send, message in unsent:
+                self._tell(action, send, message)
+
+    def _carry_out(
+        self, event: DestinationEvent, reply: Send | None, unsent: list[_Unsent]
+    ) -> None:
+        for action in self._handover.on(event):
+            message = self._message(action)
+            self.sealed_said = self.sealed_said or action is Action.SEND_SEALED
+            if message is not None:
+                to = reply or (None if action.name.startswith("ANSWER_") else self.send)
+                if to is not None:
+                    unsent.append((action, to, message))
+                continue
+            outcome = self._do(action)
+            self.started_here = self.started_here or self.runs_here
+            if outcome is not None:
+                self._carry_out(outcome, reply, unsent)
 
     def own_guest(self, guest: Guest) -> None:
         """From now on the calling thread alone calls the guest, until ``disown()``."""
@@ -125,12 +151,17 @@ class DestinationRecord:
                 self._discard()
 
     def disown(self) -> None:
-        """The session thread ends: carry out a discard that a query decided meanwhile."""
+        """The session thread ends: carry out a discard that a query decided meanwhile. Where Sealed
+        was never said no grant can have been given: a fence is then as good as the source's Abort,
+        and nothing needs to be remembered."""
         with self._lock:
             self._owner = None
             if self._discard_due:
                 self._discard_due = False
                 self._discard()
+            unneeded = self.state is DestinationState.ABORTED and not self.sealed_said
+        if unneeded:
+            self.apply(DestinationEvent.PEER_ABORT)
 
     def close(self) -> None:
         """Let the journal's file go; its records stay. Idempotent."""
@@ -143,7 +174,7 @@ class DestinationRecord:
 
     # -- actions -----------------------------------------------------------------------------------
 
-    def _do(self, action: Action, send: Send | None, reply: Send | None) -> DestinationEvent | None:
+    def _do(self, action: Action) -> DestinationEvent | None:
         if action.record is not None:
             try:
                 self._journal.append(action.record, self.receiver_id, self._detail())
@@ -165,10 +196,8 @@ class DestinationRecord:
                 "source stays paused until an operator decides",
                 self.session_id.hex(),
             )
-        elif action.name.startswith("ANSWER_"):
-            self._tell(reply, self._answer(AnswerState[action.name.removeprefix("ANSWER_")]))
         else:
-            self._tell(send, self._message(action))
+            raise AssertionError(f"nothing done for {action}")
         return None
 
     def _forget(self) -> None:
@@ -218,33 +247,33 @@ class DestinationRecord:
         self.guest = None
 
     def _message(self, action: Action) -> Message | None:
+        """What an action sends; None for one that sends nothing."""
         outgoing = self.outgoing
+        reason = outgoing.reason[:1024]
         if action is Action.SEND_ACCEPT:
-            return outgoing.accept
+            return _filled_in(outgoing.accept)
         if action is Action.SEND_SEALED:
-            return outgoing.sealed
+            return _filled_in(outgoing.sealed)
         if action is Action.SEND_MISMATCH:
-            return outgoing.mismatch
+            return _filled_in(outgoing.mismatch)
         if action is Action.SEND_RUNNING:
             return Running(time.time_ns())
         if action is Action.SEND_ABORTED:
-            return Aborted(self.receiver_id, outgoing.reason[:1024])
+            return Aborted(self.receiver_id, reason)
         if action is Action.SEND_RELEASED_SEEN:
             return ReleasedSeen()
         if action is Action.SEND_ABORT:
-            return Abort(outgoing.code, outgoing.reason[:1024])
-        raise AssertionError(f"no message for {action}")
+            return Abort(outgoing.code, reason)
+        if action.name.startswith("ANSWER_"):
+            state = AnswerState[action.name.removeprefix("ANSWER_")]
+            return Answer(self.session_id, self.receiver_id, state, reason)
+        return None
 
-    def _answer(self, state: AnswerState) -> Answer:
-        return Answer(self.session_id, self.receiver_id, state, self.outgoing.reason[:1024])
-
-    def _tell(self, send: Send | None, message: Message | None) -> None:
-        if send is None or message is None:
-            return
+    def _tell(self, action: Action, send: Send, message: Message) -> None:
         try:
             send(message)
         except VmthError as error:  # a lost message: the tables are safe against it
-            log.info("session %s: %s not sent: %s", self.session_id.hex(), message, error)
+            log.info("session %s: '%s' failed: %s", self.session_id.hex(), action.value, error)
 
     def _detail(self) -> dict[str, str]:
         detail = {"was_running": str(int(self.was_running))}
@@ -252,3 +281,8 @@ class DestinationRecord:
         if guest is not None and isinstance(guest, CanDescribe):
             detail |= {f"guest.{key}": value for key, value in guest.describe().items()}
         return detail
+
+
+def _filled_in(message: Message | None) -> Message:
+    assert message is not None, "the session fills it in before it feeds the event"
+    return message

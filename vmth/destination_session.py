@@ -14,6 +14,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,9 @@ from vmth.wire.messages import (
 __all__ = ["DestinationSession", "ReceiveResult"]
 
 log = logging.getLogger(__name__)
+
+#: How long the source's answer to Aborted is waited for; it only lets the record go.
+ABORT_TIMEOUT_S = 2.0
 
 MakeGuest = Callable[[Incoming], Guest]
 
@@ -412,7 +416,20 @@ class DestinationSession:
         if record.may_run:
             return InDoubtError(f"{outcome}; the guest may run here: it was being started")
         record.discard()
+        if record.sealed_said and not lost:
+            self._hear_abort(record)
         return outcome
+
+    def _hear_abort(self, record: DestinationRecord) -> None:
+        """Aborted was said. The source answers that it keeps the guest: then the record may go."""
+        deadline = time.monotonic() + ABORT_TIMEOUT_S
+        try:
+            while record.state is DestinationState.ABORTED:
+                message = self._control.receive(max(0.001, deadline - time.monotonic()))
+                if isinstance(message, Abort):
+                    record.apply(DestinationEvent.PEER_ABORT)
+        except VmthError as error:
+            log.info("%s: the record stays until the source is heard: %s", self.peer, error)
 
     def _discard_unrecorded(self, outcome: MigrationError) -> None:
         """Before the record began: nothing is promised."""

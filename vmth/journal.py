@@ -215,6 +215,7 @@ class Journal:
         self.session_id = session_id
         self.side = side
         self._fd = fd
+        self._removed = False
         self._entries = entries
         self._ops = ops
 
@@ -268,16 +269,18 @@ class Journal:
         return entry
 
     def remove(self) -> None:
-        """Forget the session: delete the file, durably, and close. Idempotent. JournalError if that
-        cannot be made durable; the file may then be gone or not."""
-        if self._fd >= 0:
+        """Forget the session: delete the file, durably, and close. Also after ``close()``, for an
+        owner who knows that nobody has opened it since. Idempotent. JournalError if that cannot be
+        made durable; the file may then be gone or not."""
+        if not self._removed:
             with _as_journal_error(self.path):
                 self.path.unlink(missing_ok=True)
                 _fsync_directory(self.path.parent, self._ops)
+            self._removed = True
             self.close()
 
     def close(self) -> None:
-        """Let go of the file and its lock; the records stay. Idempotent."""
+        """Let go of the file and its lock; the records stay, none can be appended. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

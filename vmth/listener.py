@@ -44,6 +44,7 @@ from vmth.wire.handover import (
 )
 from vmth.wire.messages import (
     PROTOCOL_VERSION,
+    Abort,
     Answer,
     AnswerState,
     Message,
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 MAX_UNKNOWN = 64
 #: What such a connection has for its preamble, and again for its queries, however it dribbles.
 STRANGER_TIMEOUT_S = 5.0
-#: All that a query connection may say: two messages of some ten bytes, or an Abort and its reason.
+#: All that a query connection may say: two messages of some ten bytes and an Abort with its reason.
 MAX_QUERY_BYTES = 8192
 _REPLY_TIMEOUT_S = 1.0
 
@@ -302,7 +303,11 @@ class Listener:
         session_id = preamble.session_id
         with self._lock:
             known = session_id in self._records or session_id in self._sessions
-            if known or self._closing or len(self._sessions) >= self._options.max_sessions:
+            full = (
+                len(self._sessions) >= self._options.max_sessions
+                or len(self._records) >= self._options.max_records
+            )
+            if known or full or self._closing:
                 session = None
             else:
                 session = self._sessions[session_id] = DestinationSession(
@@ -365,6 +370,9 @@ class Listener:
         while data := receive_before(sock, left_bytes, deadline_s):
             decoder.feed(data)
             while (message := decoder.next_message()) is not None:
+                if isinstance(message, Abort):
+                    self._give_back(session_id)
+                    return  # closing is the answer
                 self._answer(session_id, message, reply)
             left_bytes -= len(data)
             if not left_bytes:
@@ -389,11 +397,22 @@ class Listener:
                 record.apply(DestinationEvent.RELEASED, reply)
                 self._forget(session_id, record)
         else:
-            raise StreamError(f"received {type(message).__name__}, allowed Query or Released")
+            raise StreamError(
+                f"received {type(message).__name__}, allowed Query, Released or Abort"
+            )
+
+    def _give_back(self, session_id: bytes) -> None:
+        """The source keeps the guest: what was remembered for its queries may go."""
+        with self._lock:
+            record = self._records.get(session_id)
+        if record is not None:
+            record.apply(DestinationEvent.PEER_ABORT)
+            self._end_session(session_id, record)
+            self._forget(session_id, record)
 
     def _end_session(self, session_id: bytes, record: DestinationRecord) -> None:
         """A query may have fenced a session that is still going on: it is over then."""
-        if record.state is DestinationState.ABORTED:
+        if record.state in (DestinationState.ABORTED, DestinationState.NO_RECORD):
             with self._lock:
                 session = self._sessions.get(session_id)
             if session is not None:

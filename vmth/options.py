@@ -59,6 +59,7 @@ class ReceiveOptions:
 
     insecure: bool = False
     max_sessions: int = 8
+    max_records: int = 1024  #: sessions that must be remembered; beyond it new ones are refused
     max_memory_bytes: int = 0  #: of one session's guest; 0: what make_guest allows
     peer_timeout_s: float = 10.0
     state_dir: Path | None = None
@@ -67,6 +68,8 @@ class ReceiveOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.max_sessions <= 1024:
             raise UsageError(f"max_sessions: received {self.max_sessions}, allowed 1 to 1024")
+        if self.max_records < 1:
+            raise UsageError(f"max_records: received {self.max_records}, allowed 1 and more")
 
 
 def check_plaintext(endpoint: Endpoint, insecure: bool) -> str | None:

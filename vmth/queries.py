@@ -15,9 +15,9 @@ from vmth.source_record import SourceRecord
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.framing import FrameDecoder, FrameEncoder, Preamble
 from vmth.wire.handover import SourceEvent, SourceState
-from vmth.wire.messages import Answer, Message, Query, Released, ReleasedSeen, Role
+from vmth.wire.messages import Abort, Answer, Message, Query, Released, ReleasedSeen, Role
 
-__all__ = ["ask_destination", "settle", "tell_released"]
+__all__ = ["ask_destination", "settle", "tell_kept", "tell_released"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,12 @@ def tell_released(
 ) -> Message | None:
     """Say Released on a connection of its own; ReleasedSeen, or None."""
     return _exchange(endpoint, options, session_id, Released())
+
+
+def tell_kept(endpoint: Endpoint, options: LinkOptions, session_id: bytes, abort: Abort) -> None:
+    """Say on a connection of its own that the guest stays here, so that the destination need not
+    remember that it will never run it. Tried once: without it only a record stays there."""
+    _exchange(endpoint, options, session_id, abort)  # no answer: the destination closes
 
 
 def _exchange(

@@ -17,11 +17,12 @@ from vmth.channel.sockets import LinkOptions
 from vmth.errors import GuestError, InDoubtError, MigrationError, VmthError
 from vmth.guest import CanClose, DirtySource, Guest, StateStream
 from vmth.journal import Entry, Journal, Side, StateDirectory, default_state_dir
-from vmth.queries import ask_destination, settle, tell_released
+from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.source_record import SourceRecord
 from vmth.types import RamBlock
 from vmth.uri import parse_endpoint
 from vmth.wire.handover import SourceEvent, SourceState, source_state_after_restart
+from vmth.wire.messages import Abort, AbortCode
 
 __all__ = ["Recovered", "recover"]
 
@@ -118,6 +119,8 @@ def _settle_guest(
         note = str(error)  # the record stays
     except MigrationError:
         pass  # settled: the guest came back, which _NOTES says
+    if record.state is SourceState.KEPT and not note:
+        tell_kept(endpoint, link, last.session_id, Abort(AbortCode.FAILED, "recovered"))
     return Recovered(
         last.session_id.hex(),
         peer,

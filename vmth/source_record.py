@@ -58,6 +58,7 @@ class SourceRecord:
         self.send: Callable[[Message], None] | None = None
         self.query: Callable[[], Message | None] | None = None
         self.tell_released: Callable[[], Message | None] | None = None
+        self.tell_kept: Callable[[Abort], None] | None = None
         self.before_release: Callable[[], None] | None = None  #: must not raise
         self.query_due = False
         self.operator_told = False
@@ -125,6 +126,8 @@ class SourceRecord:
             self.operator_told = True
         elif action is Action.SEND_RELEASED:
             self._tell_released()
+        elif action is Action.SEND_ABORT:
+            self._tell_kept()
         else:
             self._tell(self._message(action))
 
@@ -155,17 +158,25 @@ class SourceRecord:
             return self.seal
         if action is Action.SEND_GRANT:
             return Grant(self.receiver_id)
-        if action is Action.SEND_ABORT:
-            return Abort(self.abort_code, self.abort_reason[:1024])
         raise AssertionError(f"no message for {action}")
 
-    def _tell(self, message: Message | None) -> None:
+    def _tell(self, message: Message | None) -> bool:
+        """Over the control connection; True if it took the message."""
         if self.send is None or message is None:
-            return
+            return False
         try:
             self.send(message)
         except VmthError as error:  # a lost message: the tables are safe against it
             log.info("session %s: %s not sent: %s", self.session_id.hex(), message, error)
+            return False
+        return True
+
+    def _tell_kept(self) -> None:
+        """Without a control connection, on one of its own. Before the seal that is not needed: a
+        destination that has not said Sealed forgets by itself."""
+        abort = Abort(self.abort_code, self.abort_reason[:1024])
+        if not self._tell(abort) and self.seal is not None and self.tell_kept is not None:
+            self.tell_kept(abort)
 
     def _tell_released(self) -> None:
         """Over the control connection; without one, on a connection of its own."""

@@ -52,7 +52,7 @@ from vmth.memory import MappedBlock, map_blocks
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.standard import StandardPolicy
 from vmth.precopy import FinalPass, PreCopy
-from vmth.queries import ask_destination, settle, tell_released
+from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord
 from vmth.state_streams import StateSender
@@ -254,6 +254,9 @@ class SourceSession:
         record.send = self._control.send
         record.query = self._query
         record.tell_released = self._tell_released
+        record.tell_kept = lambda abort: tell_kept(
+            self._endpoint, self._options.link, self.session_id, abort
+        )
         record.before_release = self._stop_tracking
         self._record = record
         try:
