@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ import vmth
 from vmth import listener as listener_module
 from vmth.channel.sockets import LinkOptions
 from vmth.destination_record import DestinationRecord
+from vmth.destination_session import ReceiveResult
 from vmth.errors import ChannelError, MigrationError, UsageError
 from vmth.journal import JournalError, Side, StateDirectory
+from vmth.options import ReceiveOptions
 from vmth.source_session import SourceSession
 from vmth.wire.framing import Preamble, PreambleStatus
 from vmth.wire.handover import Record
@@ -34,9 +37,13 @@ from vmth.wire.messages import (
     AbortCode,
     Answer,
     AnswerState,
+    Grant,
     Paused,
     Query,
+    Released,
+    ReleasedSeen,
     Role,
+    Running,
     Seal,
     Sealed,
     State,
@@ -424,6 +431,69 @@ def test_a_peer_that_does_not_read_delays_nobody(world: World) -> None:
     slow.join()
     other.join()
     journal.remove()
+
+
+def _receive(world: World, **options: Any) -> tuple[threading.Thread, Any, list[ReceiveResult]]:
+    """vmth.receive() in a thread, its place for a Stranger, and what it will have returned."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    arrived: list[ReceiveResult] = []
+    chosen = ReceiveOptions(state_dir=world.tmp_path / "destination", **options)
+    thread = threading.Thread(
+        target=lambda: arrived.append(
+            vmth.receive(f"tcp:127.0.0.1:{port}", world.make_guest, chosen)
+        )
+    )
+    thread.start()
+    place: Any = SimpleNamespace(endpoint=SimpleNamespace(port=port))
+
+    def listens() -> bool:
+        with contextlib.suppress(ConnectionRefusedError), Stranger(place):
+            return True
+        return False
+
+    wait_until(listens)
+    return thread, place, arrived
+
+
+def _move_and_vanish(place: Any) -> bytes:
+    """A source that is gone right after Running. Returns the receiver's id."""
+    with Stranger(place) as source:
+        accept = source.begin(SESSION, digest=False)
+        _seal(source)
+        source.say(Grant(accept.receiver_id))
+        assert isinstance(source.hear(), Running)
+        return accept.receiver_id
+
+
+def test_receive_answers_a_source_that_lost_its_connection(world: World) -> None:
+    thread, place, arrived = _receive(world)
+    receiver_id = _move_and_vanish(place)
+    with Stranger(place) as asker:
+        assert asker.status(Role.QUERY, SESSION) is PreambleStatus.OK
+        asker.say(Query(SESSION, receiver_id))
+        answer = asker.hear()
+        assert isinstance(answer, Answer)
+        assert answer.state == AnswerState.RUNNING
+        assert arrived == []
+        asker.say(Released())
+        assert isinstance(asker.hear(), ReleasedSeen)
+    thread.join(60)
+    assert [one.session_id for one in arrived] == [SESSION.hex()]
+    world.moves(world.listen())
+
+
+def test_receive_says_when_the_source_was_not_heard(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread, place, arrived = _receive(world, linger_s=0.01)
+    _move_and_vanish(place)
+    thread.join(60)
+    assert len(arrived) == 1
+    assert "may stay in doubt" in caplog.text
+    again = world.listen()
+    assert again.states() == {SESSION.hex(): "running"}
+    world.moves(again)
 
 
 # -- where it listens ------------------------------------------------------------------------------

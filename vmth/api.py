@@ -7,6 +7,7 @@ vmth.migrate(guest, "tcp:host:4444")            vmth.receive("tcp:0.0.0.0:4444",
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vmth.destination_session import MakeGuest, ReceiveResult
@@ -19,6 +20,8 @@ from vmth.stats import MigrationResult
 from vmth.uri import parse_endpoint
 
 __all__ = ["migrate", "receive", "start_migration"]
+
+log = logging.getLogger(__name__)
 
 
 def start_migration(
@@ -63,7 +66,10 @@ def receive(
     /,
     **changes: Any,
 ) -> ReceiveResult:
-    """Listen at ``uri``, take in one guest and return when it is here; the listener is closed then.
+    """Listen at ``uri``, take in one guest and return when it is here and the source knows; the
+    listener is closed then. A source that lost its connection asks again on another one: it is
+    answered for up to ``linger_s``, while the guest runs already. After that a warning is logged,
+    and the source is in doubt until a ``Listener`` with the same ``state_dir`` answers it.
 
     ``make_guest`` gets an ``Incoming`` and returns a stopped guest with the same block table, or
     raises to refuse. Raises the MigrationError of the first session that fails. To serve many
@@ -71,4 +77,12 @@ def receive(
     """
     chosen = options or ReceiveOptions(**changes)
     with Listener(parse_endpoint(uri, listening=True), make_guest, chosen) as listener:
-        return listener.wait_for_guest()
+        result = listener.wait_for_guest()
+        if not listener.wait_for_release(result.session_id, chosen.linger_s):
+            log.warning(
+                "session %s: the guest is here, but its source has not said in %g s that it knows: "
+                "it may stay in doubt until a listener with this state directory answers it",
+                result.session_id,
+                chosen.linger_s,
+            )
+        return result

@@ -94,6 +94,7 @@ class Listener:
         self.fallbacks: tuple[str, ...] = (plaintext,) if plaintext is not None else ()
         self.outcomes: queue.SimpleQueue[ReceiveResult | MigrationError] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._forgotten = threading.Condition(self._lock)
         self._sessions: dict[bytes, DestinationSession] = {}
         self._records: dict[bytes, DestinationRecord] = {}
         self._threads: set[threading.Thread] = set()
@@ -132,6 +133,13 @@ class Listener:
         if isinstance(outcome, MigrationError):
             raise outcome
         return outcome
+
+    def wait_for_release(self, session_id: str, timeout_s: float) -> bool:
+        """Answer the source until it has said that it freed its guest, or gave this one up. False
+        when the time is up: its queries would find nobody after ``close()``."""
+        key = bytes.fromhex(session_id)
+        with self._forgotten:
+            return self._forgotten.wait_for(lambda: key not in self._records, timeout_s)
 
     def states(self) -> dict[str, str]:
         """Session id to state, of every session that is known here."""
@@ -425,6 +433,7 @@ class Listener:
                 if session_id in self._sessions or self._records.get(session_id) is not record:
                     return
                 del self._records[session_id]
+                self._forgotten.notify_all()
             record.close()
 
 
