@@ -172,6 +172,51 @@ void test_channel_failure_ends_the_others()
     }
 }
 
+// A connection that is accepted while the session ends: it joins or is refused, and close() ends it.
+void test_attach_while_closing()
+{
+    constexpr unsigned channels = 4;
+    Memory memory(1);
+    FdPair fds[channels] = {unix_pair(), unix_pair(), unix_pair(), unix_pair()};
+    for (int i = 0; i < 200; i++) {
+        auto receiver = make_receiver(memory, channels);
+        std::atomic<unsigned> attached{0};
+        std::thread listener([&] {
+            for (unsigned index = 0; index < channels; index++) {
+                try {
+                    receiver->attach(fds[index].second.get(), index);
+                    attached.store(index + 1);
+                } catch (const TransferError &error) {
+                    T_CHECK(error.kind() == ErrorKind::cancelled ||
+                            error.kind() == ErrorKind::usage);
+                }
+            }
+        });
+        while (attached.load() < static_cast<unsigned>(i) % channels) {
+            sched_yield();
+        }
+        receiver->cancel("enough");
+        receiver->close();
+        listener.join();
+        T_CHECK(expect_error([&] { receiver->attach(fds[0].second.get(), 0); }).kind() ==
+                ErrorKind::cancelled);
+        for (FdPair &pair : fds) {
+            pair = unix_pair();
+        }
+    }
+}
+
+void test_attach_after_an_orderly_end()
+{
+    Pair pair(1, 1);
+    pair.sender->finish();
+    T_CHECK(pair.receiver->wait(0));
+    pair.receiver->close();
+    FdPair fds = unix_pair();
+    T_CHECK(expect_error([&] { pair.receiver->attach(fds.second.get(), 0); }).kind() ==
+            ErrorKind::usage);
+}
+
 void test_everything_at_once_from_other_threads()
 {
     for (int i = 0; i < 20; i++) {
@@ -214,6 +259,8 @@ int main()
     test_wait_inside_a_packet();
     test_peer_that_reads_no_acks();
     test_channel_failure_ends_the_others();
+    test_attach_while_closing();
+    test_attach_after_an_orderly_end();
     test_everything_at_once_from_other_threads();
     T_EQUAL(entries("/proc/self/fd"), fds);
     // A sanitizer may start its own thread with ours, and a joined one leaves /proc a moment later.

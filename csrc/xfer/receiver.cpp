@@ -99,8 +99,10 @@ void Receiver::attach(int fd, unsigned index)
                                 "channel " + std::to_string(index) + " was attached before");
         }
     }
-    if (shared_.latch.failed()) {
-        channel->channel().shutdown();
+    // Under the mutex that close() takes after it failed the rest: none starts once it has looked.
+    shared_.latch.check();
+    if (shared_.closed) {
+        throw TransferError(ErrorKind::usage, "the receiver is closed");
     }
     channel->start();
     shared_.channels.push_back(std::move(channel));
@@ -132,12 +134,18 @@ void Receiver::close()
     {
         std::lock_guard<std::mutex> lock(shared_.mutex);
         ended = shared_.ended == shared_.options.channels;
+        shared_.closed = true;
     }
     if (!ended) {
         cancel("closed");
     }
-    // Threads fail and end under the mutex: join without it. Only this thread changes the list.
-    for (const std::unique_ptr<ReceiverChannel> &channel : shared_.channels) {
+    // Threads fail and end under the mutex: join without it.
+    std::vector<std::unique_ptr<ReceiverChannel>> channels;
+    {
+        std::lock_guard<std::mutex> lock(shared_.mutex);
+        channels.swap(shared_.channels);
+    }
+    for (const std::unique_ptr<ReceiverChannel> &channel : channels) {
         channel->join();
     }
     std::lock_guard<std::mutex> lock(shared_.mutex);

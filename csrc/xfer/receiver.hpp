@@ -5,7 +5,7 @@
 //            --> payload into guest memory, piece by piece --> hash what landed --> acknowledge
 //
 // The peer is not trusted: nothing is written before a packet's every number was checked. The first
-// failure ends all channels. Calls come from any thread; attach and close from one.
+// failure ends all channels. Calls come from any thread, attach() also while close() runs: then it throws.
 #ifndef VMTH_XFER_RECEIVER_HPP
 #define VMTH_XFER_RECEIVER_HPP
 
@@ -61,6 +61,7 @@ public:
 
 class Receiver {
 public:
+    bool closed = false;
     // `maybe_nonzero[i]` points at `nwords[i]` words, copied: the pages of block i that may hold
     // non-zero bytes now. A page whose bit is clear is a proven hole, and a zero page leaves it one.
     Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes, const ReceiverOptions &options,
