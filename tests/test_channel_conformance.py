@@ -250,6 +250,23 @@ def test_a_damaged_page_is_sent_again(damaging: Harness) -> None:
     assert (counters.torn_packets, counters.missed_pages) == (1, taken)
 
 
+def test_a_dirty_page_explains_its_packet(damaging: Harness) -> None:
+    """What differs was torn by a write, and the write is what sends it again."""
+    damaging.damage.add((0, 33))
+    damaging.send_all(0)
+    assert damaging.sender.barrier(0)
+    dirty = [np.zeros_like(bits) for bits in damaging.bits]
+    dirty[0][0] = np.uint64(1 << 33)
+    assert damaging.sender.take_missed(dirty) == 0
+    assert int(dirty[0][0]) == 1 << 33 and not dirty[0][1:].any()
+    damaging.sender.send(0, 0, SHAPE[0], dirty[0], 1)
+    assert damaging.sender.barrier(1)
+    assert damaging.equal()
+    assert damaging.sender.digest() == damaging.receiver.digest()
+    counters = damaging.sender.counters()
+    assert (counters.torn_packets, counters.missed_pages) == (1, 0)
+
+
 def test_finish_ends_the_receiver(pair: Harness) -> None:
     pair.send_all(0)
     assert pair.sender.barrier(0)

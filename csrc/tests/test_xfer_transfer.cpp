@@ -159,6 +159,56 @@ void test_zeros_are_written_where_memory_was_used()
     T_EQUAL(pair.receiver->counters().zero_pages.get(), 200);
 }
 
+// Writes to one page after it was hashed and before its packet is sent.
+struct Tearing {
+    static ssize_t sendmsg(void *ctx, int fd, const msghdr *msg, int flags)
+    {
+        auto *self = static_cast<Tearing *>(ctx);
+        if (self->page != nullptr && msg->msg_iov[0].iov_len > VMTH_PACKET_HEADER_BYTES) {
+            self->page[8]++;
+            self->page = nullptr;
+        }
+        const vmth_sock_ops *system = vmth_sock_system_ops();
+        return system->sendmsg(system->ctx, fd, msg, flags);
+    }
+    uint8_t *page = nullptr;
+};
+
+// One torn page in a packet of 16, some of them zero: only what is dirty goes again; with no dirty page to
+// explain the digest, every page that had content.
+void test_torn_page_alone_goes_again()
+{
+    for (bool dirty : {true, false}) {
+        Tearing tearing;
+        vmth_sock_ops ops = *vmth_sock_system_ops();
+        ops.sendmsg = Tearing::sendmsg;
+        ops.ctx = &tearing;
+        vmth::SenderOptions options;
+        options.ops = &ops;
+        Pair pair(16, 1, unix_pair, options);
+        pair.source.randomize(1);
+        memset(pair.source.page(5), 0, 3 * page_bytes);
+        tearing.page = pair.source.page(11);
+        pair.send_all(0);
+        T_CHECK(pair.sender->barrier(0, 0));
+        T_EQUAL(pair.sender->counters().packets.get(), 1);
+        T_EQUAL(pair.sender->counters().torn_packets.get(), 1);
+        T_CHECK(!pair.digests_equal());
+        // A zero page that was dirtied since explains nothing: its content was told.
+        uint64_t bits = dirty ? uint64_t{1} << 11 : uint64_t{1} << 6;
+        T_EQUAL(pair.sender->take_missed({&bits}, {1}), dirty ? 0 : 13);
+        const uint64_t normal = ((uint64_t{1} << 16) - 1) & ~(uint64_t{7} << 5);
+        T_EQUAL(bits, dirty ? uint64_t{1} << 11 : normal | uint64_t{1} << 6);
+        T_EQUAL(pair.sender->counters().missed_pages.get(), dirty ? 0 : 13);
+        pair.sender->send(0, 0, 16, &bits, 1, 1);
+        T_CHECK(pair.sender->barrier(1, 0));
+        T_CHECK(pair.same());
+        bits = 0;
+        T_EQUAL(pair.sender->take_missed({&bits}, {1}), 0);
+        pair.finish();
+    }
+}
+
 // Another process writes while pages are sent. Torn pages come back as missed (or land as some moment's
 // content); after it stopped, one more pass makes both ends equal.
 void test_concurrent_writer()
@@ -231,6 +281,7 @@ int main()
     test_free_pages_leave_the_digest();
     test_huge_holes();
     test_zeros_are_written_where_memory_was_used();
+    test_torn_page_alone_goes_again();
     test_concurrent_writer();
     test_subdigests_find_a_page();
     return T_PASS;

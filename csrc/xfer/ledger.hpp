@@ -23,7 +23,7 @@ struct SentPacket {
     uint32_t block = 0;
     uint64_t bytes = 0;          // on the wire
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
-    std::vector<vmth_run> runs;  // PAGES: all pages of the packet
+    std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear
 };
 
 class Ledger {

@@ -94,11 +94,6 @@ void PacketBuilder::classify(uint64_t page, size_t npages)
 void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
 {
     npages_ += npages;
-    if (!runs_.empty() && runs_.back().page + runs_.back().npages == page) {
-        runs_.back().npages += npages;
-    } else {
-        runs_.push_back({page, npages});
-    }
     bool joins = !descs_.empty() && descs_.back().form == form &&
                  descs_.back().page + descs_.back().npages == page &&
                  descs_.back().npages + npages <= UINT32_MAX;
@@ -116,6 +111,11 @@ void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
         counts_.normal += npages;
         size_t nbytes = static_cast<size_t>(npages) * memory_.page_bytes();
         payload_bytes_ += nbytes;
+        if (joins) {
+            runs_.back().npages += npages;
+        } else {
+            runs_.push_back({page, npages});
+        }
         if (joins) {
             payload_.back().iov_len += nbytes;
         } else {

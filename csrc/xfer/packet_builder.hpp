@@ -62,7 +62,7 @@ private:
     vmth_digest fresh_ = {};
     FormCounts counts_;
     std::vector<vmth_desc> descs_;
-    std::vector<vmth_run> runs_;
+    std::vector<vmth_run> runs_;  // of the NORMAL pages
     std::vector<uint8_t> head_;
     std::vector<iovec> payload_;
     iovec head_iov_ = {};

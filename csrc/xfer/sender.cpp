@@ -324,7 +324,9 @@ uint64_t Sender::take_missed(const std::vector<uint64_t *> &bitmaps,
                                                       " words, allowed " + std::to_string(need));
         }
     }
-    return shared_.missed.take(bitmaps);
+    const uint64_t taken = shared_.missed.take(bitmaps);
+    shared_.counters.missed_pages.add(taken);
+    return taken;
 }
 
 PathInfo Sender::path_info() const

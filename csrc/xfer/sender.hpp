@@ -99,6 +99,8 @@ public:
     uint64_t take_missed(const std::vector<uint64_t *> &bitmaps, const std::vector<size_t> &nwords);
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
+    // `bitmaps` hold what was dirtied since the pages were sent, as it was fetched after the barrier: a
+    // packet that landed with another digest is explained by a dirty page in it, and not sent again.
     PathInfo path_info() const;
     void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
     void set_window(uint64_t nbytes) { shared_.flow.set_window(nbytes); }

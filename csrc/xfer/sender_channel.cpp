@@ -342,7 +342,7 @@ void SenderChannel::read_packet(const uint8_t *raw)
 }
 
 // The list of missed pages must be well formed and belong to acknowledgements with that status; which of
-// a packet's pages it names does not matter here, because all of them are sent again.
+// a packet's pages it names does not matter here, because all with content are sent again.
 void SenderChannel::check_missed(const vmth_packet_header &header, const std::vector<vmth_ack> &acks)
 {
     const vmth_packet_limits limits =
@@ -393,8 +393,10 @@ void SenderChannel::take_ack(const vmth_ack &ack)
     }
     if (ack.status == VMTH_ACK_LANDED) {
         shared_.counters.torn_packets.add(1);
+        shared_.missed.add_differing(sent->block, std::move(sent->runs));
+    } else {
+        shared_.missed.add(sent->block, sent->runs);
     }
-    shared_.counters.missed_pages.add(shared_.missed.add(sent->block, sent->runs));
 }
 
 }  // namespace vmth

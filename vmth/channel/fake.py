@@ -155,7 +155,7 @@ class FakeSender:
         self._counts = _Counts()
         self._jobs: list[_Job] = []
         self._claimed = [np.zeros(len(array), dtype=np.bool_) for array in memory]
-        self._missed = [np.zeros(len(array), dtype=np.bool_) for array in memory]
+        self._differing: list[tuple[int, list[int]]] = []  # pages of packets with a wrong digest
         self._pending: int | None = None
         self.bandwidth_bps = 0  #: last value set
         self.window_bytes = 0  #: last value set
@@ -220,8 +220,9 @@ class FakeSender:
         return True
 
     def _transfer(self, job: _Job) -> None:
-        """One packet. All its pages are missed if one was damaged: the packet's digest is wrong."""
+        """One packet. If a page of it was damaged the packet's digest is wrong."""
         damaged = False
+        sent: list[int] = []
         payload_bytes = 0
         for page in job.pages.tolist():
             content = self._memory[job.block][page].copy() if job.form == "normal" else None
@@ -236,6 +237,7 @@ class FakeSender:
             self._counts.add(f"{form}_pages", 1)
             if form == "normal" and content is not None:
                 payload_bytes += content.nbytes
+                sent.append(page)
                 if (job.block, page) in self._link.damage:
                     self._link.damage.discard((job.block, page))
                     content[0] ^= 0x55
@@ -247,19 +249,21 @@ class FakeSender:
         self._counts.add("packets", 1)
         if damaged and self._hashes.enabled:
             self._counts.add("torn_packets", 1)
-            self._counts.add("missed_pages", len(job.pages))
-            self._missed[job.block][job.pages] = True
+            self._differing.append((job.block, sent))
 
     def take_missed(self, bitmaps: Bitmaps) -> int:
-        if len(bitmaps) != len(self._missed):
-            raise UsageError(f"{len(bitmaps)} bitmaps, allowed {len(self._missed)}")
+        if len(bitmaps) != len(self._memory):
+            raise UsageError(f"{len(bitmaps)} bitmaps, allowed {len(self._memory)}")
+        dirty = [np.unpackbits(bitmap.view(np.uint8), bitorder="little") for bitmap in bitmaps]
         taken = 0
-        for bitmap, missed in zip(bitmaps, self._missed, strict=True):
-            taken += int(missed.sum())
-            padded = np.zeros(len(bitmap) * 64, dtype=np.bool_)
-            padded[: len(missed)] = missed
-            bitmap |= np.packbits(padded, bitorder="little").view(np.uint64)
-            missed[:] = False
+        for block, pages in self._differing:
+            if dirty[block][pages].any():
+                continue  # torn by a write while it was sent
+            taken += len(pages)
+            for page in pages:
+                bitmaps[block][page // 64] |= np.uint64(1 << page % 64)
+        self._differing.clear()
+        self._counts.add("missed_pages", taken)
         return taken
 
     def digest(self) -> Digest:
