@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vmth.dirty.populated import populated_bits
 from vmth.errors import GuestError, RefusedError, StreamError, UsageError, VmthError
 from vmth.guest import DirtySource, StateStream
 from vmth.guests import requests as rq
@@ -282,18 +283,7 @@ class HolderGuest:
     def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
         """By SEEK_DATA on the memfd: what was never written, through any mapping or descriptor, is
         a hole, and asking does not populate it."""
-        fd, page_bytes = self._fds[block], self._blocks[block].tracking_page_size
-        at, end = page * page_bytes, (page + npages) * page_bytes
-        while at < end:
-            try:
-                data = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: no data behind `at`
-                return
-            if data >= end:
-                return
-            at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-            first = data // page_bytes
-            _set_range(out, first, -(-at // page_bytes) - first)
+        populated_bits(self._blocks[block], page, npages, out)
 
     def is_running(self) -> bool:
         """Does it run in its holder, now? GuestError when the holder cannot be asked, and for a
@@ -406,17 +396,3 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _set_range(words: Bitmap, first: int, count: int) -> None:
-    """Set ``count`` bits from ``first`` on."""
-    end = first + count
-    head, tail = first // 64, (end - 1) // 64
-    head_mask = np.uint64((0xFFFFFFFFFFFFFFFF << (first % 64)) & 0xFFFFFFFFFFFFFFFF)
-    tail_mask = np.uint64(0xFFFFFFFFFFFFFFFF >> (63 - (end - 1) % 64))
-    if head == tail:
-        words[head] |= head_mask & tail_mask
-        return
-    words[head] |= head_mask
-    words[head + 1 : tail] = np.uint64(0xFFFFFFFFFFFFFFFF)
-    words[tail] |= tail_mask
