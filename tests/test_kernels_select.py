@@ -9,8 +9,16 @@ import sys
 import pytest
 
 from vmth import kernels
+from vmth._native import _xfer
 from vmth.errors import UsageError
 
+#: What an embedder imports is enough for the demand to reach every copy of the kernels.
+SHOW_HASH = """
+import vmth
+from vmth import kernels
+from vmth._native import _xfer
+print(kernels.selected("hash"), _xfer.selected_kernel("hash"))
+"""
 NOT_BUILT = "neon" if platform.machine() == "x86_64" else "avx2"
 
 
@@ -43,15 +51,25 @@ def test_unknown_family_has_no_selection() -> None:
 def test_select_all_applies_each_part() -> None:
     kernels.select_all("hash=scalar, zero=scalar")
     assert kernels.selected("hash") == kernels.selected("zero") == "scalar"
+    assert _xfer.selected_kernel("hash") == _xfer.selected_kernel("zero") == "scalar"
     for family, names in kernels.kernels().items():
         kernels.select(family, names[0])
+        assert _xfer.selected_kernel(family) == names[0]
     with pytest.raises(UsageError, match="family=name"):
         kernels.select_all("avx2")
 
 
+@pytest.mark.parametrize(("family", "name"), [("hash", "sse9"), ("speed", "scalar")])
+def test_the_page_channels_refuse_as_well(family: str, name: str) -> None:
+    with pytest.raises(_xfer.TransferError, match=family):
+        _xfer.select_kernel(family, name)
+    with pytest.raises(_xfer.TransferError, match="speed"):
+        _xfer.selected_kernel("speed")
+
+
 def run_with(demand: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from vmth import kernels; print(kernels.selected('hash'))"],
+        [sys.executable, "-c", SHOW_HASH],
         env={**os.environ, "VMTH_KERNEL": demand},
         capture_output=True,
         text=True,
@@ -61,6 +79,6 @@ def run_with(demand: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_environment_demands() -> None:
-    assert run_with("hash=scalar").stdout == "scalar\n"
+    assert run_with("hash=scalar").stdout == "scalar scalar\n"
     refused = run_with(f"hash={NOT_BUILT}")
     assert refused.returncode != 0 and "not in this build" in refused.stderr

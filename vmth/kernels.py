@@ -22,7 +22,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from vmth._native import _kernels
+from vmth._native import _kernels, _xfer
 from vmth.errors import UsageError
 
 __all__ = [
@@ -147,14 +147,16 @@ def kernels() -> dict[str, list[str]]:
 
 
 def select(family: str, name: str) -> None:
-    """Run implementation ``name`` for ``family`` from now on, in this module's functions.
+    """Run implementation ``name`` for ``family`` from now on, here and in the page channels.
 
     Raises ``UsageError`` that tells apart an unknown family, an unknown name, one that is not in
     this build, and one that this CPU cannot run; then nothing has changed.
     """
     try:
         _kernels.select(family, name)
-    except ValueError as error:
+        # Its own copy of the same code on the same CPU: what went here goes there.
+        _xfer.select_kernel(family, name)
+    except (ValueError, _xfer.TransferError) as error:
         raise UsageError(str(error)) from None
 
 

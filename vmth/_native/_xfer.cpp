@@ -14,6 +14,7 @@
 
 #include "sys/sock_options.h"
 #include "xfer/receiver.hpp"
+#include "vmth/kernels.h"
 #include "xfer/sender.hpp"
 
 namespace py = pybind11;
@@ -216,6 +217,24 @@ py::dict tcp_info(int fd)
 // Lives as long as the module; holds the Python type of TransferError.
 PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> error_type;
 
+void select_kernel(const std::string &family, const std::string &name)
+{
+    int result = vmth_kernel_select(family.c_str(), name.c_str());
+    if (result != 0) {
+        throw TransferError(ErrorKind::usage, "kernel " + family + "=" + name + " does not run here",
+                            -result);
+    }
+}
+
+std::string selected_kernel(const std::string &family)
+{
+    const char *name = vmth_kernel_selected(family.c_str());
+    if (name == nullptr) {
+        throw usage("kernel family " + family + " is unknown");
+    }
+    return name;
+}
+
 void translate(std::exception_ptr pointer)
 {
     try {
@@ -336,3 +355,5 @@ PYBIND11_MODULE(_xfer, module)
                py::arg("send_buffer_bytes") = 0, py::arg("receive_buffer_bytes") = 0);
     module.def("tcp_info", &tcp_info, py::arg("fd"));
 }
+    module.def("select_kernel", &select_kernel, py::arg("family"), py::arg("name"));
+    module.def("selected_kernel", &selected_kernel, py::arg("family"));
