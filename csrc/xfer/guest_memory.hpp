@@ -17,6 +17,7 @@ namespace vmth {
 struct MemoryBlock {
     uint8_t *host;  // address of page 0
     uint64_t npages;
+    bool mapped_anew = false;  // for this transfer: its pages are not in this process's page table
 };
 
 class GuestMemory {
@@ -43,6 +44,7 @@ public:
     size_t nblocks() const noexcept { return blocks_.size(); }
     size_t page_bytes() const noexcept { return page_bytes_; }
     uint64_t npages(size_t block) const noexcept { return npages_[block]; }
+    bool mapped_anew(size_t block) const noexcept { return blocks_[block].mapped_anew; }
     uint8_t *host(size_t block, uint64_t page) const noexcept
     {
         return blocks_[block].host + page * page_bytes_;

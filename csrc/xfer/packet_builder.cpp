@@ -23,8 +23,9 @@ void check(int result)
 
 }  // namespace
 
-PacketBuilder::PacketBuilder(const GuestMemory &memory, HashTable &hashes, unsigned channel)
-    : memory_(memory), hashes_(hashes), channel_(channel),
+PacketBuilder::PacketBuilder(const GuestMemory &memory, HashTable &hashes, Prefault &prefault,
+                             unsigned channel)
+    : memory_(memory), hashes_(hashes), prefault_(prefault), channel_(channel),
       piece_pages_(std::clamp<size_t>(piece_bytes / memory.page_bytes(), 1, max_piece_pages))
 {
 }
@@ -60,6 +61,7 @@ void PacketBuilder::add(const Batch &batch)
 
 void PacketBuilder::read_run(const vmth_run &run)
 {
+    prefault_.read(block_, run);
     for (uint64_t done = 0; done < run.npages;) {
         size_t piece = static_cast<size_t>(std::min<uint64_t>(piece_pages_, run.npages - done));
         classify(run.page + done, piece);
@@ -109,13 +111,13 @@ void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
     switch (form) {
     case VMTH_FORM_NORMAL: {
         counts_.normal += npages;
-        size_t nbytes = static_cast<size_t>(npages) * memory_.page_bytes();
-        payload_bytes_ += nbytes;
         if (joins) {
             runs_.back().npages += npages;
         } else {
             runs_.push_back({page, npages});
         }
+        size_t nbytes = static_cast<size_t>(npages) * memory_.page_bytes();
+        payload_bytes_ += nbytes;
         if (joins) {
             payload_.back().iov_len += nbytes;
         } else {

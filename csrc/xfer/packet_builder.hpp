@@ -18,6 +18,7 @@
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
 #include "xfer/ledger.hpp"
+#include "xfer/prefault.hpp"
 
 namespace vmth {
 
@@ -30,7 +31,8 @@ struct FormCounts {
 
 class PacketBuilder {
 public:
-    PacketBuilder(const GuestMemory &memory, HashTable &hashes, unsigned channel);
+    PacketBuilder(const GuestMemory &memory, HashTable &hashes, Prefault &prefault,
+                  unsigned channel);
 
     void begin(uint32_t block, uint32_t round);
     void add(const Batch &batch);
@@ -53,6 +55,7 @@ private:
 
     const GuestMemory &memory_;
     HashTable &hashes_;
+    Prefault &prefault_;
     const unsigned channel_;
     const size_t piece_pages_;
     uint32_t block_ = 0;

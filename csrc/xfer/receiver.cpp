@@ -31,7 +31,8 @@ ReceiverOptions checked(ReceiverOptions options)
 ReceiverShared::ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
                                const ReceiverOptions &given)
     : options(checked(given)), memory(std::move(blocks), page_bytes),
-      hashes(memory, options.hash_seed, options.digest), gate(memory, options.channels)
+      hashes(memory, options.hash_seed, options.digest), gate(memory, options.channels),
+      prefault(memory, options.populate)
 {
 }
 
@@ -133,8 +134,8 @@ void Receiver::close()
     bool ended;
     {
         std::lock_guard<std::mutex> lock(shared_.mutex);
-        ended = shared_.ended == shared_.options.channels;
         shared_.closed = true;
+        ended = shared_.ended == shared_.options.channels;
     }
     if (!ended) {
         cancel("closed");
@@ -148,8 +149,12 @@ void Receiver::close()
     for (const std::unique_ptr<ReceiverChannel> &channel : channels) {
         channel->join();
     }
-    std::lock_guard<std::mutex> lock(shared_.mutex);
-    shared_.channels.clear();
+}
+
+std::vector<std::string> Receiver::fallbacks() const
+{
+    const std::string refused = shared_.prefault.refused();
+    return refused.empty() ? std::vector<std::string>{} : std::vector<std::string>{refused};
 }
 
 }  // namespace vmth

@@ -16,11 +16,13 @@
 #include <string>
 #include <vector>
 
+#include "sys/populate.h"
 #include "sys/sock_zerocopy.h"
 #include "xfer/atomic_bitmap.hpp"
 #include "xfer/counters.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
+#include "xfer/prefault.hpp"
 #include "xfer/round_gate.hpp"
 
 namespace vmth {
@@ -31,7 +33,8 @@ struct ReceiverOptions {
     uint64_t hash_seed = 0;
     bool digest = true;
     unsigned channels = 1;
-    const vmth_sock_ops *ops = nullptr;  // nullptr: the kernel's
+    const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
+    const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
 };
 
 // What the channels' threads share; each member says who may touch it.
@@ -49,6 +52,7 @@ public:
     RoundGate gate;
     // Bit set: our page may hold non-zero bytes. Written by whoever claimed the page.
     std::vector<AtomicBitmap> maybe_nonzero;
+    Prefault prefault;
     Counters counters;
     FailureLatch latch;
 
@@ -57,11 +61,11 @@ public:
     // Under mutex:
     std::vector<std::unique_ptr<ReceiverChannel>> channels;
     unsigned ended = 0;
+    bool closed = false;
 };
 
 class Receiver {
 public:
-    bool closed = false;
     // `maybe_nonzero[i]` points at `nwords[i]` words, copied: the pages of block i that may hold
     // non-zero bytes now. A page whose bit is clear is a proven hole, and a zero page leaves it one.
     Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes, const ReceiverOptions &options,
@@ -78,6 +82,7 @@ public:
 
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
+    std::vector<std::string> fallbacks() const;
 
 private:
     ReceiverShared shared_;

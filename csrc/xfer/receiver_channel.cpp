@@ -174,7 +174,6 @@ void ReceiverChannel::land(const vmth_packet_header &header)
         if (desc.form == VMTH_FORM_NORMAL) {
             // Out of the digest before the first byte is overwritten.
             shared_.hashes.invalidate(channel_.index(), block, desc.page, desc.npages);
-            shared_.maybe_nonzero[block].set_range(desc.page, desc.npages);
             shared_.counters.normal_pages.add(desc.npages);
         } else {
             land_told(block, desc, &fresh);
@@ -251,6 +250,8 @@ void ReceiverChannel::land_piece(uint32_t block, const std::vector<vmth_run> &pi
     const size_t page_bytes = shared_.memory.page_bytes();
     iov_.clear();
     for (const vmth_run &run : piece) {
+        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
+        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
         iov_.push_back({shared_.memory.host(block, run.page),
                         static_cast<size_t>(run.npages) * page_bytes});
     }

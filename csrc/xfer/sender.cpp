@@ -43,7 +43,8 @@ TransferError sent_twice(uint32_t block)
 SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
                            const SenderOptions &given)
     : options(checked(given, page_bytes)), memory(std::move(blocks), page_bytes),
-      hashes(memory, options.hash_seed, options.digest), flow(options.packet_bytes, page_bytes),
+      hashes(memory, options.hash_seed, options.digest), prefault(memory, options.populate),
+      flow(options.packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }
@@ -349,7 +350,12 @@ PathInfo Sender::path_info() const
 std::vector<std::string> Sender::fallbacks() const
 {
     std::lock_guard<std::mutex> lock(shared_.mutex);
-    return {shared_.fallbacks.begin(), shared_.fallbacks.end()};
+    std::vector<std::string> names(shared_.fallbacks.begin(), shared_.fallbacks.end());
+    const std::string refused = shared_.prefault.refused();
+    if (!refused.empty()) {
+        names.push_back(refused);
+    }
+    return names;
 }
 
 }  // namespace vmth

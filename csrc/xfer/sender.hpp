@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "sys/populate.h"
 #include "sys/sock_zerocopy.h"
 #include "xfer/atomic_bitmap.hpp"
 #include "xfer/counters.hpp"
@@ -25,6 +26,7 @@
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
 #include "xfer/missed_pages.hpp"
+#include "xfer/prefault.hpp"
 
 namespace vmth {
 
@@ -37,7 +39,8 @@ struct SenderOptions {
     uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
     unsigned queue_jobs = 2;                 // send() calls that may wait unfinished
     uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
-    const vmth_sock_ops *ops = nullptr;      // nullptr: the kernel's
+    const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
+    const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
 };
 
 // What the channels' threads share; each member says who may touch it.
@@ -57,6 +60,7 @@ public:
     const SenderOptions options;
     const GuestMemory memory;
     HashTable hashes;
+    Prefault prefault;
     FlowControl flow;
     JobQueue queue;
     MissedPages missed;
@@ -95,12 +99,12 @@ public:
     void cancel(const std::string &reason);
     void close();
 
+    // `bitmaps` hold what was dirtied since the pages were sent, as it was fetched after the barrier: a
+    // packet that landed with another digest is explained by a dirty page in it, and not sent again.
     // `nwords[i]` are checked against the blocks.
     uint64_t take_missed(const std::vector<uint64_t *> &bitmaps, const std::vector<size_t> &nwords);
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
-    // `bitmaps` hold what was dirtied since the pages were sent, as it was fetched after the barrier: a
-    // packet that landed with another digest is explained by a dirty page in it, and not sent again.
     PathInfo path_info() const;
     void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
     void set_window(uint64_t nbytes) { shared_.flow.set_window(nbytes); }

@@ -41,7 +41,7 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
-      builder_(shared.memory, shared.hashes, index)
+      builder_(shared.memory, shared.hashes, shared.prefault, index)
 {
     if (!shared.options.zerocopy) {
         return;

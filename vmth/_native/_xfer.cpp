@@ -9,12 +9,13 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "sys/sock_options.h"
-#include "xfer/receiver.hpp"
 #include "vmth/kernels.h"
+#include "xfer/receiver.hpp"
 #include "xfer/sender.hpp"
 
 namespace py = pybind11;
@@ -41,12 +42,15 @@ TransferError usage(const std::string &message)
     return TransferError(ErrorKind::usage, message);
 }
 
-std::vector<vmth::MemoryBlock> memory_blocks(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks)
+// (address, npages, mapped anew)
+using Blocks = std::vector<std::tuple<uintptr_t, uint64_t, bool>>;
+
+std::vector<vmth::MemoryBlock> memory_blocks(const Blocks &blocks)
 {
     std::vector<vmth::MemoryBlock> memory;
     memory.reserve(blocks.size());
-    for (const auto &[address, npages] : blocks) {
-        memory.push_back({reinterpret_cast<uint8_t *>(address), npages});
+    for (const auto &[address, npages, mapped_anew] : blocks) {
+        memory.push_back({reinterpret_cast<uint8_t *>(address), npages, mapped_anew});
     }
     return memory;
 }
@@ -129,9 +133,8 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
 }
 
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
-make_sender(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks, size_t page_bytes,
-            uint64_t hash_seed, bool digest, bool zerocopy, uint32_t packet_bytes,
-            unsigned queue_jobs)
+make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
+            uint32_t packet_bytes, unsigned queue_jobs)
 {
     vmth::SenderOptions options;
     options.hash_seed = hash_seed;
@@ -143,8 +146,8 @@ make_sender(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks, size_t pa
 }
 
 std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
-make_receiver(const std::vector<std::pair<uintptr_t, uint64_t>> &blocks, size_t page_bytes,
-              uint64_t hash_seed, bool digest, const py::sequence &maybe_nonzero, unsigned channels)
+make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest,
+              const py::sequence &maybe_nonzero, unsigned channels)
 {
     vmth::ReceiverOptions options;
     options.hash_seed = hash_seed;
@@ -214,9 +217,6 @@ py::dict tcp_info(int fd)
                     "delivery_bps"_a = info.delivery_bps);
 }
 
-// Lives as long as the module; holds the Python type of TransferError.
-PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> error_type;
-
 void select_kernel(const std::string &family, const std::string &name)
 {
     int result = vmth_kernel_select(family.c_str(), name.c_str());
@@ -234,6 +234,9 @@ std::string selected_kernel(const std::string &family)
     }
     return name;
 }
+
+// Lives as long as the module; holds the Python type of TransferError.
+PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> error_type;
 
 void translate(std::exception_ptr pointer)
 {
@@ -332,6 +335,7 @@ void bind_receiver(py::module_ &module)
                uint64_t step) { return subdigests(self.hashes(), block, page, npages, step); },
             py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("step"))
         .def("counters", [](const Receiver &self) { return counters_of(self.counters(), {}); })
+        .def("fallbacks", &Receiver::fallbacks)
         .def("cancel", &Receiver::cancel, py::arg("reason"), Release())
         .def("close", &Receiver::close, Release());
 }
@@ -354,6 +358,6 @@ PYBIND11_MODULE(_xfer, module)
                py::arg("dscp") = -1, py::arg("keepalive_s") = 0, py::arg("user_timeout_ms") = 0,
                py::arg("send_buffer_bytes") = 0, py::arg("receive_buffer_bytes") = 0);
     module.def("tcp_info", &tcp_info, py::arg("fd"));
-}
     module.def("select_kernel", &select_kernel, py::arg("family"), py::arg("name"));
     module.def("selected_kernel", &selected_kernel, py::arg("family"));
+}

@@ -22,8 +22,9 @@ class Sender:
     def __init__(
         self,
         blocks: Sequence[
-            tuple[int, int]
-        ],  # (address of page 0, npages) a block; the owner keeps it mapped
+            tuple[int, int, bool]
+        ],  # (address of page 0, npages, mapped anew) a block; the owner keeps it mapped. What was
+        # mapped for this transfer is populated ahead of its use; other memory is left alone.
         page_bytes: int,
         *,
         hash_seed: int,
@@ -84,7 +85,7 @@ class Sender:
 class Receiver:
     def __init__(
         self,
-        blocks: Sequence[tuple[int, int]],
+        blocks: Sequence[tuple[int, int, bool]],
         page_bytes: int,
         *,
         hash_seed: int,
@@ -103,6 +104,7 @@ class Receiver:
     def hashes(self, block: int, page: int, npages: int) -> U64: ...
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
     def counters(self) -> dict[str, int]: ...
+    def fallbacks(self) -> list[str]: ...
     def cancel(self, reason: str) -> None: ...
     def close(self) -> None: ...
 

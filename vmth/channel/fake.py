@@ -360,6 +360,9 @@ class FakeReceiver:
     def counters(self) -> TransferCounters:
         return self._counts.snapshot()
 
+    def fallbacks(self) -> Sequence[str]:
+        return ()
+
     def cancel(self, reason: str) -> None:
         if not self._link.ended:
             self._link.fail(CancelledError(reason))

@@ -56,13 +56,17 @@ class _Translate:
 _translate = _Translate()
 
 
-def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, int]]:
+def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, int, bool]]:
     for index, block in enumerate(memory):
         if page_bytes <= 0 or block.view.nbytes % page_bytes:
             raise UsageError(
                 f"block {index}: {block.view.nbytes} bytes, allowed multiples of {page_bytes}"
             )
-    return [(block.address, block.view.nbytes // page_bytes) for block in memory]
+    # A file was mapped for this transfer; at an address the owner's pages are there already.
+    return [
+        (area.address, area.view.nbytes // page_bytes, area.block.mapping.fd is not None)
+        for area in memory
+    ]
 
 
 class NativeSender:
@@ -221,6 +225,10 @@ class NativeReceiver:
     def counters(self) -> TransferCounters:
         with _translate:
             return TransferCounters(**self._native.counters())
+
+    def fallbacks(self) -> Sequence[str]:
+        with _translate:
+            return self._native.fallbacks()
 
     def cancel(self, reason: str) -> None:
         with _translate:
