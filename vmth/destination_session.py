@@ -96,6 +96,7 @@ class ReceiveResult:
     peer: str
     memory_bytes: int
     wire_bytes: int
+    fallbacks: tuple[str, ...] = ()  #: what was slower than asked at this end
 
 
 class DestinationSession:
@@ -396,6 +397,7 @@ class DestinationSession:
             peer=self.peer,
             memory_bytes=sum(block.used_length for block in self._guest.blocks),
             wire_bytes=self._receiver.counters().wire_bytes,
+            fallbacks=tuple(self._receiver.fallbacks()),
         )
 
     def _end(self, error: Exception) -> MigrationError:

@@ -51,10 +51,10 @@ class Sender:
         timeout (0: none) came first: call again with the same round to go on waiting."""
 
     def take_missed(self, bitmaps: Sequence[U64]) -> int:
-        """OR in the pages to send again: missed by the peer, or of a packet that landed with another
-        digest than was read, unless a page of it is set in ``bitmaps`` already: those hold what was
-        dirtied since (fetched after the barrier), and a write while it was sent explains it. Clears
-        them here; returns how many."""
+        """OR in the pages to send again: missed by the peer, or of a packet that landed with
+        another digest than was read, unless a page of it is set in ``bitmaps`` already: those hold
+        what was dirtied since (fetched after the barrier), and a write while it was sent explains
+        it. Clears them here; returns how many."""
 
     def digest(self) -> tuple[int, int, int]:
         """(lo, hi, valid pages). Stable between barrier() and the next send()."""

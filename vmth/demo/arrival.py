@@ -110,7 +110,7 @@ def receive_one(
             record=guest.record,
             check=check,
             cost=meter.cost,
-            fallbacks=listener.fallbacks,
+            fallbacks=(*listener.fallbacks, *result.fallbacks),
         )
 
 
