@@ -12,8 +12,9 @@
 
 #include "vmth/common.h"
 
-/* A word begins at most 32 runs; kernels may write two entries more than they fill. */
-#define RUN_SINK_ROOM 35u
+/* At most 32 runs begin in a word, one from before may end in it, and one entry stays for a run that is
+ * left open. */
+#define RUN_SINK_ROOM 34u
 
 struct run_sink {
     struct vmth_run *out;

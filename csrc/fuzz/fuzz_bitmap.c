@@ -57,7 +57,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     if (nbytes < 4) {
         return 0;
     }
-    const size_t room = 1 + (size_t)data[0] * 2;
+    const size_t room = 1 + (size_t)data[0] * 8;
     uint64_t npages = 8 * (uint64_t)(nbytes - 3 < sizeof(words) ? nbytes - 3 : sizeof(words));
 
     npages -= data[1] % 64 < npages ? data[1] % 64 : 0;

@@ -8,7 +8,7 @@
 #include "vmth/page_hash.h"
 #include "vmth/zero_page.h"
 
-#define NWORDS 200u
+#define NWORDS 700u
 #define NPAGES 20u
 #define PAGE_BYTES 4096u
 
@@ -144,24 +144,26 @@ static void mark_runs(const uint64_t *words, uint64_t npages, size_t cap, uint64
 
 static void test_runs_cover_the_bitmap(void)
 {
-    static const size_t caps[] = {1, 2, 34, 35, 36, 70, 300, 7000};
+    static const size_t caps[] = {1, 2, 34, 35, 36, 70, 300, 511, 512, 600, 1500, 9000, 30000};
+    const unsigned ncaps = sizeof(caps) / sizeof(caps[0]);
     uint64_t *words = malloc(NWORDS * sizeof(*words));
     uint64_t back[NWORDS];
 
     T_CHECK(words != NULL);
-    for (unsigned round = 0; round < 200; round++) {
+    for (unsigned round = 0; round < 16 * ncaps; round++) {
         const uint64_t npages = 1 + t_random(&state) % (64 * NWORDS);
         const size_t nwords = VMTH_BITMAP_WORDS(npages);
 
         for (size_t i = 0; i < nwords; i++) {
             const uint64_t a = t_random(&state);
             const uint64_t b = t_random(&state);
-            const uint64_t kinds[8] = {0, 0, ~UINT64_C(0), a, a & b & (a >> 7), a | b, a << 63, a >> 63};
+            const uint64_t kinds[8] = {0,      ~UINT64_C(0), UINT64_C(1) << (a % 64), a,
+                                       a & b & (a >> 7), a | b, a << 63, a >> 63};
 
             words[i] = kinds[t_random(&state) % (round % 8 + 1)];
         }
         memset(back, 0, sizeof(back));
-        mark_runs(words, npages, caps[round % 8], back);
+        mark_runs(words, npages, caps[round / 8 % ncaps], back);
         if (npages % 64 != 0) {
             words[nwords - 1] &= (UINT64_C(1) << (npages % 64)) - 1;
         }

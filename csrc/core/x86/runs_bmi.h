@@ -1,106 +1,88 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Runs of whole words without a branch a bit, for the AVX2 and AVX-512 bitmap kernels.
  *
- *   word (bit 0 on the left)   0 0 1 1 1 0 0 1
- *   starts                     . . ^ . . . . ^     set, and the bit before is not
- *   ends                       . . . . . ^ . .     clear, and the bit before is set
+ *   word (bit 0 on the left)   0 0 1 1 1 0 0 1 | 1 0
+ *   edges                      . . ^ . . ^ . ^ | . ^     differs from the bit before
  *
- * Why it equals the scalar twin: the k-th start and the k-th end belong to the k-th run, so the two
- * streams are written independently: TZCNT and BLSR give the positions in order, and the number of
- * entries that count is POPCNT. Two of each are written always, since a branch on how many there are
- * would be mispredicted in every second word of a random bitmap; entries past the count are written
- * again by the next word. TZCNT of zero is 64, which is harmless in such an entry. */
+ * Why it equals the scalar twin: outside a run the first edge is a start, and starts and ends take
+ * turns from there, so the positions of all edges, in order, are the runs:
+ * {edge 2k, edge 2k+1 less edge 2k}. If a run is open, the first edge is its end. Blocks of words are done in two steps: the
+ * positions of the edges go to a scratch array, which tells how many there are; then they become runs.
+ * Every word is read once, so no later change of it can make the two steps disagree.
+ *
+ * Where too little room is left for a block it is walked word by word, by the scalar twin. */
 #ifndef VMTH_CORE_X86_RUNS_BMI_H
 #define VMTH_CORE_X86_RUNS_BMI_H
 
+#include "core/kernel_ops.h"
 #include "core/run_sink.h"
 #include "core/x86/vector.h"
 
-BMI static inline size_t write_starts(struct vmth_run *out, uint64_t starts, uint64_t base)
-{
-    const size_t n = (size_t)_mm_popcnt_u64(starts);
+#define RUNS_GROUP 8u                  /* words; what is skipped or done is a multiple */
+#define RUNS_SET (8 * RUNS_GROUP)      /* words; a bit for each fits in a word */
+#define RUNS_BLOCK (4 * RUNS_SET)      /* words; positions of bits within fit in 16 bits */
+#define RUNS_SPARE 64u                 /* edges that may be written past the last */
+#define RUNS_ROOM 512u                 /* entries below which blocks are not tried */
 
-    out[0].page = base + _tzcnt_u64(starts);
-    starts = _blsr_u64(starts);
-    out[1].page = base + _tzcnt_u64(starts);
-    for (size_t i = 2; i < n; i++) {
-        starts = _blsr_u64(starts);
-        out[i].page = base + _tzcnt_u64(starts);
+/* The steps of a kernel; constants at each call, so that they are inlined. */
+struct runs_steps {
+    /* The first group in [from, to) that is not zero, or the end of the last whole group. */
+    size_t (*skip_zero)(const uint64_t *words, size_t from, size_t to);
+    /* Positions of the edges in n words (a multiple of RUNS_GROUP, at most RUNS_BLOCK), counted from
+     * the first word's bit 0; `before` is 1 if the bit before is set, else 0. Returns how many. */
+    size_t (*find_edges)(const uint64_t *words, size_t n, uint64_t before, uint16_t *edges);
+    /* 2 n edges into n runs; may read and write up to three entries more. */
+    void (*write_runs)(struct vmth_run *out, const uint16_t *edges, size_t n, uint64_t base);
+};
+
+/* Put the n edges of a block whose first bit is page `base`. */
+BMI static inline __attribute__((always_inline)) void
+put_edges(struct run_sink *sink, const uint16_t *edges, size_t n, uint64_t base,
+          const struct runs_steps *steps)
+{
+    if (n > 0 && sink->open) {
+        sink_put(sink, sink->start, base + edges[0]);
+        sink->open = false;
+        edges++;
+        n--;
     }
-    return n;
+    steps->write_runs(sink->out + sink->n, edges, n / 2, base);
+    sink->n += n / 2;
+    if (n % 2 != 0) {
+        sink->open = true;
+        sink->start = base + edges[n - 1];
+    }
 }
 
-/* The pages of the entries are there already: a run's end comes after its start. */
-BMI static inline size_t write_ends(struct vmth_run *out, uint64_t ends, uint64_t base)
-{
-    const size_t n = (size_t)_mm_popcnt_u64(ends);
-
-    out[0].npages = base + _tzcnt_u64(ends) - out[0].page;
-    ends = _blsr_u64(ends);
-    out[1].npages = base + _tzcnt_u64(ends) - out[1].page;
-    for (size_t i = 2; i < n; i++) {
-        ends = _blsr_u64(ends);
-        out[i].npages = base + _tzcnt_u64(ends) - out[i].page;
-    }
-    return n;
-}
-
-/* The walk over whole words that both kernels share. `is_empty_group(words)` tells that 8 words are zero;
- * `closed_group`, if not NULL, writes the runs of 8 words at once and returns their number, or 0 if it
- * cannot. Both are constants at each call and are inlined. */
 BMI static inline __attribute__((always_inline)) size_t
 walk_runs(const uint64_t *words, size_t from, size_t to, struct run_sink *sink,
-          bool (*is_empty_group)(const uint64_t *words),
-          size_t (*closed_group)(const uint64_t *words, uint64_t base, struct vmth_run *out))
+          const struct runs_steps *steps)
 {
-    struct vmth_run *out = sink->out;
-    uint64_t carry = sink->open; /* the last bit of the word before */
-    size_t nends = sink->n;
-    size_t nstarts = nends + carry;
+    uint16_t edges[64 * RUNS_BLOCK + RUNS_SPARE];
 
-    if (sink->open) {
-        out[nends].page = sink->start;
-    }
     while (from < to) {
-        size_t group_end = from + 8 < to ? from + 8 : to;
-
-        if (carry == 0 && group_end == from + 8 && is_empty_group(words + from)) {
-            from = group_end;
-            continue;
+        if (!sink->open) {
+            from = steps->skip_zero(words, from, to);
         }
-        if (sink->cap - nends < 8 * RUN_SINK_ROOM) {
-            group_end = from + 1; /* the room is checked for every word */
-            if (carry == 0 && words[from] == 0) {
-                from++;
-                continue;
-            }
-            if (sink->cap - nends < RUN_SINK_ROOM) {
-                break;
-            }
-        }
-        if (closed_group != NULL && carry == 0 && group_end == from + 8) {
-            const size_t n = closed_group(words + from, 64 * (uint64_t)from, out + nends);
+        const size_t room = sink->cap - sink->n;
+        const size_t left = to - from;
+        const size_t n = (left < RUNS_BLOCK ? left : RUNS_BLOCK) / RUNS_GROUP * RUNS_GROUP;
 
-            if (n != 0) {
-                nends += n;
-                nstarts = nends;
-                from = group_end;
+        if (n > 0 && room >= RUNS_ROOM) {
+            const size_t nedges = steps->find_edges(words + from, n, sink->open, edges);
+
+            if (nedges / 2 + 5 <= room) { /* the open run, the three too many, one kept */
+                put_edges(sink, edges, nedges, 64 * (uint64_t)from, steps);
+                from += n;
                 continue;
             }
         }
-        for (; from < group_end; from++) {
-            const uint64_t word = words[from];
-            const uint64_t before = (word << 1) | carry;
+        const size_t end = left < RUNS_SET ? to : from + RUNS_SET;
 
-            nstarts += write_starts(out + nstarts, word & ~before, 64 * (uint64_t)from);
-            nends += write_ends(out + nends, before & ~word, 64 * (uint64_t)from);
-            carry = word >> 63;
+        from = bitmap_scalar.runs(words, from, end, sink);
+        if (from < end) {
+            break;
         }
-    }
-    sink->n = nends;
-    sink->open = carry != 0;
-    if (sink->open) {
-        sink->start = out[nends].page;
     }
     return from;
 }
