@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import secrets
 import socket
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,34 +20,20 @@ from waiting import wait_until
 import vmth
 from vmth import listener as listener_module
 from vmth.channel.sockets import LinkOptions
-from vmth.destination_record import DestinationRecord
-from vmth.destination_session import ReceiveResult
+from vmth.channel.watch import IdleRule
 from vmth.errors import ChannelError, MigrationError, UsageError
 from vmth.journal import JournalError, Side, StateDirectory
-from vmth.options import ReceiveOptions
-from vmth.source_session import SourceSession
 from vmth.wire.framing import Preamble, PreambleStatus
 from vmth.wire.handover import Record
 from vmth.wire.messages import (
     PROTOCOL_VERSION,
     Abort,
     AbortCode,
-    Answer,
-    AnswerState,
-    Grant,
-    Paused,
-    Query,
-    Released,
-    ReleasedSeen,
+    Ping,
     Role,
-    Running,
-    Seal,
-    Sealed,
-    State,
 )
 
 SESSION = b"s" * 16
-LARGE = random.Random(0).randbytes(700_000)  # what a MemoryGuest that never wrote sends
 
 
 @pytest.fixture
@@ -278,222 +261,82 @@ def test_a_session_beyond_the_bound_is_busy(world: World) -> None:
     world.moves(listener)
 
 
-# -- what is remembered ----------------------------------------------------------------------------
-
-
-def _seal(stranger: Stranger) -> None:
-    """A guest of one page that is a hole, without pages sent and without a digest."""
-    stranger.say(Paused(0, False))
-    stranger.say(State("counter", 1, 0, bytes(8), True))
-    for name, version, data in (("empty", 3, b""), ("large", 2, LARGE)):
-        stranger.say(State(name, version, 0, data, True))
-    everything = bytes(8) + LARGE
-    stranger.say(Seal(0, 0, 0, 3, len(everything), zlib.crc32(everything)))
-    assert isinstance(stranger.hear(), Sealed)
-
-
-def test_fenced_offers_leave_nothing_behind(world: World) -> None:
+def test_a_page_connection_without_the_token_is_refused(world: World) -> None:
     listener = world.listen()
-    before = open_files()
-    for _ in range(20):
-        session_id = secrets.token_bytes(16)
-        with Stranger(listener) as source, Stranger(listener) as asker:
-            accept = source.begin(session_id)
-            assert asker.status(Role.QUERY, session_id) is PreambleStatus.OK
-            asker.say(Query(session_id, accept.receiver_id))
-            answer = asker.hear()
-            assert isinstance(answer, Answer)
-            assert answer.state == AnswerState.ABORTED
-            assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
-        while world.made:
-            guest = world.made.pop()
-            assert guest.released
-            assert guest.calls.count("release") == 1
-            guest.close()
-    wait_until(lambda: open_files() == before)
-    assert listener.states() == {}
-    assert list((world.tmp_path / "destination").glob("*.destination")) == []
-    world.moves(listener)
-
-
-def test_aborted_sessions_hold_no_descriptor_and_are_bounded(world: World) -> None:
-    listener = world.listen(max_records=5)
-    before = open_files()
-    for number in range(5):
-        with Stranger(listener) as source:
-            source.begin(bytes([number + 1]) * 16, digest=False)
-            _seal(source)
-        assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
-        world.made.pop().close()
-    assert list(listener.states().values()) == ["aborted"] * 5
-    wait_until(lambda: open_files() == before)
-    with Stranger(listener) as source:
-        assert source.status(Role.CONTROL, SESSION) is PreambleStatus.BUSY
-    # The source of one of them gives it back: there is room again.
-    with Stranger(listener) as source:
-        assert source.status(Role.QUERY, b"\x03" * 16) is PreambleStatus.OK
-        source.say(Abort(AbortCode.FAILED, "it runs here"))
-        assert source.ends()
-    assert len(listener.states()) == 4
-    world.moves(listener)
-
-
-def test_records_are_remembered_over_a_restart_and_can_then_be_given_back(world: World) -> None:
-    listener = world.listen()
-    with Stranger(listener) as source:
-        source.begin(SESSION, digest=False)
-        _seal(source)
-    listener.outcomes.get(timeout=5)
-    listener.close()
-    again = world.listen()
-    assert again.states() == {SESSION.hex(): "aborted"}
-    with Stranger(again) as source:
-        assert source.status(Role.QUERY, SESSION) is PreambleStatus.OK
-        source.say(Abort(AbortCode.FAILED, "it runs here"))
-        assert source.ends()
-    assert again.states() == {}
-    world.moves(again)
-
-
-def test_an_abort_by_query_ends_a_session_that_goes_on(world: World) -> None:
-    listener = world.listen()
-    with Stranger(listener) as source, Stranger(listener) as other:
+    with Stranger(listener) as source, Stranger(listener) as stranger:
         source.begin(SESSION)
-        assert other.status(Role.QUERY, SESSION) is PreambleStatus.OK
-        other.say(Abort(AbortCode.CANCELLED, "enough"))
-        assert other.ends()
-        assert source.ends()
-        assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
-    assert world.made[-1].calls == ["release"]
-    assert listener.states() == {}
+        assert stranger.status(Role.PAGE, SESSION, 0, b"x" * 16) is PreambleStatus.BAD_TOKEN
+        assert stranger.ends()
+        assert listener.states() == {SESSION.hex(): "receiving"}  # not its fault
     world.moves(listener)
 
 
-def test_aborted_is_answered_on_the_control_connection(world: World) -> None:
-    """resume() raised: the source says Abort to Aborted, and the destination hears it."""
-    listener = world.listen()
-    world.prepare = lambda guest: guest.fail.update(resume=OSError("no vCPU"))
-    source = world.guest()
-    source.resume()
-    with pytest.raises(MigrationError):
-        vmth.migrate(source, listener.endpoint.display, world.options())
-    listener.outcomes.get(timeout=5)
-    assert source.running
-    assert listener.states() == {}
-    world.prepare = lambda guest: None
-    world.moves(listener)
-
-
-def test_a_connection_lost_after_the_seal_is_given_back_on_another(world: World) -> None:
-    listener = world.listen()
-    source = world.guest()
-    source.resume()
-    lost: list[str] = []
-
-    def lose(session: SourceSession) -> None:
-        assert session._control is not None
-        session._control._sock.shutdown(socket.SHUT_RDWR)
-        wait_until(lambda: "aborted" in listener.states().values())
-        lost.append("the control connection")
-
-    job = vmth.start_migration(source, listener.endpoint.display, world.options())
-    source.on_call["hold"] = lambda: lose(job._session)
-    source.fail["hold"] = OSError("the control connection is gone")
-    with pytest.raises(MigrationError):
-        job.wait(20)
-    assert lost
-    assert source.running
-    assert isinstance(listener.outcomes.get(timeout=5), MigrationError)
-    wait_until(lambda: listener.states() == {})
-    world.moves(listener)
-
-
-def test_a_peer_that_does_not_read_delays_nobody(world: World) -> None:
-    """Replies are sent after the record's lock was let go."""
-    directory = world.resources.enter_context(StateDirectory(world.tmp_path / "records"))
-    journal = directory.create_journal(SESSION, Side.DESTINATION)
-    record = DestinationRecord(SESSION, directory.receiver_id, journal)
-    stuck, free = threading.Event(), threading.Event()
-
-    def send(_: object) -> None:
-        stuck.set()
-        assert free.wait(60)
-
-    query = Query(SESSION, directory.receiver_id)
-    slow = threading.Thread(target=record.answer, args=(query, send))
-    slow.start()
-    assert stuck.wait(60)
-    answers: list[object] = []
-    other = threading.Thread(target=record.answer, args=(query, answers.append))
-    other.start()
-    wait_until(lambda: len(answers) == 1)
-    free.set()
-    slow.join()
-    other.join()
-    journal.remove()
-
-
-def _receive(world: World, **options: Any) -> tuple[threading.Thread, Any, list[ReceiveResult]]:
-    """vmth.receive() in a thread, its place for a Stranger, and what it will have returned."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    arrived: list[ReceiveResult] = []
-    chosen = ReceiveOptions(state_dir=world.tmp_path / "destination", **options)
-    thread = threading.Thread(
-        target=lambda: arrived.append(
-            vmth.receive(f"tcp:127.0.0.1:{port}", world.make_guest, chosen)
-        )
-    )
-    thread.start()
-    place: Any = SimpleNamespace(endpoint=SimpleNamespace(port=port))
-
-    def listens() -> bool:
-        with contextlib.suppress(ConnectionRefusedError), Stranger(place):
-            return True
-        return False
-
-    wait_until(listens)
-    return thread, place, arrived
-
-
-def _move_and_vanish(place: Any) -> bytes:
-    """A source that is gone right after Running. Returns the receiver's id."""
-    with Stranger(place) as source:
-        accept = source.begin(SESSION, digest=False)
-        _seal(source)
-        source.say(Grant(accept.receiver_id))
-        assert isinstance(source.hear(), Running)
-        return accept.receiver_id
-
-
-def test_receive_answers_a_source_that_lost_its_connection(world: World) -> None:
-    thread, place, arrived = _receive(world)
-    receiver_id = _move_and_vanish(place)
-    with Stranger(place) as asker:
-        assert asker.status(Role.QUERY, SESSION) is PreambleStatus.OK
-        asker.say(Query(SESSION, receiver_id))
-        answer = asker.hear()
-        assert isinstance(answer, Answer)
-        assert answer.state == AnswerState.RUNNING
-        assert arrived == []
-        asker.say(Released())
-        assert isinstance(asker.hear(), ReleasedSeen)
-    thread.join(60)
-    assert [one.session_id for one in arrived] == [SESSION.hex()]
-    world.moves(world.listen())
-
-
-def test_receive_says_when_the_source_was_not_heard(
-    world: World, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("indices", "named"),
+    [((0, 0), "page channel 0: attached before"), ((2,), "page channel 2: allowed 0 to 1")],
+)
+def test_a_wrong_channel_index_ends_its_session(
+    world: World, indices: tuple[int, ...], named: str
 ) -> None:
-    thread, place, arrived = _receive(world, linger_s=0.01)
-    _move_and_vanish(place)
-    thread.join(60)
-    assert len(arrived) == 1
-    assert "may stay in doubt" in caplog.text
-    again = world.listen()
-    assert again.states() == {SESSION.hex(): "running"}
-    world.moves(again)
+    listener = world.listen()
+    with Stranger(listener) as source, contextlib.ExitStack() as channels:
+        token = source.begin(SESSION, 2).token
+        for index in indices[:-1]:
+            channel = channels.enter_context(Stranger(listener))
+            assert channel.status(Role.PAGE, SESSION, index, token) is PreambleStatus.OK
+        last = channels.enter_context(Stranger(listener))
+        assert last.status(Role.PAGE, SESSION, indices[-1], token) is PreambleStatus.MALFORMED
+        abort = source.hear()
+        assert isinstance(abort, Abort)
+        assert abort.code == AbortCode.PROTOCOL
+        assert named in abort.reason
+        assert source.ends()
+    outcome = listener.outcomes.get(timeout=5)
+    assert isinstance(outcome, MigrationError)
+    assert named in str(outcome)
+    assert world.made[-1].released
+    assert listener.states() == {}
+    world.moves(listener)
+
+
+def _ping_until_ended(stranger: Stranger) -> str:
+    """Nothing but pings, until the listener has had enough; its reason."""
+    stranger.sock.settimeout(0.02)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            stranger.say(Ping(1))
+            with contextlib.suppress(TimeoutError):
+                message = stranger.hear()
+                if isinstance(message, Abort):
+                    return message.reason
+    return "nothing was said"
+
+
+def test_a_source_whose_page_channels_do_not_come_is_ended(world: World) -> None:
+    listener = world.listen(max_sessions=1, peer_timeout_s=0.4)
+    with Stranger(listener) as source:
+        source.begin(SESSION, 2)
+        assert "0 of 2 page channels came within 0.4 s" in _ping_until_ended(source)
+    world.moves(listener)
+
+
+def test_a_source_that_only_pings_is_ended(world: World) -> None:
+    listener = world.listen(max_sessions=1, idle_timeout_s=0.4)
+    with Stranger(listener) as source, Stranger(listener) as channel:
+        token = source.begin(SESSION).token
+        assert channel.status(Role.PAGE, SESSION, 0, token) is PreambleStatus.OK
+        assert "nothing has happened for 0.4 s" in _ping_until_ended(source)
+    world.moves(listener)
+
+
+def test_the_idle_rule_counts_from_the_last_thing_that_happened() -> None:
+    rule = IdleRule(channels=2, attach_s=10, idle_s=100, now_s=1000)
+    assert rule.judge(1010, 0, 0) is None
+    assert "0 of 2" in str(rule.judge(1011, 0, 0))
+    assert "1 of 2" in str(rule.judge(1011, 1, 0))
+    for now_s, wire_bytes in ((1090, 64), (1189, 65), (1288, 66), (1388, 66)):
+        assert rule.judge(now_s, 2, wire_bytes) is None
+    assert "nothing has happened for 100 s" in str(rule.judge(1389, 2, 66))
 
 
 # -- where it listens ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
 from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver
+from vmth.channel.watch import IdleRule
 from vmth.destination_record import DestinationRecord
 from vmth.dirty.populated import populated_bits
 from vmth.errors import (
@@ -79,6 +80,8 @@ log = logging.getLogger(__name__)
 #: How long the source's answer to Aborted is waited for; it only lets the record go.
 ABORT_TIMEOUT_S = 2.0
 
+_LOOKS_PER_TIMEOUT = 4
+
 MakeGuest = Callable[[Incoming], Guest]
 
 
@@ -123,6 +126,11 @@ class DestinationSession:
         self._resources = contextlib.ExitStack()
         self._ready = threading.Event()
         self._ended = threading.Event()
+        self._channels_lock = threading.Lock()
+        self._claimed: set[int] = set()  #: page channels, by index
+        self._attached = 0
+        self._handled = 0  #: messages but pings; written by the session's thread
+        self._handling = False
         self._state = StateCollector()
         self._digest = ""
         self._paused = False
@@ -145,6 +153,21 @@ class DestinationSession:
             raise ChannelError("the session takes no page channel any more")
         assert self._receiver is not None
         self._receiver.attach(sock.fileno(), index)
+        with self._channels_lock:
+            self._attached += 1
+
+    def claim(self, index: int) -> None:
+        """A page connection with the right token is about to attach as ``index``. Raises
+        StreamError for one that was claimed before or not offered: the session is over then."""
+        with self._channels_lock:
+            offered = self._offer.channels if self._offer is not None else 0
+            if index < offered and index not in self._claimed:
+                self._claimed.add(index)
+                return
+            why = "attached before" if index < offered else f"allowed 0 to {offered - 1}"
+        error = StreamError(f"page channel {index}: {why}")
+        self._control.interrupt(error)
+        raise error
 
     def cancel(self, reason: str) -> None:
         """End it unless the guest runs or is being started. Any thread, idempotent."""
@@ -189,10 +212,10 @@ class DestinationSession:
         self._record = record
         record.own_guest(guest)
         watcher = threading.Thread(target=self._watch_pages, name="vmth-watch", daemon=True)
+        watcher.start()
         self._resources.callback(watcher.join)
         self._resources.callback(receiver.cancel, "the session is over")
         self._resources.callback(self._ended.set)
-        watcher.start()
         self._ready.set()
         record.send = self._control.send
         record.outgoing.accept = Accept(record.receiver_id, self.token, [], __version__)
@@ -241,13 +264,32 @@ class DestinationSession:
         return bitmaps
 
     def _watch_pages(self) -> None:
-        """A broken page channel ends the session although the control connection is fine."""
-        assert self._receiver is not None
+        """A broken page channel ends the session although the control connection is fine, and so
+        does a source that lives and does nothing."""
+        assert self._receiver is not None and self._offer is not None
+        options = self._options
+        rule = IdleRule(
+            self._offer.channels, options.peer_timeout_s, options.idle_timeout_s, time.monotonic()
+        )
+        look_s = min(options.peer_timeout_s, options.idle_timeout_s) / _LOOKS_PER_TIMEOUT
+        trouble: VmthError | None = None
         try:
-            self._receiver.wait()
+            all_ended = False
+            while trouble is None and not self._ended.is_set():
+                if all_ended:
+                    self._ended.wait(look_s)
+                else:
+                    all_ended = self._receiver.wait(int(look_s * 1e9))
+                wire_bytes = self._receiver.counters().wire_bytes
+                # While a message is handled it is we who are slow: with a state, with a resume().
+                busy = time.monotonic_ns() if self._handling else 0
+                trouble = rule.judge(
+                    time.monotonic(), self._attached, wire_bytes, self._handled, busy
+                )
         except VmthError as error:
-            if not self._ended.is_set():
-                self._control.interrupt(error)
+            trouble = error
+        if trouble is not None and not self._ended.is_set():
+            self._control.interrupt(trouble)
 
     def _serve(self) -> None:
         """Handle messages until the guest runs here and the source has let it go. Once it runs, an
@@ -255,7 +297,11 @@ class DestinationSession:
         while True:
             try:
                 message = self._control.receive()
-                self._handle(message)
+                self._handled, self._handling = self._handled + 1, True
+                try:
+                    self._handle(message)
+                finally:
+                    self._handling = False
             except VmthError as error:
                 if self._arrived:
                     log.info("%s: after the guest had arrived: %s", self.peer, error)

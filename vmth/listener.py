@@ -358,6 +358,11 @@ class Listener:
         elif not session.check_token(preamble.token):
             _refuse(sock, PreambleStatus.BAD_TOKEN)
         else:
+            try:
+                session.claim(preamble.channel)
+            except StreamError:
+                _refuse(sock, PreambleStatus.MALFORMED)
+                raise
             sock.sendall(PreambleReply(PreambleStatus.OK, PROTOCOL_VERSION).pack())
             session.attach(sock, preamble.channel)
 

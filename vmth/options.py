@@ -62,15 +62,20 @@ class ReceiveOptions:
     max_records: int = 1024  #: sessions that must be remembered; beyond it new ones are refused
     max_memory_bytes: int = 0  #: of one session's guest; 0: what make_guest allows
     peer_timeout_s: float = 10.0
+    idle_timeout_s: float = 600.0  #: a session in which nothing but pings happens is ended
     linger_s: float = 30.0  #: how long ``receive`` answers a source that has not said Released
     state_dir: Path | None = None
     link: LinkOptions = field(default_factory=LinkOptions)
 
     def __post_init__(self) -> None:
-        for name, least in (("peer_timeout_s", 0.1), ("linger_s", 0.0)):
-            if not least <= getattr(self, name) <= 3600:
+        for name, least in (
+            ("peer_timeout_s", 0.1),
+            ("idle_timeout_s", 0.1),
+            ("linger_s", 0.0),
+        ):
+            if not least <= getattr(self, name) <= 86400:
                 raise UsageError(
-                    f"{name}: received {getattr(self, name)}, allowed {least:g} to 3600"
+                    f"{name}: received {getattr(self, name)}, allowed {least:g} to 86400"
                 )
         if not 1 <= self.max_sessions <= 1024:
             raise UsageError(f"max_sessions: received {self.max_sessions}, allowed 1 to 1024")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds page channels on which nothing moves although the peer's control connection lives."""
+"""Finds page channels on which nothing moves although the peer's control connection lives, and
+sessions in which nothing happens at all."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from vmth.channel.pages import NativeSender
 from vmth.errors import ChannelError, VmthError
 
-__all__ = ["ProgressWatch"]
+__all__ = ["IdleRule", "ProgressWatch"]
 
 _LOOKS_PER_TIMEOUT = 4
 
@@ -53,3 +54,33 @@ class ProgressWatch:
                     )
                 )
                 return
+
+
+class IdleRule:
+    """Judges a destination's session by what has happened in it. Pure: time is an argument.
+
+    A peer that only answers pings holds a session's place and its guest's memory. All ``channels``
+    must be attached within ``attach_s``, and something must happen every ``idle_s``.
+    """
+
+    def __init__(self, channels: int, attach_s: float, idle_s: float, now_s: float) -> None:
+        self._channels = channels
+        self._attach_s = attach_s
+        self._idle_s = idle_s
+        self._began_s = now_s
+        self._moved_s = now_s
+        self._seen: tuple[int, ...] = ()
+
+    def judge(self, now_s: float, attached: int, *seen: int) -> ChannelError | None:
+        """Why the session is over. ``seen``: counters that grow with whatever happens."""
+        if attached < self._channels and now_s - self._began_s > self._attach_s:
+            return ChannelError(
+                f"{attached} of {self._channels} page channels came within {self._attach_s:g} s"
+            )
+        if seen != self._seen:
+            self._seen, self._moved_s = seen, now_s
+        if now_s - self._moved_s > self._idle_s:
+            return ChannelError(
+                f"the source lives, but nothing has happened for {self._idle_s:g} s"
+            )
+        return None
