@@ -142,11 +142,13 @@ void test_each_page_once_and_no_hole()
     moved.finish();
 }
 
-void test_memory_of_others_is_left_alone()
+void test_only_holes_of_memory_mapped_before()
 {
-    Moved moved(false, 0);
+    Moved moved(false, 350);
     moved.round(0);
-    T_CHECK(moved.reads.calls.empty() && moved.writes.calls.empty());
+    T_CHECK(moved.reads.calls.empty());
+    T_EQUAL(moved.writes.pages(VMTH_POPULATE_READ), 0);
+    T_EQUAL(moved.writes.pages(VMTH_POPULATE_WRITE), 240);
     moved.finish();
 }
 
@@ -194,7 +196,7 @@ void test_system_call()
 int main()
 {
     test_each_page_once_and_no_hole();
-    test_memory_of_others_is_left_alone();
+    test_only_holes_of_memory_mapped_before();
     test_refusal_is_named_and_harmless();
     test_system_call();
     return T_PASS;

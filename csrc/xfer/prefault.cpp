@@ -17,7 +17,7 @@ Prefault::Prefault(const GuestMemory &memory, const vmth_populate_ops *ops)
 // A run of which a part was asked for is not asked for again: the rest costs a fault a page.
 bool Prefault::wanted(uint32_t block, const vmth_run &run) noexcept
 {
-    return memory_.mapped_anew(block) && error_.load(std::memory_order_relaxed) == 0 &&
+    return error_.load(std::memory_order_relaxed) == 0 &&
            done_[block].claim_range(run.page, run.npages);
 }
 
@@ -34,7 +34,7 @@ void Prefault::populate(uint32_t block, uint64_t page, uint64_t npages,
 
 void Prefault::read(uint32_t block, const vmth_run &run) noexcept
 {
-    if (wanted(block, run)) {
+    if (memory_.mapped_anew(block) && wanted(block, run)) {
         populate(block, run.page, run.npages, VMTH_POPULATE_READ);
     }
 }
@@ -51,7 +51,7 @@ void Prefault::write(uint32_t block, const vmth_run &run, const AtomicBitmap &ma
         if (hole_end > page) {
             populate(block, page, hole_end - page, VMTH_POPULATE_WRITE);
         }
-        if (present) {
+        if (present && memory_.mapped_anew(block)) {
             // Many pages of a shared file are mapped at one fault for reading, one at a time for writing.
             populate(block, present->page, present->npages, VMTH_POPULATE_READ);
         }

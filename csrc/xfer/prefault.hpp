@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Maps the pages of an end just before they are used, where its memory was mapped for this transfer.
+// Maps the pages of an end just before they are used: holes that are about to be filled, and all pages of
+// memory that was mapped for this transfer.
 //
 //   a mapping made anew   | . . . . . . |  a fault a page takes longer than the page's copy
 //   after one call        | P P P P . . |  a fraction of that; every page once, later rounds cost nothing
 //
-// Memory that was mapped before is left alone: asking for pages that are there is not free. Where the
+// Pages of memory that was mapped before are left alone: asking for what is there is not free. Where the
 // kernel refuses, nothing is populated from then on and refused() says so: only speed is lost.
 #ifndef VMTH_XFER_PREFAULT_HPP
 #define VMTH_XFER_PREFAULT_HPP
