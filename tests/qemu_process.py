@@ -36,7 +36,13 @@ def qemu_binary(side: str) -> str:
 class Qemu:
     """One QEMU whose RAM is the file ``memory``; leaving the context ends the process."""
 
-    def __init__(self, folder: Path, side: str, *arguments: str, machine: str = "q35") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        side: str,
+        *arguments: str,
+        machine: str = "q35",
+    ) -> None:
         self.memory = folder / f"{side}.ram"
         with self.memory.open("wb") as file:
             file.truncate(MEMORY_BYTES)
@@ -57,6 +63,7 @@ class Qemu:
         )
         with listener:
             self._connection, _ = listener.accept()
+        self._socket.unlink()
         self._connection.settimeout(TIMEOUT_S)
         self._lines = self._connection.makefile("rb")
         self._lines.readline()
@@ -83,6 +90,21 @@ class Qemu:
             "migrate-set-capabilities",
             capabilities=[{"capability": name, "state": True} for name in names],
         )
+
+    def version(self) -> tuple[int, int]:
+        numbers = self.execute("query-version")["qemu"]
+        return numbers["major"], numbers["minor"]
+
+    def supports(self, capability: str) -> bool:
+        rows = self.execute("query-migrate-capabilities")
+        return any(row["capability"] == capability for row in rows)
+
+    def wait_pass(self, number: int) -> None:
+        """Until so many passes over memory have begun; needs the capability ``events``."""
+        while True:
+            answer = self._read()
+            if answer.get("event") == "MIGRATION_PASS" and answer["data"]["pass"] >= number:
+                return
 
     def wait_migrated(self) -> None:
         """Until QEMU reports ``completed``; needs the capability ``events``."""
@@ -137,6 +159,22 @@ def accept_all(listener: socket.socket, count: int) -> list[bytearray]:
                     key.fileobj.close()
                     closed += 1
     return received
+
+
+def walker_rom() -> bytes:
+    """A 64 KiB firmware that for ever adds one to the first byte of each of 128 pages."""
+    walk = bytes.fromhex(
+        "b80010"  # again: mov ax, 0x1000, the segment of page 16
+        "8ed8"  #   next:  mov ds, ax
+        "fe060000"  #      inc byte [0]
+        "050001"  #        add ax, 0x100, one page on
+        "3d0090"  #        cmp ax, 0x9000
+        "72f2"  #          jb next
+        "ebed"  #          jmp again
+    )
+    reset = 0xFFF0
+    jump = b"\xe9" + ((-(reset + 3)) & 0xFFFF).to_bytes(2, "little")
+    return (walk.ljust(reset, b"\xf4") + jump).ljust(1 << 16, b"\xf4")
 
 
 def fill(path: Path, pieces: Sequence[tuple[int, bytes]]) -> None:
