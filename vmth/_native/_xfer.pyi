@@ -24,8 +24,8 @@ class Sender:
         blocks: Sequence[
             tuple[int, int, bool]
         ],  # (address of page 0, npages, mapped anew) a block; the owner keeps it mapped. What was
-        # mapped for this transfer is populated ahead of its use; of other memory only the receiver's
-        # holes are.
+        # mapped for this transfer is populated ahead of its use; of other memory only the
+        # receiver's holes are.
         page_bytes: int,
         *,
         hash_seed: int,
