@@ -34,7 +34,8 @@ def qemu_binary(side: str) -> str:
 
 
 class Qemu:
-    """One QEMU whose RAM is the file ``memory``; leaving the context ends the process."""
+    """One QEMU whose RAM is the file ``memory``, or its own if not ``shared``; leaving the context
+    ends the process."""
 
     def __init__(
         self,
@@ -42,21 +43,24 @@ class Qemu:
         side: str,
         *arguments: str,
         machine: str = "q35",
+        shared: bool = True,
     ) -> None:
         self.memory = folder / f"{side}.ram"
-        with self.memory.open("wb") as file:
-            file.truncate(MEMORY_BYTES)
+        backend = f"memory-backend-ram,id={RAM_ID},size={MEMORY_BYTES}"
+        if shared:
+            with self.memory.open("wb") as file:
+                file.truncate(MEMORY_BYTES)
+            backend = backend.replace("-ram,", "-file,") + f",share=on,mem-path={self.memory}"
         self._socket = folder / f"{side}.qmp"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self._socket))
         listener.listen(1)
         listener.settimeout(TIMEOUT_S)
-        backend = f"memory-backend-file,id={RAM_ID},size={MEMORY_BYTES},share=on"
         self._process = subprocess.Popen(
             [
                 *(qemu_binary(side), "-S", "-display", "none", "-nodefaults", "-accel", "tcg"),
                 *("-machine", f"{machine},memory-backend={RAM_ID}"),
-                *("-m", f"{MEMORY_BYTES >> 20}M", "-object", f"{backend},mem-path={self.memory}"),
+                *("-m", f"{MEMORY_BYTES >> 20}M", "-object", backend),
                 *("-chardev", f"socket,id=qmp,path={self._socket}", "-mon", "qmp,mode=control"),
                 *arguments,
             ]
@@ -99,6 +103,16 @@ class Qemu:
         rows = self.execute("query-migrate-capabilities")
         return any(row["capability"] == capability for row in rows)
 
+    def wait_status(self, wanted: str) -> None:
+        """Until the migration has that status; needs the capability ``events``."""
+        while True:
+            answer = self._read()
+            if answer.get("event") == "MIGRATION":
+                status = answer["data"]["status"]
+                assert status != "failed", self.execute("query-migrate")
+                if status == wanted:
+                    return
+
     def wait_pass(self, number: int) -> None:
         """Until so many passes over memory have begun; needs the capability ``events``."""
         while True:
@@ -107,14 +121,7 @@ class Qemu:
                 return
 
     def wait_migrated(self) -> None:
-        """Until QEMU reports ``completed``; needs the capability ``events``."""
-        while True:
-            answer = self._read()
-            if answer.get("event") == "MIGRATION":
-                status = answer["data"]["status"]
-                assert status != "failed", self.execute("query-migrate")
-                if status == "completed":
-                    return
+        self.wait_status("completed")
 
     def status(self) -> str:
         status: str = self.execute("query-status")["status"]
@@ -159,6 +166,32 @@ def accept_all(listener: socket.socket, count: int) -> list[bytearray]:
                     key.fileobj.close()
                     closed += 1
     return received
+
+
+def relay(listener: socket.socket, onward: Path) -> tuple[bytearray, bytearray]:
+    """Carry one connection on to a socket, both ways until both have closed; what was carried."""
+    listener.settimeout(TIMEOUT_S)
+    source, _ = listener.accept()
+    destination = socket.socket(socket.AF_UNIX)
+    destination.connect(str(onward))
+    forth, back = bytearray(), bytearray()
+    with source, destination, selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ, (destination, forth))
+        selector.register(destination, selectors.EVENT_READ, (source, back))
+        while selector.get_map():
+            ready = selector.select(TIMEOUT_S)
+            assert ready, "neither QEMU sends anything"
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                to, carried = key.data
+                data = key.fileobj.recv(1 << 20)
+                carried.extend(data)
+                if data:
+                    to.sendall(data)
+                else:
+                    selector.unregister(key.fileobj)
+                    to.shutdown(socket.SHUT_WR)
+    return forth, back
 
 
 def walker_rom() -> bytes:

@@ -12,11 +12,12 @@ import random
 import socket
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qemu_process import MEMORY_BYTES, RAM_ID, Qemu, accept_all, fill, walker_rom
+from qemu_process import MEMORY_BYTES, RAM_ID, Qemu, accept_all, fill, relay, walker_rom
 
 from vmth.qemu import stream as q
 from vmth.qemu.inspect import inspect_files
@@ -254,6 +255,56 @@ def test_mapped_ram_file(tmp_path: Path, multifd: bool) -> None:
     assert report.faults == [] and len(report.devices) > 20
     assert any("mapped-ram" in hint for hint in report.hints)
     assert memory_of(read(main.read_bytes())).ram == (tmp_path / "SRC.ram").read_bytes()
+
+
+def test_postcopy_both_ways(tmp_path: Path) -> None:
+    """A busy guest moves by postcopy through the test, which reads what both QEMUs say."""
+    rom, middle, onward = tmp_path / "rom", tmp_path / "middle.sock", tmp_path / "onward.sock"
+    rom.write_bytes(walker_rom())
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(middle))
+    listener.listen(1)
+    options = ("-bios", str(rom))
+    incoming = ("-incoming", "defer", *options)
+    with (
+        listener,
+        ThreadPoolExecutor(1) as pool,
+        Qemu(tmp_path, "SRC", *options, shared=False) as source,
+        Qemu(tmp_path, "DST", *incoming, shared=False) as destination,
+    ):
+        try:
+            destination.capabilities("events", "postcopy-ram")
+        except AssertionError as error:
+            pytest.skip(f"no postcopy here (userfaultfd may be for root only): {error}")
+        source.capabilities("events", "postcopy-ram")
+        destination.execute("migrate-incoming", uri=f"unix:{onward}")
+        source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+        carried = pool.submit(relay, listener, onward)
+        source.execute("cont")
+        source.execute("migrate", uri=f"unix:{middle}")
+        source.wait_status("active")
+        source.execute("migrate-start-postcopy")
+        source.wait_migrated()
+        destination.wait_migrated()
+        forth, back = carried.result()
+    main = tmp_path / "main.bin"
+    main.write_bytes(forth)
+    report = inspect_files([main])
+    assert report.faults == [] and len(report.devices) > 20
+    commands = [command.split()[0] for command in report.commands]
+    assert commands[:3] == ["OPEN_RETURN_PATH", "PING", "POSTCOPY_ADVISE"]
+    assert {"POSTCOPY_RAM_DISCARD", "PACKAGED", "POSTCOPY_LISTEN", "POSTCOPY_RUN"} <= {*commands}
+    reader = q.ReturnPathReader()
+    reader.feed(back)
+    reader.feed_eof()
+    messages = []
+    while (message := reader.next_message()) is not None:
+        messages.append(message)
+    assert messages[0] == q.Pong(1)
+    assert messages[-1] == q.Shut(0)
+    events = read(bytes(forth))
+    # QEMU says a block's name again after a page that was asked for; the pages are the same.
+    assert memory_of(read(rebuilt(events))).ram == memory_of(events).ram
 
 
 def test_other_capabilities_are_read(tmp_path: Path) -> None:

@@ -305,7 +305,8 @@ def test_mapped_ram() -> None:
     data = mapped_file()
     reader = q.StreamReader()
     outcomes = []
-    for pieces in ([data], bytewise(data), [data[i : i + 5000] for i in range(0, len(data), 5000)]):
+    for step in (len(data), 11, 5000):
+        pieces = [data[i : i + step] for i in range(0, len(data), step)]
         reader = q.StreamReader()
         events = []
         for piece in pieces:
@@ -377,7 +378,8 @@ def test_faults_say_received_and_allowed(data: bytes, message: str) -> None:
     assert data.startswith(written)
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None)
 @given(
     data=st.sampled_from([plain(), postcopy(), mapped_file(), CASES["xbzrle and compress"]]),
     damage=st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(max_size=9)), max_size=3),
