@@ -141,14 +141,17 @@ def test_a_bad_link_never_harms_the_guest(
 
     source = guest(1024, True)
     source.resume()
+    # Work is shared: only a channel on its own is sure to carry more than the barriers.
+    channels = 1 if target == 1 and offset >= 5_000 else 2
+    timeout_s = 0.5 if fault == "silence" else 10.0
     options = MigrateOptions(
         state_dir=tmp_path / "s",
-        channels=2,
-        peer_timeout_s=0.5,
+        channels=channels,
+        peer_timeout_s=timeout_s,
         query_timeout_s=2.0,
         audit=True,
     )
-    receive = ReceiveOptions(state_dir=tmp_path / "d", peer_timeout_s=0.5)
+    receive = ReceiveOptions(state_dir=tmp_path / "d", peer_timeout_s=timeout_s)
     endpoint = parse_endpoint("tcp:127.0.0.1:0", listening=True)
     with Listener(endpoint, make_guest, receive) as listener:
         link = Link(listener.endpoint.port, target, direction, fault, offset)
@@ -166,7 +169,9 @@ def test_a_bad_link_never_harms_the_guest(
             assert result.verified
         finally:
             link.close()
-        assert link.struck or offset >= 400_000  # work is shared: a channel may carry less
+        # The control connection never carries so much; and a machine that is busy may be silent
+        # itself for longer than the short timeout.
+        assert link.struck or offset == 500_000 or fault == "silence"
         assert source.released
         assert [one.running for one in made].count(True) == 1
         there = next(one for one in made if one.running)
