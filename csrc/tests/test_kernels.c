@@ -172,6 +172,45 @@ static void test_runs_cover_the_bitmap(void)
     free(words);
 }
 
+/* The room of a call around what the walk over many words needs, to the entry. */
+static void test_runs_fill_the_room_exactly(void)
+{
+    uint64_t words[NWORDS];
+    uint64_t back[NWORDS];
+    const size_t block_runs = 256 * 32;
+
+    for (size_t i = 0; i < NWORDS; i++) {
+        words[i] = UINT64_C(0x5555555555555555);
+    }
+    words[40] ^= 1; /* so that the runs are no multiple of what is written at once */
+    for (size_t cap = block_runs - 8; cap < block_runs + 48; cap++) {
+        memset(back, 0, sizeof(back));
+        mark_runs(words, 64 * NWORDS, cap, back);
+        T_CHECK(memcmp(words, back, sizeof(words)) == 0);
+    }
+}
+
+static void test_one_run_over_everything(void)
+{
+    uint64_t words[NWORDS];
+    struct vmth_run out[600];
+    size_t n;
+    uint64_t resume;
+
+    memset(words, 0xff, sizeof(words));
+    T_EQUAL(vmth_bitmap_runs(words, 64 * NWORDS, 3, out, 600, &n, &resume), 0);
+    T_EQUAL(n, 1);
+    T_EQUAL(out[0].page, 3);
+    T_EQUAL(out[0].npages, 64 * NWORDS - 3);
+    T_EQUAL(resume, 64 * NWORDS);
+    words[NWORDS - 20] = 0;
+    T_EQUAL(vmth_bitmap_runs(words, 64 * NWORDS, 3, out, 600, &n, &resume), 0);
+    T_EQUAL(n, 2);
+    T_EQUAL(out[0].npages, 64 * (NWORDS - 20) - 3);
+    T_EQUAL(out[1].page, 64 * (NWORDS - 19));
+    T_EQUAL(out[1].npages, 64 * 19);
+}
+
 static void test_runs_refusals(void)
 {
     const uint64_t word = 1;
@@ -235,6 +274,8 @@ int main(void)
     t_each_kernel("zero", test_hash_equals_scalar);
     t_each_kernel("zero", test_zero_at_every_length_and_position);
     t_each_kernel("bitmap", test_runs_cover_the_bitmap);
+    t_each_kernel("bitmap", test_runs_fill_the_room_exactly);
+    t_each_kernel("bitmap", test_one_run_over_everything);
     t_each_kernel("bitmap", test_count_and_merge_equal_scalar);
     test_runs_refusals();
     return T_PASS;

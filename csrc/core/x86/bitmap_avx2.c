@@ -60,6 +60,8 @@ AVX2 static inline size_t skip_zero_avx2(const uint64_t *words, size_t from, siz
         __m256i any[4] = {load(set), load(set + 4), load(set + 8), load(set + 12)};
 
         for (size_t i = 16; i < RUNS_SET; i += 16) {
+            _mm_prefetch((const char *)(set + i) + PREFETCH_BYTES, _MM_HINT_T0);
+            _mm_prefetch((const char *)(set + i + 8) + PREFETCH_BYTES, _MM_HINT_T0);
             for (size_t k = 0; k < 4; k++) {
                 any[k] = _mm256_or_si256(any[k], load(set + i + 4 * k));
             }
