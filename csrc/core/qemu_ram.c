@@ -200,7 +200,8 @@ static int parse_page(const struct vmth_qemu_blocks *blocks, uint32_t current, u
             return refuse(error, "idstr of no block, its length", in[WORD_BYTES], 0);
         }
     } else if (block == VMTH_QEMU_NO_BLOCK) {
-        return refuse(error, "CONTINUE before any block, flags", flags, flags & ~(uint64_t)FLAG_CONTINUE);
+        return refuse(error, "CONTINUE before any block, flags", flags,
+                      flags & ~(uint64_t)FLAG_CONTINUE);
     }
     record->run.block = block;
     record->run.npages = 1;
@@ -244,7 +245,8 @@ static int parse_record(const struct vmth_qemu_blocks *blocks, uint32_t current,
     case FLAG_COMPRESS | FLAG_CONTINUE:
         return parse_page(blocks, current, word, in, nbytes, record, error);
     default:
-        return refuse(error, (flags & FLAG_HOOK) != 0 ? "ram record flags (RDMA)" : "ram record flags",
+        return refuse(error,
+                      (flags & FLAG_HOOK) != 0 ? "ram record flags (RDMA)" : "ram record flags",
                       flags, FLAG_FLUSH);
     }
 }
@@ -368,8 +370,9 @@ static size_t body_bytes(const struct vmth_qemu_run *run)
 static bool run_valid(const struct vmth_qemu_blocks *blocks, const struct vmth_qemu_run *run,
                       size_t nbytes)
 {
-    const uint32_t most = run->kind == VMTH_QEMU_COMPRESS ? VMTH_QEMU_MAX_COMPRESSED(blocks->page_bytes)
-                                                          : blocks->page_bytes;
+    const uint32_t most = run->kind == VMTH_QEMU_COMPRESS
+                              ? VMTH_QEMU_MAX_COMPRESSED(blocks->page_bytes)
+                              : blocks->page_bytes;
     const uint64_t npages = run->block < blocks->nblocks ? block_npages(blocks, run->block) : 0;
 
     if (run->kind < VMTH_QEMU_ZERO || run->kind > VMTH_QEMU_COMPRESS || run->npages == 0 ||
@@ -388,7 +391,8 @@ static bool run_valid(const struct vmth_qemu_blocks *blocks, const struct vmth_q
     }
     const uint64_t room = nbytes - run->at - run->nbytes;
 
-    return run->npages == 1 || (run->stride >= run->nbytes && run->npages - 1 <= room / run->stride);
+    return run->npages == 1 ||
+           (run->stride >= run->nbytes && run->npages - 1 <= room / run->stride);
 }
 
 size_t vmth_qemu_ram_encoded_bytes(const struct vmth_qemu_blocks *blocks, uint32_t block,

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Any bytes are runs within their blocks and within the input, or are refused with a named field; runs
- * can be written again, and what was written reads the same. */
+/* Any bytes are runs within their blocks and within the input, or are refused with a named field;
+ * runs can be written again, and what was written reads the same. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

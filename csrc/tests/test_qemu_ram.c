@@ -19,7 +19,7 @@ static void name_blocks(void)
     memcpy(names + VMTH_QEMU_NAME_BYTES, "\4bios", 5);
 }
 
-/* ---- a stream is put together here, independently of the encoder ------------------------------ */
+/* ---- a stream is put together here, independently of the encoder ----------------------------- */
 
 static uint8_t stream[64 * 1024];
 static size_t stream_bytes;

@@ -320,7 +320,7 @@ def _configuration_value(event: ConfigurationField) -> Any:
 def _inspect_channel(report: Report, path: Path, data: memoryview) -> None:
     channel = ChannelReport(str(path), nbytes=len(data))
     report.channels.append(channel)
-    reader = MultifdReader()
+    reader = MultifdReader(page_bytes=1 << report.configuration.get("target-page-bits", 12))
     lengths = {block.idstr: block.used_length for block in report.blocks}
     try:
         for at in range(0, len(data), FEED_BYTES):

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The payload of a `ram` section in QEMU's migration stream: records to runs of pages, and back.
  *
- *   +-- be64 ------------+-- unless CONTINUE ----+-- by kind -----------------------------------+
- *   | offset | flags     | u8 n, n bytes (idstr) | ZERO u8 0 | PAGE page | XBZRLE u8 1, be16 n,.. |
- *   +--------------------+-----------------------+----------------------------------------------+
+ *   +-- be64 --------+-- unless CONTINUE ----+-- by kind ---------------------------------------+
+ *   | offset | flags | u8 n, n bytes (idstr) | ZERO: u8 0, PAGE: page, XBZRLE: u8 1, be16 n, .. |
+ *   +----------------+-----------------------+--------------------------------------------------+
  *
  *   input   [hdr page 7][hdr page 8][hdr page 9][hdr 0][hdr 0][EOS]
  *   runs    {PAGE, page 7, npages 3, at -> first page's bytes, stride}  {ZERO, page 10, npages 2}
  *
- * Payload is never copied: a run says where in the input it lies. Records without pages (EOS, FLUSH,
- * MEM_SIZE) stop the parser, so that their place in the order is kept. Nothing in the input is
- * trusted: a name must be in the block table, a page within its block. docs/qemu-stream.md has the
+ * Payload is never copied: a run says where in the input it lies. Records without pages (EOS,
+ * FLUSH, MEM_SIZE) stop the parser, so that their place in the order is kept. Nothing in the input
+ * is trusted: a name must be in the block table, a page within its block. docs/qemu-stream.md has the
  * format. Pure. */
 #ifndef VMTH_QEMU_RAM_H
 #define VMTH_QEMU_RAM_H
@@ -41,7 +41,7 @@ enum vmth_qemu_stop {
     VMTH_QEMU_MEM_SIZE = 5 /* the block list follows; its total is in `value` */
 };
 
-/* npages pages from `page` of one block, all of one kind. XBZRLE and COMPRESS runs have one page. */
+/* npages pages from `page` of one block, of one kind. XBZRLE and COMPRESS runs have one page. */
 struct vmth_qemu_run {
     uint64_t page;
     uint64_t npages;
