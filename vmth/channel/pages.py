@@ -69,7 +69,47 @@ def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, in
     ]
 
 
-class NativeSender:
+class _NativeEnd:
+    """What both ends have. A context manager: leaving it closes."""
+
+    _native: _xfer.Sender | _xfer.Receiver
+
+    def digest(self) -> Digest:
+        with _translate:
+            return self._native.digest()
+
+    def hashes(self, block: int, page: int, npages: int) -> npt.NDArray[np.uint64]:
+        with _translate:
+            return self._native.hashes(block, page, npages)
+
+    def subdigests(self, block: int, page: int, npages: int, step: int) -> npt.NDArray[np.uint64]:
+        with _translate:
+            return self._native.subdigests(block, page, npages, step)
+
+    def counters(self) -> TransferCounters:
+        with _translate:
+            return TransferCounters(**self._native.counters())
+
+    def fallbacks(self) -> Sequence[str]:
+        with _translate:
+            return self._native.fallbacks()
+
+    def cancel(self, reason: str) -> None:
+        with _translate:
+            self._native.cancel(reason)
+
+    def close(self) -> None:
+        with _translate:
+            self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class NativeSender(_NativeEnd):
     """``PageSender`` over sockets. A context manager: leaving it closes.
 
     Every method may raise ChannelError, StreamError (the peer broke the protocol), CancelledError
@@ -90,7 +130,7 @@ class NativeSender:
     ) -> None:
         self._memory = memory  # stays mapped as long as its views live
         with _translate:
-            self._native = _xfer.Sender(
+            native = _xfer.Sender(
                 _areas(memory, page_bytes),
                 page_bytes,
                 hash_seed=hash_seed,
@@ -99,6 +139,7 @@ class NativeSender:
                 packet_bytes=packet_bytes,
                 queue_jobs=queue_jobs,
             )
+        self._native: _xfer.Sender = native
 
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble, duplicated. Before the first barrier."""
@@ -126,22 +167,6 @@ class NativeSender:
         with _translate:
             return self._native.take_missed(bitmaps)
 
-    def digest(self) -> Digest:
-        with _translate:
-            return self._native.digest()
-
-    def hashes(self, block: int, page: int, npages: int) -> npt.NDArray[np.uint64]:
-        with _translate:
-            return self._native.hashes(block, page, npages)
-
-    def subdigests(self, block: int, page: int, npages: int, step: int) -> npt.NDArray[np.uint64]:
-        with _translate:
-            return self._native.subdigests(block, page, npages, step)
-
-    def counters(self) -> TransferCounters:
-        with _translate:
-            return TransferCounters(**self._native.counters())
-
     def set_bandwidth(self, bytes_per_second: int) -> None:
         with _translate:
             self._native.set_bandwidth(bytes_per_second)
@@ -155,30 +180,12 @@ class NativeSender:
         with _translate:
             return self._native.in_flight()
 
-    def fallbacks(self) -> Sequence[str]:
-        with _translate:
-            return self._native.fallbacks()
-
-    def cancel(self, reason: str) -> None:
-        with _translate:
-            self._native.cancel(reason)
-
     def finish(self) -> None:
         with _translate:
             self._native.finish()
 
-    def close(self) -> None:
-        with _translate:
-            self._native.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class NativeReceiver:
+class NativeReceiver(_NativeEnd):
     """``PageReceiver`` over sockets. A context manager: leaving it closes. Errors: the sender's."""
 
     def __init__(
@@ -193,7 +200,7 @@ class NativeReceiver:
     ) -> None:
         self._memory = memory  # stays mapped as long as its views live
         with _translate:
-            self._native = _xfer.Receiver(
+            native = _xfer.Receiver(
                 _areas(memory, page_bytes),
                 page_bytes,
                 hash_seed=hash_seed,
@@ -201,6 +208,7 @@ class NativeReceiver:
                 maybe_nonzero=maybe_nonzero,
                 channels=channels,
             )
+        self._native: _xfer.Receiver = native
 
     def attach(self, fd: int, index: int) -> None:
         with _translate:
@@ -209,37 +217,3 @@ class NativeReceiver:
     def wait(self, timeout_ns: int = 0) -> bool:
         with _translate:
             return self._native.wait(timeout_ns)
-
-    def digest(self) -> Digest:
-        with _translate:
-            return self._native.digest()
-
-    def hashes(self, block: int, page: int, npages: int) -> npt.NDArray[np.uint64]:
-        with _translate:
-            return self._native.hashes(block, page, npages)
-
-    def subdigests(self, block: int, page: int, npages: int, step: int) -> npt.NDArray[np.uint64]:
-        with _translate:
-            return self._native.subdigests(block, page, npages, step)
-
-    def counters(self) -> TransferCounters:
-        with _translate:
-            return TransferCounters(**self._native.counters())
-
-    def fallbacks(self) -> Sequence[str]:
-        with _translate:
-            return self._native.fallbacks()
-
-    def cancel(self, reason: str) -> None:
-        with _translate:
-            self._native.cancel(reason)
-
-    def close(self) -> None:
-        with _translate:
-            self._native.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
