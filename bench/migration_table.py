@@ -5,6 +5,8 @@
 
 Cold: from the first connection to the guest running there, against send and recv of the same bytes
 into memory of the same kind and state, interleaved, with the medians' ratio and every run's spread.
+"own": guest memory that this process has mapped already (Mapping(address=...)); "anew": a memfd that
+both the migration and the baseline map for the run (Mapping(fd=...)), and so fault in once more.
 Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
 bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
 """
@@ -32,6 +34,7 @@ from vmth.guests.schedule import Workload
 from vmth.guests.spawn import choose_guest, spawn_destination, spawn_source
 from vmth.handshake import Incoming
 from vmth.listener import Listener
+from vmth.memory import address_of
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.types import Gpa, Mapping, RamBlock
 from vmth.uri import parse_endpoint
@@ -42,14 +45,23 @@ PAGE = 4096
 
 
 class StillGuest:
-    """Memory that nobody writes, in a memfd of this process."""
+    """Memory that nobody writes, in a memfd of this process; ``anew``: handed on by its fd."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, anew: bool) -> None:
         self.fd = os.memfd_create("bench")
         os.ftruncate(self.fd, nbytes)
         self.view: Memory = np.frombuffer(mmap.mmap(self.fd, nbytes), dtype=np.uint8)
-        self.blocks: Sequence[RamBlock] = [RamBlock("ram", nbytes, Gpa(0), Mapping(fd=self.fd))]
+        self.anew = anew
+        where = Mapping(fd=self.fd) if anew else Mapping(address=address_of(self.view))
+        self.blocks: Sequence[RamBlock] = [RamBlock("ram", nbytes, Gpa(0), where)]
         self.dirty: Sequence[DirtySource] = ()
+
+    def mapped(self) -> Memory:
+        """What the baseline reads or writes through."""
+        if not self.anew:
+            return self.view
+        mapped: Memory = np.frombuffer(mmap.mmap(self.fd, self.view.nbytes), dtype=np.uint8)
+        return mapped
 
     def pause(self) -> bool:
         return True
@@ -70,8 +82,8 @@ class StillGuest:
         os.close(self.fd)
 
 
-def target(nbytes: int, populated: bool) -> StillGuest:
-    guest = StillGuest(nbytes)
+def target(source: StillGuest, populated: bool) -> StillGuest:
+    guest = StillGuest(source.view.nbytes, source.anew)
     if populated:
         guest.view[::PAGE] = 1
     return guest
@@ -79,7 +91,7 @@ def target(nbytes: int, populated: bool) -> StillGuest:
 
 def move(source: StillGuest, populated: bool, channels: int, digest: bool, state: Path) -> float:
     """Seconds of one cold migration."""
-    there = target(source.view.nbytes, populated)
+    there = target(source, populated)
     endpoint = parse_endpoint("tcp:127.0.0.1:0", listening=True)
     options = ReceiveOptions(state_dir=state / "d")
     with Listener(endpoint, lambda _: there, options) as listener:
@@ -94,19 +106,22 @@ def move(source: StillGuest, populated: bool, channels: int, digest: bool, state
 
 
 def copy(source: StillGuest, populated: bool, channels: int) -> float:
-    there = target(source.view.nbytes, populated)
-    seconds = bare(source.view, there.view, channels)
+    there = target(source, populated)
+    seconds = bare(source.mapped(), there.mapped(), channels)
     there.close()
     return seconds
 
 
-def cold_table(nbytes: int, channel_counts: Sequence[int], rounds: int, state: Path) -> None:
-    source = StillGuest(nbytes)
+def cold_table(
+    nbytes: int, anew: bool, channel_counts: Sequence[int], rounds: int, state: Path
+) -> None:
+    source = StillGuest(nbytes, anew)
     rng = np.random.default_rng(1)
     for at in range(0, nbytes, 64 << 20):
         piece = source.view[at : at + (64 << 20)]
         piece[:] = np.frombuffer(rng.bytes(piece.nbytes), dtype=np.uint8)
-    print(f"cold, {nbytes >> 20} MiB incompressible, loopback TCP, {rounds} rounds interleaved")
+    kind = "mapped anew" if anew else "own mapping"
+    print(f"cold, {nbytes >> 20} MiB incompressible, {kind}, loopback TCP, {rounds} rounds")
     for channels in channel_counts:
         for populated in (True, False):
             runs = {
@@ -179,7 +194,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
         state = Path(directory)
         channels = [int(text) for text in arguments.channels.split(",")]
-        cold_table(arguments.mib << 20, channels, arguments.rounds, state)
+        for anew in (False, True):
+            cold_table(arguments.mib << 20, anew, channels, arguments.rounds, state)
         idle_table(arguments.rounds, state)
     memory_table()
 
