@@ -5,8 +5,8 @@
 
 Cold: from the first connection to the guest running there, against send and recv of the same bytes
 into memory of the same kind and state, interleaved, with the medians' ratio and every run's spread.
-"own": guest memory that this process has mapped already (Mapping(address=...)); "anew": a memfd that
-both the migration and the baseline map for the run (Mapping(fd=...)), and so fault in once more.
+Own mapping: guest memory that this process has mapped already (Mapping(address=...)); mapped anew:
+a memfd that the migration and the baseline map for the run (Mapping(fd=...)) and fault in again.
 Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
 bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
 """
