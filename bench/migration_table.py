@@ -14,6 +14,7 @@ bandwidth. Memory: a mover in a process of its own, above an idle import and wit
 from __future__ import annotations
 
 import argparse
+import gc
 import mmap
 import os
 import statistics
@@ -92,6 +93,7 @@ def target(source: StillGuest, populated: bool) -> StillGuest:
 def move(source: StillGuest, populated: bool, channels: int, digest: bool, state: Path) -> float:
     """Seconds of one cold migration."""
     there = target(source, populated)
+    gc.collect()  # or the last run's memory is unmapped in the middle of this one
     endpoint = parse_endpoint("tcp:127.0.0.1:0", listening=True)
     options = ReceiveOptions(state_dir=state / "d")
     with Listener(endpoint, lambda _: there, options) as listener:
@@ -107,6 +109,7 @@ def move(source: StillGuest, populated: bool, channels: int, digest: bool, state
 
 def copy(source: StillGuest, populated: bool, channels: int) -> float:
     there = target(source, populated)
+    gc.collect()
     seconds = bare(source.mapped(), there.mapped(), channels)
     there.close()
     return seconds
@@ -148,6 +151,7 @@ def idle_table(rounds: int, state: Path) -> None:
     kind, _ = choose_guest(None)
     print(f"\nidle 1 GiB guest ({kind}), live, {rounds} rounds")
     for _ in range(rounds):
+        gc.collect()
         source, _ = spawn_source(kind, 1 << 30, workload=Workload("idle", seed=1))
         made: list[object] = []
 
