@@ -45,7 +45,8 @@ def migrate(
 
     Raises a MigrationError: after RefusedError, CancelledError, NotConvergedError,
     VerificationError and MigrationError itself the guest runs here as before; after InDoubtError it
-    is paused here and may run there, and the message says what to do.
+    is paused here and may run there, after NotResumedError it is paused here and runs nowhere; the
+    message says what to do.
     """
     job = start_migration(guest, uri, options, **changes)
     try:

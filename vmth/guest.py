@@ -3,8 +3,9 @@
 
 vmth calls the methods of one guest one at a time, from one thread that it names ``vmth-job``; they
 may raise. A raise before the grant ends the migration, and vmth calls ``resume()`` if it had called
-``pause()``; a raise of ``resume()`` at the source after a failure is reported as ``GuestError`` and
-the guest is left paused. docs/embedding.md walks through an implementation.
+``pause()``; a raise of ``resume()`` at the source after a failure is reported as
+``NotResumedError`` and the guest is left paused. Dirty sources are stopped before ``release()``.
+docs/embedding.md walks through an implementation.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ __all__ = [
     "OfferRefused",
     "check_blocks",
     "check_offer",
+    "compare_blocks",
     "make_offer",
     "open_connection",
     "read_exactly",

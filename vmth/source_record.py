@@ -61,7 +61,6 @@ class SourceRecord:
         self.tell_kept: Callable[[Abort], None] | None = None
         self.before_release: Callable[[], None] | None = None  #: must not raise
         self.query_due = False
-        self.operator_told = False
         self._journal = journal
         self._guest = guest
         self._handover = source_handover(state)
@@ -123,7 +122,7 @@ class SourceRecord:
         elif action is Action.QUERY_PEER:
             self.query_due = True
         elif action is Action.TELL_OPERATOR:
-            self.operator_told = True
+            log.error("session %s is in doubt: the guest stays paused here", self.session_id.hex())
         elif action is Action.SEND_RELEASED:
             self._tell_released()
         elif action is Action.SEND_ABORT:

@@ -193,8 +193,8 @@ class SourceSession:
 
     def run(self) -> MigrationResult:
         """Returns when the guest runs at the destination and is released here. Raises
-        MigrationError or a child; unless that is InDoubtError the guest runs (or stays paused, as
-        it was) here."""
+        MigrationError or a child; unless that is InDoubtError or
+        NotResumedError the guest runs (or stays paused, as it was) here."""
         try:
             try:
                 self._meet()
