@@ -29,6 +29,8 @@ C_FLAGS = [
     "-Wconversion",
     "-Wstrict-prototypes",
 ]
+# After the static libraries, which need it; a module that calls none of it does not load it.
+LINK = ["-pthread", "-Wl,--as-needed", "-lzstd"]
 
 
 def c_library(name: str, pattern: str) -> tuple[str, dict[str, object]]:
@@ -66,7 +68,7 @@ def cython_module(path: str) -> Extension:
         include_dirs=[*INCLUDE, numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=["-fvisibility=hidden", "-pthread", *GENERATED, *WERROR],
-        extra_link_args=["-pthread"],
+        extra_link_args=LINK,
         depends=[*LIBRARY_SOURCES, *HEADERS],
     )
 
@@ -81,7 +83,7 @@ def xfer_module() -> list[Extension]:
             include_dirs=INCLUDE,
             cxx_std=17,
             extra_compile_args=["-pthread", *WARN],
-            extra_link_args=["-pthread"],
+            extra_link_args=LINK,
             depends=[*LIBRARY_SOURCES, *HEADERS],
         )
     ]

@@ -53,11 +53,17 @@ find_python() {
     die "no Python 3.11 or newer found (tried ${VMTH_PYTHON:-python3, /usr/bin/python3}); install one or name it in VMTH_PYTHON"
 }
 
+# Does the compiler find the header $1?
+compiler_finds() {
+    printf '#include <%s>\n' "$1" | ${CC:-gcc} -E -x c - >/dev/null 2>&1
+}
+
 # Print the Debian names of what is missing.
 missing_packages() {
     command -v gcc >/dev/null || printf 'gcc libc6-dev '
     command -v g++ >/dev/null || printf 'g++ '
     command -v make >/dev/null || printf 'make '
+    compiler_finds zstd.h || printf 'libzstd-dev '
     python_has_venv "$python" || printf 'python3-venv '
     python_has_headers "$python" || printf 'python3-dev '
     # Only the tests need it; they set this before vmth_setup.
