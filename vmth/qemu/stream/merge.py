@@ -92,6 +92,10 @@ class MultifdMerger:
         """False while this channel waits for the others: feeding it would only buffer."""
         return not self._channels[index].waits
 
+    def channel_wants(self, index: int) -> int:
+        """Bytes that, fed in one piece, need not be copied."""
+        return self._channels[index].reader.wants
+
     def next_event(self) -> Event | None:
         """The next event, or None when more bytes are needed of any input."""
         while not self._events:

@@ -164,6 +164,16 @@ class MultifdReader:
         """Bytes that were used so far."""
         return self._window.position
 
+    @property
+    def wants(self) -> int:
+        """Bytes that make what comes next whole: fed in one piece, it is not copied."""
+        want = self._want
+        if self._state == self._hello:
+            want = HELLO_BYTES
+        elif self._state == self._header:
+            want = HEADER_BYTES + 8 * self._most_pages
+        return max(1, want - self._window.available)
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         self._window.feed(data)
 

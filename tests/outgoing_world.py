@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source QEMU for tests without one: answers ``migrate`` by connecting and sending a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vmth.qemu import stream as q
+
+
+class FakeSource:
+    """``Commands`` whose ``migrate`` makes ``1 + len(channels)`` connections, each in a thread of
+    its own that sends its bytes. The connections stay open until ``close()``."""
+
+    def __init__(
+        self, main: bytes, channels: Sequence[bytes] = (), *, main_first: bool = True
+    ) -> None:
+        self.status: dict[str, Any] = {"status": "active"}
+        self.commands: list[str] = []
+        self.returned = bytearray()  #: what came on the return path
+        self.answered = threading.Event()  #: SHUT was read
+        self.closes_after_sending = False
+        self._pieces = [main, *channels] if main_first else [*channels, main]
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        self.commands.append(command)
+        if command == "query-migrate":
+            return self.status
+        assert command == "migrate" and arguments is not None
+        path = str(arguments["uri"]).removeprefix("unix:")
+        for piece in self._pieces:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(path)
+            self._sockets.append(sock)
+            thread = threading.Thread(target=self._send, args=(sock, piece), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return {}
+
+    def _send(self, sock: socket.socket, piece: bytes) -> None:
+        with contextlib.suppress(OSError):
+            sock.sendall(piece)
+            if self.closes_after_sending:
+                sock.shutdown(socket.SHUT_RDWR)
+                return
+            while data := sock.recv(4096):
+                self.returned += data
+                if b"\x00\x01\x00\x04" in self.returned:
+                    self.answered.set()
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join()
+
+
+def drain(next_event: Callable[[float], q.Event | None], timeout_s: float = 10.0) -> list[q.Event]:
+    """All events up to StreamFinished; buffers are copied, as they live until the next call."""
+    events: list[q.Event] = []
+    while True:
+        event = next_event(timeout_s)
+        assert event is not None, f"nothing came after {len(events)} events"
+        if isinstance(event, q.RamPages):
+            event = q.RamPages(event.table, event.runs, memoryview(bytes(event.data)))
+        elif isinstance(event, q.RawBytes):
+            event = q.RawBytes(memoryview(bytes(event.data)))
+        events.append(event)
+        if isinstance(event, q.StreamFinished):
+            return events

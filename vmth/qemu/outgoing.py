@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source QEMU's migration taken in: its connections as one order of events, its return path.
+
+    source QEMU --main, multifd--> private unix socket --> fixed buffers --> reader --> next_event()
+               <-- SHUT, PONG ---------------------------------------------- shut()
+
+QEMU's bytes are read into a fixed pool of buffers and parsed where they lie, so what is read ahead
+is bounded and QEMU's own measure of its bandwidth stays honest. QEMU waits for SHUT with its guest
+stopped when all state was sent: whoever has this object decides when it is told. Until then losing
+the connections makes QEMU resume its guest by itself, but in pre-switchover.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import socket
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
+from vmth.qemu.stream import (
+    Command,
+    CommandCode,
+    Event,
+    MultifdMerger,
+    PassThrough,
+    Pong,
+    RawBytes,
+    Shut,
+    StreamFinished,
+    StreamReader,
+    description_at_end,
+    encode_return_message,
+)
+from vmth.qemu.stream.fields import MAX_DESCRIPTION_BYTES
+
+__all__ = ["Commands", "OutgoingStream"]
+
+#: Of the main connection: read ahead at most BUFFERS * BUFFER_BYTES.
+BUFFER_BYTES = 1 << 20
+BUFFERS = 4
+#: Of a multifd channel, whose packets have up to 512 KiB of pages.
+CHANNEL_BUFFER_BYTES = 2 << 20
+CHANNEL_BUFFERS = 2
+#: A buffer with less room is full.
+LEAST_READ_BYTES = 64 << 10
+MAX_CHANNELS = 255
+#: State without a vmdescription that ends as state may is complete after so long a silence.
+QUIET_S = 0.3
+#: As long as a vmdescription may be, with what stands before it.
+TAIL_BYTES = MAX_DESCRIPTION_BYTES + 64
+#: A section's footer and the end mark of all state.
+FOOTER_AND_END = 6
+LOOK_S = 0.05
+REASON_TIMEOUT_S = 1.0
+
+
+class Commands(Protocol):
+    """What is needed of ``vmth.qemu.qmp.Qmp``."""
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
+
+
+class _Buffer:
+    """A piece of the pool. ``wait`` returns when nobody reads what it was filled with."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = memoryview(bytearray(nbytes))
+        self.wait: Callable[[], object] | None = None
+
+
+class _Connection:
+    """One accepted connection and its buffers, filled in turn."""
+
+    def __init__(
+        self, sock: socket.socket, feed: Callable[[memoryview], None], nbuffers: int, nbytes: int
+    ) -> None:
+        self.sock = sock
+        self.ended = False
+        self.received_bytes = 0
+        self._feed = feed
+        self._buffers = deque(_Buffer(nbytes) for _ in range(nbuffers))
+        self._filled = 0
+        self._unfed = 0  #: of the filled bytes: a packet's that is not whole yet
+
+    def in_use(self, until: Callable[[], object]) -> None:
+        self._buffers[0].wait = until
+
+    def read(self, whole: int = 0) -> None:
+        """What has arrived. With ``whole`` so many bytes are read, and handed on when all of them
+        are there, in one piece."""
+        most = whole - self._unfed if whole else len(self._buffers[0].view) - self._filled
+        if most < LEAST_READ_BYTES and not whole:
+            self._next_buffer()
+            most = len(self._buffers[0].view)
+        elif len(self._buffers[0].view) - self._filled < most:
+            assert self._unfed == 0
+            self._next_buffer()
+        view = self._buffers[0].view
+        try:
+            n = self.sock.recv_into(view[self._filled :], most, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ChannelError(f"the source QEMU's stream: {error}") from error
+        self.ended = n == 0
+        self.received_bytes += n
+        self._filled += n
+        self._unfed += n
+        if n == most or not whole or self.ended:
+            self._feed(view[self._filled - self._unfed : self._filled])
+            self._unfed = 0
+
+    def unread_bytes(self) -> int:
+        return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    def _next_buffer(self) -> None:
+        self._buffers.rotate(-1)
+        buffer, self._filled = self._buffers[0], 0
+        if buffer.wait is not None:
+            buffer.wait()
+            buffer.wait = None
+
+
+class OutgoingStream:
+    """``start()`` once, then ``next_event()`` until StreamFinished; a context manager. One thread,
+    except that ``close()`` may be called from any.
+
+    The capabilities (return-path, multifd with ``multifd_channels`` channels) are the caller's to
+    set before. Device state comes as PassThrough and RawBytes, not interpreted.
+
+    Bytes that an event refers to stay as they are until the next call of ``next_event()``, and
+    longer after ``in_use()``.
+    """
+
+    def __init__(
+        self, qmp: Commands, *, multifd_channels: int = 0, connect_timeout_s: float = 10.0
+    ) -> None:
+        if not 0 <= multifd_channels <= MAX_CHANNELS:
+            raise UsageError(
+                f"multifd channels: received {multifd_channels}, allowed 0 to {MAX_CHANNELS}"
+            )
+        self._qmp = qmp
+        self._nchannels = multifd_channels
+        self._connect_timeout_s = connect_timeout_s
+        self._reader = StreamReader(opaque_devices=True)
+        self._merger = MultifdMerger(self._reader, multifd_channels) if multifd_channels else None
+        self._main: _Connection | None = None
+        self._channels: list[_Connection] = []
+        self._tail = bytearray()
+        self._passing = False
+        self._checked_bytes = 0
+        self._last_read_s = 0.0
+        self._closed = False
+        self.finished = False  #: all state was given out; QEMU waits for ``shut()``
+
+    # -- the beginning -----------------------------------------------------------------------------
+
+    def start(self, peer_uid: int | None = None) -> None:
+        """Listen in a private directory, tell QEMU to migrate into it, take its connections.
+
+        ``peer_uid``: the user as whom QEMU runs, who gets the directory where we may give it away.
+        Raises MigrationError with QEMU's reason if it does not come; nothing is left behind then,
+        and its guest runs on.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="vmth-qemu-"))
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                path = folder / "stream"
+                listener.bind(str(path))
+                listener.listen(1 + self._nchannels)
+                if peer_uid not in (None, os.geteuid()) and os.geteuid() == 0:
+                    os.chown(path, peer_uid or 0, -1)
+                    os.chown(folder, peer_uid or 0, -1)
+                self._qmp.execute("migrate", {"uri": f"unix:{path}"})
+                self._accept(listener)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._last_read_s = time.monotonic()
+
+    def _accept(self, listener: socket.socket) -> None:
+        deadline = time.monotonic() + self._connect_timeout_s
+        accepted: list[socket.socket] = []
+        try:
+            while len(accepted) < 1 + self._nchannels:
+                listener.settimeout(LOOK_S)
+                with contextlib.suppress(TimeoutError):
+                    accepted.append(listener.accept()[0])
+                    continue
+                self._check_coming(deadline, f"{len(accepted)} of {1 + self._nchannels}")
+            mains = [sock for sock in accepted if self._first_bytes(sock, deadline) == b"QEVM"]
+            if len(mains) != 1:
+                raise StreamError(
+                    f"the source QEMU's connections: received {len(mains)} with a file header, "
+                    "allowed one"
+                )
+        except BaseException:
+            for sock in accepted:
+                sock.close()
+            raise
+        for sock in accepted:
+            sock.setblocking(False)
+        feed_main = self._merger.feed_main if self._merger is not None else self._reader.feed
+        self._main = _Connection(mains[0], feed_main, BUFFERS, BUFFER_BYTES)
+        for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
+            self._channels.append(
+                _Connection(sock, self._channel_feed(index), CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES)
+            )
+
+    def _channel_feed(self, index: int) -> Callable[[memoryview], None]:
+        merger = self._merger
+        assert merger is not None
+        return lambda data: merger.feed_channel(index, data)
+
+    def _first_bytes(self, sock: socket.socket, deadline: float) -> bytes:
+        """Which connection it is: the main one need not be the first that connects."""
+        while True:
+            sock.settimeout(LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                first = sock.recv(4, socket.MSG_PEEK)
+                if len(first) == 4 or not first:
+                    return first
+                threading.Event().wait(LOOK_S)
+            self._check_coming(deadline, "no bytes")
+
+    def _check_coming(self, deadline: float, have: str) -> None:
+        reason = self._reason()
+        if reason:
+            raise MigrationError(f"the source QEMU did not begin to migrate: {reason}")
+        if time.monotonic() > deadline:
+            raise ChannelError(
+                f"the source QEMU did not connect within {self._connect_timeout_s:g} s: {have}"
+            )
+
+    def _reason(self) -> str:
+        """Why QEMU has ended its migration; empty where it has not."""
+        answer = self._qmp.execute("query-migrate")
+        if answer.get("status") not in ("failed", "cancelled", "cancelling"):
+            return ""
+        return str(answer.get("error-desc") or f"status {answer['status']}")
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """The next event; None when none came in time. StreamFinished is the last one.
+
+        Raises StreamError for bytes that QEMU does not send, MigrationError with its reason when it
+        ended its migration, ChannelError when it is gone.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            event = self._parse()
+            if event is not None:
+                return self._seen(event)
+            if self._complete():
+                self.finished = True
+                return StreamFinished()
+            if not self._read(deadline):
+                return None
+
+    def in_use(self, until: Callable[[], object]) -> None:
+        """The bytes of the event that was given out last are read until ``until()`` returns, which
+        implies the same of all events before. It is called before they are overwritten."""
+        for connection in self._connections():
+            connection.in_use(until)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that were read of all connections."""
+        return sum(connection.received_bytes for connection in self._connections())
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that QEMU has sent and that were not read yet."""
+        return sum(connection.unread_bytes() for connection in self._connections())
+
+    def _connections(self) -> list[_Connection]:
+        return [*([self._main] if self._main is not None else []), *self._channels]
+
+    def _parse(self) -> Event | None:
+        try:
+            source = self._reader if self._merger is None else self._merger
+            return source.next_event()
+        except StreamError as error:
+            if any(connection.ended for connection in self._connections()):
+                raise self._ended_early() from error
+            raise
+
+    def _seen(self, event: Event) -> Event:
+        if isinstance(event, RawBytes):
+            self._tail += event.data
+            del self._tail[: max(0, len(self._tail) - 2 * TAIL_BYTES)]
+        elif isinstance(event, PassThrough):
+            self._passing = True
+        elif isinstance(event, Command) and event.code == CommandCode.PING:
+            with contextlib.suppress(ChannelError):  # a lost connection shows when it is read
+                self._send(encode_return_message(Pong(int.from_bytes(event.data, "big"))))
+        elif isinstance(event, StreamFinished):
+            # Nothing waits for SHUT any more: QEMU has closed before it was told.
+            raise self._ended_early()
+        return event
+
+    def _complete(self) -> bool:
+        """Was all state given out? The vmdescription is whole; a machine that sends none is known
+        by the state's end mark with silence behind it."""
+        if not self._passing or self.finished:
+            return self.finished
+        if len(self._tail) != self._checked_bytes:
+            self._checked_bytes = len(self._tail)
+            said = description_at_end(bytes(self._tail[-TAIL_BYTES:]))
+            if said is not None and _is_description(said):
+                return True
+        quiet_s = time.monotonic() - self._last_read_s
+        tail = self._tail[-FOOTER_AND_END:]
+        return quiet_s > QUIET_S and len(tail) == FOOTER_AND_END and (tail[0], tail[5]) == (0x7E, 0)
+
+    def _read(self, deadline: float) -> bool:
+        """More bytes of any connection that may be read. False: none came in time."""
+        if self._closed or self._main is None:
+            raise ChannelError("the source QEMU's stream is closed")
+        ready = self._wait(deadline)
+        for connection, wants in ready:
+            connection.read(wants)
+            if connection.ended:
+                self._at_end(connection)
+        if ready:
+            self._last_read_s = time.monotonic()
+        return bool(ready) or time.monotonic() < deadline
+
+    def _wait(self, deadline: float) -> list[tuple[_Connection, int]]:
+        merger, main = self._merger, self._main
+        assert main is not None
+        asked = [(main, 0)] if merger is None or merger.main_may_read() else []
+        for index, channel in enumerate(self._channels):
+            if merger is not None and merger.channel_may_read(index):
+                asked.append((channel, merger.channel_wants(index)))
+        asked = [(connection, wants) for connection, wants in asked if not connection.ended]
+        if not asked:
+            raise self._ended_early()
+        poll = select.poll()
+        by_fd = {}
+        for connection, wants in asked:
+            by_fd[connection.sock.fileno()] = (connection, wants)
+            poll.register(connection.sock, select.POLLIN)
+        left_s = max(0.0, deadline - time.monotonic())
+        return [by_fd[fd] for fd, _ in poll.poll(1000 * min(left_s, QUIET_S))]
+
+    def _at_end(self, connection: _Connection) -> None:
+        if connection is not self._main:
+            assert self._merger is not None
+            self._merger.feed_channel_eof(self._channels.index(connection))
+        elif self._merger is None:
+            self._reader.feed_eof()
+        else:
+            self._merger.feed_main_eof()
+
+    def _ended_early(self) -> VmthError:
+        """QEMU closed its stream before it was told that all has arrived."""
+        deadline = time.monotonic() + REASON_TIMEOUT_S
+        reason, wait = "", threading.Event()
+        try:
+            while not (reason := self._reason()) and time.monotonic() < deadline:
+                wait.wait(LOOK_S)  # it closes first and tells then
+        except VmthError as error:
+            return ChannelError(f"the source QEMU is gone: {error}")
+        return MigrationError(f"the source QEMU ended its migration: {reason or 'no reason given'}")
+
+    # -- the return path, the end ------------------------------------------------------------------
+
+    def shut(self, status: int) -> None:
+        """Tell QEMU how the destination took all of it; 0: it has loaded everything. QEMU then
+        reports ``completed`` and stays paused. Raises ChannelError when it cannot be told."""
+        self._send(encode_return_message(Shut(status)))
+
+    def _send(self, data: bytes) -> None:
+        if self._main is None:
+            raise ChannelError("the source QEMU's stream is not connected")
+        try:
+            self._main.sock.sendall(data)
+        except OSError as error:
+            raise ChannelError(f"the source QEMU's return path: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the connections; a QEMU that was not told SHUT then resumes its guest.
+        Idempotent."""
+        self._closed = True
+        for connection in self._connections():
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_description(said: bytes) -> bool:
+    try:
+        return isinstance(json.loads(said)["devices"], list)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
