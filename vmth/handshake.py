@@ -26,6 +26,7 @@ from vmth.wire.messages import BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCo
 
 __all__ = [
     "FEATURES",
+    "SCOPE_STREAM",
     "WIRE_PAGE_BYTES",
     "Incoming",
     "OfferRefused",
@@ -43,6 +44,9 @@ __all__ = [
 WIRE_PAGE_BYTES = 4096
 #: Page forms beyond normal, zero and hole that this release speaks.
 FEATURES: tuple[str, ...] = ()
+#: Offered: the source may be let go although guest memory was verified as handed on to the program
+#: that runs the guest, not in that program's memory. Accepted: that is how far the proof reaches.
+SCOPE_STREAM = "scope-stream"
 #: Bits of BlockFlags that a peer must know.
 _CRITICAL_FLAGS = 0xFFFF0000
 _KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
