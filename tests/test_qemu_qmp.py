@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_qmp import FakeError, FakeQmp, HangUp, Silence
-from qemu_process import qemu_binary
+from qmp_qemu import QmpQemu
 from waiting import wait_until
 
 from vmth.errors import ChannelError, RefusedError, UsageError
@@ -286,15 +286,8 @@ def test_without_the_package_the_extra_is_named(fake: FakeQmp) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["SRC", "DST"])
 def test_a_real_qemu_answers_tells_events_and_quits(tmp_path: Path, side: str) -> None:
-    path = tmp_path / "qmp"
-    process = subprocess.Popen(
-        [
-            *(qemu_binary(side), "-S", "-display", "none", "-nodefaults", "-accel", "tcg"),
-            *("-machine", "q35", "-m", "16M", "-qmp", f"unix:{path},server=on,wait=off"),
-        ]
-    )
-    try:
-        with Qmp(path, appears_within_s=PATIENCE_S) as qmp:
+    with QmpQemu(tmp_path, side) as qemu:
+        with Qmp(qemu.path) as qmp:
             assert qmp.status() == "prelaunch"
             assert Path(f"/proc/{qmp.pid}/comm").read_text().startswith("qemu-system")
             assert qmp.version >= (5, 2, 0)
@@ -302,19 +295,16 @@ def test_a_real_qemu_answers_tells_events_and_quits(tmp_path: Path, side: str) -
             with pytest.raises(QmpError, match="no-such-type"):
                 qmp.execute("object-add", {"qom-type": "no-such-type", "id": "x"})
             with pytest.raises(RefusedError, match="one client at a time"):
-                Qmp(path, timeout_s=0.2)
+                Qmp(qemu.path, timeout_s=0.2)
             qmp.execute("cont")
             resumed = qmp.wait_event(lambda event: event.name == "RESUME", PATIENCE_S)
             assert resumed is not None
             assert qmp.status() == "running"
-        with Qmp(path) as again:
+        with Qmp(qemu.path) as again:
             assert again.status() == "running"
             again.execute("quit")
             ended = again.wait_event(lambda event: event.name == "SHUTDOWN", PATIENCE_S)
             assert ended is not None
             with pytest.raises(ChannelError, match="did it end"):
                 again.wait_event(is_pass, PATIENCE_S)
-        assert process.wait(PATIENCE_S) == 0
-    finally:
-        process.kill()
-        process.wait()
+        assert qemu.process.wait(PATIENCE_S) == 0
