@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IncomingStream: a stream into a QEMU that waits for one, against a loader that the test plays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from incoming_world import IncomingWorld
+
+from vmth.errors import MigrationError, RefusedError, UsageError
+from vmth.qemu import stream as q
+from vmth.qemu.incoming import IncomingStream
+
+MACHINE = "pc-q35-7.2"
+PING = 0x766D0001
+
+
+def test_events_are_written_and_the_load_is_awaited(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        stream.send(q.FileHeader(3))
+        stream.send(q.Configuration(MACHINE))
+        stream.send(q.RamFlush())  # no bytes
+        stream.send_raw(b"opaque")
+        world.say(q.Pong(1), q.Pong(PING))
+        stream.await_taken(5)
+        name = len(MACHINE).to_bytes(4, "big") + MACHINE.encode()
+        ping = b"\x08" + (2).to_bytes(2, "big") + (4).to_bytes(2, "big") + PING.to_bytes(4, "big")
+        assert world.taken() == b"QEVM\0\0\0\3\x07" + name + b"opaque" + ping
+        world.status = "paused"
+        world.say(q.Shut(0))
+        assert stream.await_loaded(5) == "paused"
+        assert stream.trouble() is None
+
+
+def test_qemu_is_told_to_stay_paused_and_settings_come_back(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        world.fake.capabilities |= {"multifd": True, "events": True}
+        stream = world.started()
+        commands = world.fake.commands()
+        assert commands.index("stop") < commands.index("migrate-incoming")
+        assert world.fake.capabilities["late-block-activate"]
+        assert not world.fake.capabilities["multifd"]
+        world.status, world.migration = "prelaunch", {"status": "completed"}
+        world.say(q.Shut(0))
+        stream.await_loaded(5)
+        assert world.fake.capabilities["multifd"] and world.fake.capabilities["events"]
+        assert not world.fake.capabilities["late-block-activate"]
+        assert stream.notes == []
+
+
+def test_the_socket_is_private_and_leaves_nothing(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        world.started()
+        assert world.modes == [0o700]
+        assert world.folder is not None and not world.folder.exists()
+
+
+def test_an_older_qemu_is_asked_as_it_understands(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path, old=True) as world:
+        del world.fake.capabilities["late-block-activate"]
+        stream = world.started()
+        uris = [given for name, given in world.fake.received if name == "migrate-incoming"]
+        assert [sorted(given) for given in uris] == [["exit-on-error", "uri"], ["uri"]]
+        assert ["late-block-activate" in note for note in stream.notes] == [True]
+
+
+def test_a_qemu_that_waits_for_nothing_is_refused_untouched(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        world.status = "running"
+        with pytest.raises(RefusedError, match=r"'running', allowed 'inmigrate'.*-incoming defer"):
+            IncomingStream(world.qmp).start()
+        world.status, world.migration = "inmigrate", {"status": "failed"}
+        with pytest.raises(RefusedError, match=r"already \(failed\)"):
+            IncomingStream(world.qmp).start()
+        assert not {"stop", "migrate-set-capabilities"} & set(world.fake.commands())
+
+
+def test_a_qemu_that_does_not_listen(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        world.listens = False
+        with pytest.raises(MigrationError, match="does not listen"):
+            IncomingStream(world.qmp).start()
+        assert not world.fake.capabilities["late-block-activate"]  # put back
+
+
+def test_qemus_own_reason_is_told(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started(log=lambda: "Unknown ramblock 'x'")
+        assert stream.trouble() is None
+        world.fails("load of migration failed: Invalid argument")
+        trouble = stream.trouble()
+        assert trouble is not None and "Invalid argument: Unknown ramblock 'x'" in str(trouble)
+        with pytest.raises(MigrationError, match="Invalid argument"):
+            stream.send_raw(b"x")
+        with pytest.raises(MigrationError, match="Invalid argument"):
+            stream.await_loaded(5)
+
+
+def test_a_bad_status_and_a_bad_return_path_are_failures(tmp_path: Path) -> None:
+    for number, bad in enumerate((q.encode_return_message(q.Shut(1)), b"\0\x09\0\0")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with IncomingWorld(folder) as world:
+            stream = world.started()
+            world.loader.sendall(bad)
+            with pytest.raises(MigrationError, match=r"status 1|return path message"):
+                stream.await_loaded(5)
+
+
+def test_a_qemu_that_ends_is_told_apart(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        world.loader.close()
+        world.fake.hang_up()
+        with pytest.raises(MigrationError, match="ended while it loaded the guest"):
+            stream.await_loaded(5)
+
+
+def test_silence_is_bounded(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started(timeout_s=0.01)
+        with pytest.raises(MigrationError, match=r"no answer within 0\.01 s"):
+            stream.await_loaded(0.01)
+        with pytest.raises(MigrationError, match=r"taken nothing of its stream for 0\.01 s"):
+            stream.send_raw(bytes(16 << 20))  # more than a socket's buffer holds
+
+
+def test_a_guest_that_runs_by_itself_is_an_error(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        world.status = "running"
+        world.say(q.Shut(0))
+        with pytest.raises(MigrationError, match="although it was told to stay paused"):
+            stream.await_loaded(5)
+
+
+def test_a_closed_stream_says_so(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        stream.close()
+        stream.close()
+        assert stream.trouble() is None
+        with pytest.raises(UsageError, match="not open"):
+            stream.send_raw(b"x")
