@@ -78,6 +78,15 @@ class IncomingWorld:
         self.loader.settimeout(10)
         return data
 
+    def switched_on(self) -> set[str]:
+        """The capabilities that are on."""
+        return {name for name, state in self.fake.capabilities.items() if state}
+
+    def completes(self, status: str) -> None:
+        """QEMU has loaded everything and is in that run state."""
+        self.status, self.migration = status, {"status": "completed"}
+        self.say(q.Shut(0))
+
     def fails(self, reason: str) -> None:
         """QEMU found something wrong."""
         self.migration = {"status": "failed", "error-desc": reason}

@@ -28,8 +28,7 @@ def test_events_are_written_and_the_load_is_awaited(tmp_path: Path) -> None:
         name = len(MACHINE).to_bytes(4, "big") + MACHINE.encode()
         ping = b"\x08" + (2).to_bytes(2, "big") + (4).to_bytes(2, "big") + PING.to_bytes(4, "big")
         assert world.taken() == b"QEVM\0\0\0\3\x07" + name + b"opaque" + ping
-        world.status = "paused"
-        world.say(q.Shut(0))
+        world.completes("paused")
         assert stream.await_loaded(5) == "paused"
         assert stream.trouble() is None
 
@@ -40,13 +39,10 @@ def test_qemu_is_told_to_stay_paused_and_settings_come_back(tmp_path: Path) -> N
         stream = world.started()
         commands = world.fake.commands()
         assert commands.index("stop") < commands.index("migrate-incoming")
-        assert world.fake.capabilities["late-block-activate"]
-        assert not world.fake.capabilities["multifd"]
-        world.status, world.migration = "prelaunch", {"status": "completed"}
-        world.say(q.Shut(0))
+        assert world.switched_on() == {"late-block-activate", "events"}
+        world.completes("prelaunch")
         stream.await_loaded(5)
-        assert world.fake.capabilities["multifd"] and world.fake.capabilities["events"]
-        assert not world.fake.capabilities["late-block-activate"]
+        assert world.switched_on() == {"multifd", "events"}
         assert stream.notes == []
 
 
@@ -82,7 +78,7 @@ def test_a_qemu_that_does_not_listen(tmp_path: Path) -> None:
         world.listens = False
         with pytest.raises(MigrationError, match="does not listen"):
             IncomingStream(world.qmp).start()
-        assert not world.fake.capabilities["late-block-activate"]  # put back
+        assert world.switched_on() == set()  # put back
 
 
 def test_qemus_own_reason_is_told(tmp_path: Path) -> None:
@@ -130,8 +126,7 @@ def test_silence_is_bounded(tmp_path: Path) -> None:
 def test_a_guest_that_runs_by_itself_is_an_error(tmp_path: Path) -> None:
     with IncomingWorld(tmp_path) as world:
         stream = world.started()
-        world.status = "running"
-        world.say(q.Shut(0))
+        world.completes("running")
         with pytest.raises(MigrationError, match="although it was told to stay paused"):
             stream.await_loaded(5)
 
