@@ -37,7 +37,7 @@ LAYERS = [
     ("vmth.errors", "vmth.types", "vmth.units", "vmth.uri", "vmth.stats", "vmth._native"),
     ("vmth.wire", "vmth.policy", "vmth.guest", "vmth.kernels", "vmth.packet", "vmth.memory"),
     ("vmth.dirty", "vmth.channel", "vmth.journal", "vmth.events", "vmth.tuning"),
-    ("vmth.guests", "vmth.precopy", "vmth.memory_pass"),
+    ("vmth.guests", "vmth.precopy", "vmth.memory_pass", "vmth.rounds"),
     ("vmth",),
     ("vmth.qemu",),
     ("vmth.cli", "vmth.demo", "vmth.__main__"),

@@ -22,7 +22,7 @@ from vmth.wire.framing import (
     PreambleReply,
     PreambleStatus,
 )
-from vmth.wire.messages import BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode
+from vmth.wire.messages import Accept, BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode
 
 __all__ = [
     "FEATURES",
@@ -30,6 +30,7 @@ __all__ = [
     "WIRE_PAGE_BYTES",
     "Incoming",
     "OfferRefused",
+    "accepted_scope",
     "check_blocks",
     "check_offer",
     "compare_blocks",
@@ -175,7 +176,9 @@ def make_offer(
     blocks: Sequence[RamBlock],
     options: MigrateOptions,
     guest: dict[str, str],
+    features: Sequence[str] = (),
 ) -> Offer:
+    """``features``: beyond FEATURES, what this guest's source offers."""
     return Offer(
         session_id=session_id,
         mode=options.mode,
@@ -196,12 +199,24 @@ def make_offer(
             )
             for block in blocks
         ],
-        features=list(FEATURES),
+        features=[*FEATURES, *features],
         audit=options.audit,
         peer_timeout_ms=int(options.peer_timeout_s * 1000),
         vmth_version=__version__,
         guest=guest,
     )
+
+
+def accepted_scope(offer: Offer, accept: Accept) -> str:
+    """How far the destination's digest reaches. Raises StreamError if it accepts what was not
+    offered."""
+    unasked = sorted(set(accept.features) - set(offer.features))
+    if unasked:
+        raise StreamError(
+            f"Accept.features: received {', '.join(unasked)}, allowed "
+            f"{', '.join(offer.features) or 'none'}"
+        )
+    return "stream" if SCOPE_STREAM in accept.features else "memory"
 
 
 def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: str) -> Incoming:

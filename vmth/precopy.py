@@ -26,12 +26,13 @@ from vmth.events import (
 from vmth.guest import CanNote, CanThrottle, Guest
 from vmth.memory_pass import MemoryPass
 from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
+from vmth.rounds import FinalPass, RoundTools
 from vmth.stats import RoundStats, round_stats
 from vmth.tuning import Tuning
 from vmth.types import Bitmap, new_bitmaps
 from vmth.units import format_duration
 
-__all__ = ["FinalPass", "PreCopy"]
+__all__ = ["PreCopy", "make_precopy"]
 
 #: How often a wait for a round's end looks at the time.
 LOOK_EVERY_NS = 100_000_000
@@ -42,17 +43,6 @@ ROUNDS_KEPT = 1000
 MAX_REPAIRS = 3
 #: Two packets of the smallest size, so that one is on the way while the other is read.
 MIN_WINDOW_BYTES = 256 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class FinalPass:
-    """Everything has landed; the guest is paused."""
-
-    rounds: tuple[RoundStats, ...]
-    was_running: bool
-    pause_started_ns: int
-    paused_ns: int  #: pause() had returned and the last set was known
-    landed_ns: int
 
 
 @dataclass(slots=True)
@@ -318,3 +308,19 @@ class PreCopy:
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
         )
+
+
+def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
+    """The engine of every guest whose memory can be mapped."""
+    return PreCopy(
+        guest=guest,
+        sender=tools.sender,
+        policy=tools.policy,
+        tuning=tools.tuning,
+        clock=tools.clock,
+        emit=tools.emit,
+        page_bytes=tools.page_bytes,
+        live=tools.live,
+        pause_guest=tools.pause_guest,
+        resume_guest=tools.resume_guest,
+    )

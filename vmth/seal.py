@@ -24,7 +24,7 @@ from vmth.audit import (
 from vmth.channel.control import ControlConnection
 from vmth.channel.interface import Digest, PageSender
 from vmth.errors import StreamError, VerificationError
-from vmth.precopy import PreCopy
+from vmth.rounds import RoundEngine
 from vmth.state_streams import StateSummary
 from vmth.types import RamBlock
 from vmth.wire.messages import (
@@ -55,7 +55,7 @@ class Sealer:
 
     control: ControlConnection
     sender: PageSender
-    precopy: PreCopy
+    engine: RoundEngine
     blocks: Sequence[RamBlock]
     digest_on: bool
     send_seal: Callable[[Seal], None]
@@ -110,7 +110,7 @@ class Sealer:
         if found >= MAX_REPAIR_PAGES:
             raise VerificationError(f"{found} pages and more differ: too many to repair")
         for block, pages in by_block.items():
-            self.precopy.resend(block, pages)
+            self.engine.resend(block, pages)
 
     def _audit(self, memory: MemoryDigests) -> None:
         def ours(area: Area, step: int) -> npt.NDArray[np.uint64]:

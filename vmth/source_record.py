@@ -11,7 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vmth.errors import GuestError, VmthError
+from vmth.errors import (
+    CancelledError,
+    GuestError,
+    NotConvergedError,
+    StreamError,
+    VerificationError,
+    VmthError,
+)
 from vmth.guest import CanDescribe, CanHold, Guest
 from vmth.journal import Journal
 from vmth.wire.handover import (
@@ -30,9 +37,25 @@ from vmth.wire.messages import (
     Seal,
 )
 
-__all__ = ["SourceRecord"]
+__all__ = ["SourceRecord", "abort_code"]
 
 log = logging.getLogger(__name__)
+
+_ABORT_CODES: tuple[tuple[type[BaseException], AbortCode], ...] = (
+    (CancelledError, AbortCode.CANCELLED),
+    (NotConvergedError, AbortCode.NOT_CONVERGED),
+    (VerificationError, AbortCode.VERIFICATION),
+    (StreamError, AbortCode.PROTOCOL),
+    (GuestError, AbortCode.GUEST),
+)
+
+
+def abort_code(error: BaseException) -> AbortCode:
+    """How the destination is told why this ended."""
+    for kind, code in _ABORT_CODES:
+        if isinstance(error, kind):
+            return code
+    return AbortCode.FAILED
 
 
 class SourceRecord:

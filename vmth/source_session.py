@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vmth.audit import MemoryDigests
@@ -27,7 +27,6 @@ from vmth.errors import (
     GuestError,
     InDoubtError,
     MigrationError,
-    NotConvergedError,
     NotResumedError,
     RefusedError,
     StreamError,
@@ -46,15 +45,22 @@ from vmth.events import (
     SealMatched,
 )
 from vmth.guest import CanTell, Guest
-from vmth.handshake import WIRE_PAGE_BYTES, check_blocks, make_offer, open_connection
+from vmth.handshake import (
+    WIRE_PAGE_BYTES,
+    accepted_scope,
+    check_blocks,
+    make_offer,
+    open_connection,
+)
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.standard import StandardPolicy
-from vmth.precopy import FinalPass, PreCopy
+from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
+from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
-from vmth.source_record import SourceRecord
+from vmth.source_record import SourceRecord, abort_code
 from vmth.state_streams import StateSender
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
@@ -87,14 +93,6 @@ ACCEPT_TIMEOUT_S = 60.0
 RELEASED_SEEN_TIMEOUT_S = 2.0
 REASON_TIMEOUT_S = 1.0
 
-_ABORT_CODES: tuple[tuple[type[BaseException], AbortCode], ...] = (
-    (CancelledError, AbortCode.CANCELLED),
-    (NotConvergedError, AbortCode.NOT_CONVERGED),
-    (VerificationError, AbortCode.VERIFICATION),
-    (StreamError, AbortCode.PROTOCOL),
-    (GuestError, AbortCode.GUEST),
-)
-
 
 class SourceSession:
     """One migration attempt. ``run()`` once, from one thread; ``cancel``, ``retune`` and ``stats``
@@ -106,7 +104,12 @@ class SourceSession:
         endpoint: Endpoint,
         options: MigrateOptions,
         clock: Callable[[], int] = time.monotonic_ns,
+        *,
+        make_engine: MakeEngine = make_precopy,
+        features: Sequence[str] = (),
     ) -> None:
+        """``make_engine``: what brings the pages; ``features``: what this source offers beyond
+        ``handshake.FEATURES``."""
         self.session_id = secrets.token_bytes(16)
         self.events = EventLog()
         self.tuning = Tuning(
@@ -120,13 +123,16 @@ class SourceSession:
         plaintext = check_plaintext(endpoint, options.insecure)
         if plaintext is not None:
             self._fallbacks.append(plaintext)
-        if options.mode is Mode.LIVE and not guest.dirty:
+        self._make_engine = make_engine
+        self._features = features
+        if make_engine is make_precopy and options.mode is Mode.LIVE and not guest.dirty:
             raise UsageError("the guest has no dirty source; allowed without one: mode cold")
         self._hash_seed = secrets.randbits(64)
         self._resources = contextlib.ExitStack()
         self._control: ControlConnection | None = None
         self._sender: NativeSender | None = None
-        self._precopy: PreCopy | None = None
+        self._engine: RoundEngine | None = None
+        self._scope = "memory"
         self._record: SourceRecord | None = None
         self._memory: list[MappedBlock] = []
         self._cancelled = ""
@@ -158,12 +164,12 @@ class SourceSession:
             self.tuning.timeout_ns = timeout_ns
 
     def stats(self) -> JobStats:
-        precopy, sender = self._precopy, self._sender
+        engine, sender = self._engine, self._sender
         counters = self._last_counters
         if sender is not None:
             with contextlib.suppress(VmthError):
                 counters = self._last_counters = sender.counters()
-        last = precopy.rounds[-1] if precopy is not None and precopy.rounds else None
+        last = engine.rounds[-1] if engine is not None and engine.rounds else None
         total = sum(block.used_length for block in self._guest.blocks)
         sent = counters.normal_pages + counters.zero_pages + counters.hole_pages
         elapsed_ns = self._clock() - self._started_ns
@@ -172,7 +178,7 @@ class SourceSession:
         )
         return JobStats(
             status=self._status,
-            memory_iteration=len(precopy.rounds) if precopy is not None else 0,
+            memory_iteration=len(engine.rounds) if engine is not None else 0,
             memory_total=total,
             memory_remaining=max(0, remaining),
             memory_processed=sent * WIRE_PAGE_BYTES,
@@ -185,7 +191,7 @@ class SourceSession:
             downtime_expected_ns=last.expected_downtime_ns if last is not None else 0,
             downtime_limit_ns=self.tuning.downtime_limit_ns,
             bandwidth_limit_bps=self.tuning.bandwidth_bps,
-            throttle_percent=precopy.throttle_percent if precopy is not None else 0,
+            throttle_percent=engine.throttle_percent if engine is not None else 0,
             transfer=counters,
         )
 
@@ -280,21 +286,22 @@ class SourceSession:
         control.start()
         self._check_wake()
         told = dict(options.guest_info)
-        control.send(
-            make_offer(self.session_id, self._hash_seed, self._guest.blocks, options, told)
+        offer = make_offer(
+            self.session_id, self._hash_seed, self._guest.blocks, options, told, self._features
         )
+        control.send(offer)
         reply = control.receive(ACCEPT_TIMEOUT_S)
         if isinstance(reply, Refuse):
             raise RefusedError(f"{self._endpoint.display} refused: {reply.reason}")
         if not isinstance(reply, Accept):
             raise StreamError(f"received {type(reply).__name__}, allowed Accept or Refuse")
+        self._scope = accepted_scope(offer, reply)
         return reply
 
     def _send_rounds(self) -> FinalPass:
         assert self._sender is not None and self._record is not None
         record = self._record
-        self._precopy = PreCopy(
-            guest=self._guest,
+        tools = RoundTools(
             sender=self._sender,
             policy=self._options.policy or StandardPolicy(),
             tuning=self.tuning,
@@ -304,9 +311,11 @@ class SourceSession:
             live=self._options.mode is Mode.LIVE,
             pause_guest=self._pause,
             resume_guest=lambda: record.apply(SourceEvent.RESUME),
+            check=self._check_wake,
         )
+        self._engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
-        return self._precopy.run()
+        return self._engine.run()
 
     def _pause(self) -> bool:
         assert self._record is not None
@@ -317,8 +326,8 @@ class SourceSession:
     def _hand_over(self, final: FinalPass) -> MigrationResult:
         """From the last page to the guest running there. The guest is paused, every step is
         downtime."""
-        record, control, precopy = self._record, self._control, self._precopy
-        assert record is not None and control is not None and precopy is not None
+        record, control, engine = self._record, self._control, self._engine
+        assert record is not None and control is not None and engine is not None
         assert self._sender is not None
         self._status = "switchover"
         control.send(Paused(time.time_ns(), final.was_running))
@@ -333,7 +342,7 @@ class SourceSession:
         sealer = Sealer(
             control,
             self._sender,
-            precopy,
+            engine,
             self._guest.blocks,
             self._options.digest,
             self._send_seal,
@@ -362,7 +371,7 @@ class SourceSession:
         self._let_records_go()
         return replace(
             draft,
-            rounds=tuple(precopy.rounds),
+            rounds=tuple(engine.rounds),
             total_ns=self._running_ns - self._started_ns,
             downtime_ns=parts.total_ns,
             downtime_parts=parts,
@@ -456,7 +465,7 @@ class SourceSession:
     def _give_up(self, record: SourceRecord, outcome: BaseException) -> GuestError | None:
         """Before the grant: the guest runs here as before. Returns why it does not."""
         paused = record.state is not SourceState.RUNNING
-        record.abort_code = _abort_code(outcome)
+        record.abort_code = abort_code(outcome)
         record.abort_reason = str(outcome)
         try:
             record.apply(SourceEvent.FAILURE)
@@ -469,7 +478,7 @@ class SourceSession:
     def _say_abort(self, outcome: BaseException) -> None:
         if self._control is not None:
             with contextlib.suppress(VmthError):
-                self._control.send(Abort(_abort_code(outcome), str(outcome)[:1024]))
+                self._control.send(Abort(abort_code(outcome), str(outcome)[:1024]))
 
     def _outcome(self, error: BaseException) -> BaseException:
         """Whose fault it was: a cancel or the peer's end shows first as a broken page channel."""
@@ -520,9 +529,9 @@ class SourceSession:
 
     def _stop_tracking(self) -> None:
         """Once, before the guest is released or when all is over; never changes the outcome."""
-        if self._precopy is not None:
+        if self._engine is not None:
             try:
-                self._precopy.close()
+                self._engine.close()
             except Exception as error:
                 log.error("session %s: stopping the tracking: %s", self.session_id.hex(), error)
 
@@ -559,15 +568,15 @@ class SourceSession:
 
     def _draft(self, theirs: Digest) -> MigrationResult:
         """The result but for its times; made before the grant, after which nothing may fail."""
-        assert self._sender is not None and self._precopy is not None and self._record is not None
+        assert self._sender is not None and self._engine is not None and self._record is not None
         counters = self._last_counters = self._sender.counters()
         digest_on = self._options.digest
-        fallbacks = [*self._fallbacks, *self._precopy.notes, *self._sender.fallbacks()]
+        fallbacks = [*self._fallbacks, *self._engine.notes, *self._sender.fallbacks()]
         if not digest_on:
             fallbacks.append("digest off: nothing was verified")
         return MigrationResult(
             verified=digest_on,
-            verified_scope="memory" if digest_on else "none",
+            verified_scope=self._scope if digest_on else "none",
             mode=self._options.mode.name.lower(),
             rounds=(),
             total_ns=0,
@@ -580,15 +589,8 @@ class SourceSession:
             transfer=counters,
             fallbacks=tuple(fallbacks),
             audited=self._options.audit,
-            pauses_taken_back_ns=self._precopy.taken_back_ns,
+            pauses_taken_back_ns=self._engine.taken_back_ns,
             session_id=self.session_id.hex(),
             receiver_id=self._record.receiver_id.hex(),
             peer={"uri": self._endpoint.display},
         )
-
-
-def _abort_code(error: BaseException) -> AbortCode:
-    for kind, code in _ABORT_CODES:
-        if isinstance(error, kind):
-            return code
-    return AbortCode.FAILED

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source session needs of whatever brings the pages, and what it lends to it.
+
+``vmth.precopy`` reads memory that it can map, guided by dirty sources; ``vmth.qemu.stream_pass``
+takes pages out of a stream whose source runs the rounds itself. The session, the handover and the
+seal are the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from vmth.channel.interface import PageSender
+from vmth.events import Event
+from vmth.guest import Guest
+from vmth.policy.interface import Policy
+from vmth.stats import RoundStats
+from vmth.tuning import Tuning
+
+__all__ = ["FinalPass", "MakeEngine", "RoundEngine", "RoundTools"]
+
+
+@dataclass(frozen=True, slots=True)
+class FinalPass:
+    """Everything has landed; the guest is paused."""
+
+    rounds: tuple[RoundStats, ...]
+    was_running: bool
+    pause_started_ns: int
+    paused_ns: int  #: pause() had returned and the last set was known
+    landed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTools:
+    """The session's side, used from its one thread."""
+
+    sender: PageSender
+    policy: Policy
+    tuning: Tuning
+    clock: Callable[[], int]
+    emit: Callable[[Event], None]
+    page_bytes: int
+    live: bool
+    pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
+    resume_guest: Callable[[], None]
+    check: Callable[[], None]  #: raises when the job was cancelled or the peer is gone
+
+
+class RoundEngine(Protocol):
+    """Brings all pages to the destination and pauses the guest."""
+
+    @property
+    def rounds(self) -> Sequence[RoundStats]:
+        """Those that are finished; any thread."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was done more weakly or slowly than asked: for the result's ``fallbacks``."""
+
+    @property
+    def throttle_percent(self) -> int: ...
+
+    @property
+    def taken_back_ns(self) -> int:
+        """Pauses that ended with the guest running here again."""
+
+    def run(self) -> FinalPass:
+        """Returns with the guest paused and all pages landed. After an exception the caller resumes
+        the guest if it is paused."""
+
+    def resend(self, block: int, pages: Sequence[int]) -> None:
+        """While paused, after ``run()``: send these pages again and wait until they have landed.
+        Raises VerificationError where that cannot be done."""
+
+    def close(self) -> None:
+        """Stop tracking and throttling: when the guest runs somewhere again, or before it is
+        released. Only the first call does anything."""
+
+
+#: Called once a session, when the destination has accepted.
+MakeEngine: TypeAlias = Callable[[Guest, RoundTools], RoundEngine]
