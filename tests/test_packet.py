@@ -186,6 +186,35 @@ def test_a_form_that_was_not_negotiated_is_refused() -> None:
     assert "not negotiated" in refusal(golden_pages(), narrow)
 
 
+@pytest.mark.parametrize(
+    ("payloads", "said"),
+    [
+        ((0, 0, 9), None),
+        ((0, 12288, 9), None),
+        ((0, 12289, 1), "desc.payload_bytes: received 12289, allowed 12288"),
+        ((7, 0, 0), "desc.payload_bytes: received 0, allowed 12288"),
+    ],
+)
+def test_a_frame_ends_at_a_payload(payloads: tuple[int, ...], said: str | None) -> None:
+    descriptors = [
+        Desc(100 * i, i + 1, PageForm.ZSTD, payload_bytes=nbytes)
+        for i, nbytes in enumerate(payloads)
+    ]
+    descriptors[2] = replace(descriptors[2], npages=1)
+    data = encode_packet(PacketKind.PAGES, 1, descriptors, block=2, channel=1, checksum_seed=SEED)
+    if said is None:
+        assert decode_descriptors(data, LIMITS, checksum_seed=SEED) == descriptors
+    else:
+        assert said in refusal(data)
+
+
+def test_a_delta_may_be_packed() -> None:
+    packed = Desc(9, 1, PageForm.DELTA, payload_bytes=30, result=(1, 2), packed=True)
+    data = encode_packet(PacketKind.PAGES, 1, [packed], block=2, channel=1, checksum_seed=SEED)
+    assert data[64 + 13] == 1
+    assert decode_descriptors(data, LIMITS, checksum_seed=SEED) == [packed]
+
+
 def test_every_cut_is_refused() -> None:
     data = golden_pages()
     for length in range(len(data)):

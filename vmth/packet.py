@@ -98,7 +98,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Desc:
-    """A run of pages in one form. ``result`` is the hash (lo, hi) of a dedup or delta page."""
+    """A run of pages in one form. ``result`` is the hash (lo, hi) of a dedup or delta page.
+
+    A zstd descriptor without payload has its pages in the frame of the next that has one.
+    ``packed``: a delta's payload is a zstd frame of the delta.
+    """
 
     page: int
     npages: int
@@ -107,6 +111,7 @@ class Desc:
     base_block: int = 0
     base_page: int = 0
     result: tuple[int, int] = (0, 0)
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,18 +219,23 @@ def decode_header(data: bytes, limits: Limits) -> Header:
 def decode_descriptors(data: bytes, limits: Limits, *, checksum_seed: int = 0) -> list[Desc]:
     """The descriptors of the PAGES packet at the start of ``data`` (header and descriptors).
 
-    Checksum, count, pages and payload are checked against the header.
+    Checksum, count, pages and payload are checked against the header, and zstd frames as a whole.
     """
     header, body = _split(data, limits, PacketKind.PAGES, checksum_seed)
+    _refusing(
+        _packet.check_pages,
+        data,
+        np.array(limits.block_npages, dtype=np.uint64),
+        limits.page_bytes,
+        limits._mask(),
+        limits.channel,
+    )
     found: list[Desc] = []
     at = 0
     for _ in range(header.ndesc):
         used, desc = _decode_desc(body, at, header.block, limits)
         at += used
         found.append(desc)
-    _expect("desc_bytes", header.desc_bytes, at)
-    _expect("npages", header.npages, sum(desc.npages for desc in found))
-    _expect("payload_bytes", header.payload_bytes, sum(desc.payload_bytes for desc in found))
     return found
 
 
@@ -266,6 +276,7 @@ def _encode_desc(desc: Desc) -> bytes:
             desc.page,
             desc.npages,
             desc.form,
+            int(desc.packed),
             desc.payload_bytes,
             desc.base_block,
             desc.base_page,
@@ -277,7 +288,7 @@ def _encode_desc(desc: Desc) -> bytes:
 
 
 def _decode_desc(body: bytes, at: int, block: int, limits: Limits) -> tuple[int, Desc]:
-    used, (page, npages, form, payload_bytes, base_block, base_page, lo, hi) = _refusing(
+    used, (page, npages, form, flags, payload_bytes, base_block, base_page, lo, hi) = _refusing(
         _packet.decode_desc,
         body,
         at,
@@ -286,7 +297,9 @@ def _decode_desc(body: bytes, at: int, block: int, limits: Limits) -> tuple[int,
         limits.page_bytes,
         limits._mask(),
     )
-    return used, Desc(page, npages, PageForm(form), payload_bytes, base_block, base_page, (lo, hi))
+    return used, Desc(
+        page, npages, PageForm(form), payload_bytes, base_block, base_page, (lo, hi), bool(flags)
+    )
 
 
 def _split(

@@ -239,6 +239,7 @@ size_t vmth_desc_encode(const struct vmth_desc *desc, uint8_t *out, size_t room)
     store_le64(out + DESC_PAGE, desc->page);
     store_le32(out + DESC_NPAGES, desc->npages);
     out[DESC_FORM] = desc->form;
+    out[DESC_FLAGS] = desc->flags;
     if (nbytes >= VMTH_DESC_ZSTD_BYTES) {
         store_le32(out + DESC_PAYLOAD_BYTES, desc->payload_bytes);
         store_le16(out + DESC_BASE_BLOCK, desc->base_block);
@@ -282,16 +283,14 @@ static int check_form(struct vmth_desc *desc, const struct vmth_packet_limits *l
 {
     const uint64_t content_bytes = (uint64_t)desc->npages * limits->page_bytes;
 
-    if (desc->form == VMTH_FORM_NORMAL || desc->form == VMTH_FORM_ZSTD) {
+    if (desc->form == VMTH_FORM_NORMAL) {
         if (content_bytes > VMTH_PACKET_MAX_PAYLOAD_BYTES) {
             return refuse(error, "desc.npages", desc->npages,
                           VMTH_PACKET_MAX_PAYLOAD_BYTES / limits->page_bytes);
         }
-    }
-    if (desc->form == VMTH_FORM_NORMAL) {
         desc->payload_bytes = (uint32_t)content_bytes;
     }
-    if (desc->form == VMTH_FORM_ZSTD || desc->form == VMTH_FORM_DELTA) {
+    if (desc->form == VMTH_FORM_DELTA) {
         if (desc->payload_bytes == 0) {
             return refuse(error, "desc.payload_bytes", 0, 1);
         }
@@ -333,6 +332,7 @@ int vmth_desc_decode(const uint8_t *in, size_t room, uint16_t block,
         .page = load_le64(in + DESC_PAGE),
         .npages = load_le32(in + DESC_NPAGES),
         .form = in[DESC_FORM],
+        .flags = in[DESC_FLAGS],
     };
     const uint64_t block_npages = limits->block_npages[block];
     const size_t nbytes = vmth_desc_bytes(got.form);
@@ -347,8 +347,10 @@ int vmth_desc_decode(const uint8_t *in, size_t room, uint16_t block,
     if (nbytes > room) {
         return refuse(error, "desc_bytes", room, nbytes);
     }
-    if (in[DESC_FLAGS] != 0) {
-        return refuse(error, "desc.flags", in[DESC_FLAGS], 0);
+    const uint8_t allowed_flags = got.form == VMTH_FORM_DELTA ? VMTH_DESC_PACKED : 0;
+
+    if (got.flags > allowed_flags) {
+        return refuse(error, "desc.flags", got.flags, allowed_flags);
     }
     if (load_le16(in + DESC_RESERVED_14) != 0) {
         return refuse(error, "desc.reserved", load_le16(in + DESC_RESERVED_14), 0);
@@ -376,19 +378,43 @@ int vmth_desc_decode(const uint8_t *in, size_t room, uint16_t block,
     return result;
 }
 
+/* The frame that is open after `desc`: *open_bytes of content whose payload is still to come. */
+static int check_frame(const struct vmth_desc *desc, uint32_t page_bytes, uint64_t *open_bytes,
+                       struct vmth_packet_error *error)
+{
+    if (desc->form != VMTH_FORM_ZSTD) {
+        return 0;
+    }
+    *open_bytes += (uint64_t)desc->npages * page_bytes;
+    if (*open_bytes > VMTH_PACKET_MAX_FRAME_BYTES) {
+        return refuse(error, "frame", *open_bytes, VMTH_PACKET_MAX_FRAME_BYTES);
+    }
+    if (desc->payload_bytes > *open_bytes) {
+        return refuse(error, "desc.payload_bytes", desc->payload_bytes, *open_bytes);
+    }
+    if (desc->payload_bytes != 0) {
+        *open_bytes = 0;
+    }
+    return 0;
+}
+
 int vmth_packet_check(const struct vmth_packet_header *header, const uint8_t *desc,
                       const struct vmth_packet_limits *limits, struct vmth_packet_error *error)
 {
     uint64_t npages = 0;
     uint64_t payload_bytes = 0;
+    uint64_t open_bytes = 0;
     size_t at = 0;
 
     for (uint32_t i = 0; i < header->ndesc; i++) {
         struct vmth_desc one;
         size_t used;
-        const int result = vmth_desc_decode(desc + at, header->desc_bytes - at, header->block, limits,
-                                            &one, &used, error);
+        int result = vmth_desc_decode(desc + at, header->desc_bytes - at, header->block, limits, &one,
+                                      &used, error);
 
+        if (result == 0) {
+            result = check_frame(&one, limits->page_bytes, &open_bytes, error);
+        }
         if (result != 0) {
             return result;
         }
@@ -404,6 +430,9 @@ int vmth_packet_check(const struct vmth_packet_header *header, const uint8_t *de
     }
     if (payload_bytes != header->payload_bytes) {
         return refuse(error, "payload_bytes", header->payload_bytes, payload_bytes);
+    }
+    if (open_bytes != 0) {
+        return refuse(error, "desc.payload_bytes", 0, open_bytes);
     }
     return 0;
 }

@@ -315,8 +315,8 @@ static void test_descriptor_refusals(void)
         {DELTA, {"desc.payload_bytes", 16, 4, 4097, 4096}},
         {DELTA, {"desc.base_block", 20, 2, 1, 0}},
         {DELTA, {"desc.base_page", 24, 8, 1, 0}},
-        {ZSTD, {"desc.payload_bytes", 16, 4, 0, 1}},
-        {ZSTD, {"desc.payload_bytes", 16, 4, 16385, 16384}},
+        {DELTA, {"desc.flags", 13, 1, 2, 1}},
+        {ZSTD, {"desc.flags", 13, 1, 1, 0}},
         {ZSTD, {"desc.base_page", 24, 8, 1, 0}},
     };
     struct vmth_packet_error error;
@@ -393,6 +393,70 @@ static void test_sums_of_a_packet(void)
     T_CHECK(strcmp(error.field, "desc_bytes") == 0);
 }
 
+/* Descriptors of 1, 2 and 1 pages of one frame, then of 512 pages of another; what is said of them. */
+static void test_zstd_frames(void)
+{
+    static const struct {
+        uint32_t payload_bytes[4];
+        const char *field; /* NULL: accepted */
+        uint64_t allowed;
+    } cases[] = {
+        {{0, 0, 16384, 5}, NULL, 0},
+        {{0, 0, 16385, 5}, "desc.payload_bytes", 16384},
+        {{4096, 0, 12288, 5}, NULL, 0},
+        {{1, 8193, 1, 5}, "desc.payload_bytes", 8192},
+        {{0, 0, 1, 0}, "desc.payload_bytes", 512 * 4096},
+        {{0, 0, 0, 5}, "frame", VMTH_PACKET_MAX_FRAME_BYTES},
+    };
+    static const uint32_t npages[4] = {1, 2, 1, 512};
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct vmth_packet_header header = {.kind = VMTH_PACKET_PAGES, .block = 2, .npages = 516};
+        struct vmth_packet_error error = {0};
+        uint8_t raw[4 * VMTH_DESC_ZSTD_BYTES];
+
+        for (unsigned d = 0; d < 4; d++) {
+            const struct vmth_desc desc = {.page = 10 * d,
+                                           .npages = npages[d],
+                                           .form = VMTH_FORM_ZSTD,
+                                           .payload_bytes = cases[i].payload_bytes[d]};
+
+            header.desc_bytes += (uint32_t)vmth_desc_encode(&desc, raw + header.desc_bytes,
+                                                            sizeof(raw) - header.desc_bytes);
+            header.payload_bytes += desc.payload_bytes;
+            header.ndesc++;
+        }
+        const int result = vmth_packet_check(&header, raw, &limits, &error);
+
+        if (cases[i].field == NULL) {
+            T_EQUAL(result, 0);
+            continue;
+        }
+        T_EQUAL(result, (uint64_t)-EPROTO);
+        T_CHECK(strcmp(error.field, cases[i].field) == 0);
+        T_EQUAL(error.allowed, cases[i].allowed);
+    }
+}
+
+static void test_a_packed_delta_there_and_back(void)
+{
+    const struct vmth_desc packed = {.page = 4,
+                                     .npages = 1,
+                                     .form = VMTH_FORM_DELTA,
+                                     .flags = VMTH_DESC_PACKED,
+                                     .payload_bytes = 9,
+                                     .result = {1, 2}};
+    struct vmth_packet_error error;
+    struct vmth_desc got;
+    uint8_t raw[VMTH_DESC_REF_BYTES];
+    size_t used;
+
+    T_EQUAL(vmth_desc_encode(&packed, raw, sizeof(raw)), sizeof(raw));
+    T_EQUAL(raw[13], 1);
+    T_EQUAL(vmth_desc_decode(raw, sizeof(raw), 2, &limits, &got, &used, &error), 0);
+    T_EQUAL(got.flags, VMTH_DESC_PACKED);
+}
+
 static void test_ack_refusals(void)
 {
     static const struct damage damages[] = {
@@ -447,6 +511,8 @@ int main(void)
     test_descriptor_refusals();
     test_descriptor_bounds_of_the_session();
     test_sums_of_a_packet();
+    test_zstd_frames();
+    test_a_packed_delta_there_and_back();
     test_ack_refusals();
     test_every_flipped_bit_shows();
     return T_PASS;

@@ -87,6 +87,7 @@ cdef extern from "vmth/packet.h" nogil:
         uint64_t page
         uint32_t npages
         uint8_t form
+        uint8_t flags
         uint32_t payload_bytes
         uint16_t base_block
         uint64_t base_page

@@ -12,6 +12,7 @@ def encode_desc(
     page: int,
     npages: int,
     form: int,
+    flags: int,
     payload_bytes: int,
     base_block: int,
     base_page: int,
@@ -20,7 +21,7 @@ def encode_desc(
 ) -> bytes: ...
 def decode_desc(
     data: bytes, at: int, block: int, block_npages: U64, page_bytes: int, forms: int
-) -> tuple[int, tuple[int, int, int, int, int, int, int, int]]: ...
+) -> tuple[int, tuple[int, int, int, int, int, int, int, int, int]]: ...
 def encode_header(
     kind: int,
     block: int,
@@ -36,6 +37,11 @@ def encode_header(
 def decode_header(
     data: bytes, block_npages: U64, page_bytes: int, forms: int, channel: int
 ) -> tuple[int, int, int, int, int, int, int, int, int, int]: ...
+def check_pages(
+    data: bytes, block_npages: U64, page_bytes: int, forms: int, channel: int
+) -> None:
+    """Header and descriptors as a whole: count, sums, zstd frames."""
+
 def verify(raw: bytes, desc: bytes, seed: int) -> None: ...
 def encode_ack(seq: int, lo: int, hi: int, status: int, block: int) -> bytes: ...
 def decode_ack(data: bytes, at: int) -> tuple[int, int, int, int, int]: ...

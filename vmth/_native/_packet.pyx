@@ -24,11 +24,11 @@ cdef int _limits(vmth_packet_limits *limits, const uint64_t[::1] block_npages, p
     return 0
 
 
-def encode_desc(page, npages, form, payload_bytes, base_block, base_page, lo, hi):
+def encode_desc(page, npages, form, flags, payload_bytes, base_block, base_page, lo, hi):
     cdef vmth_desc desc
     cdef uint8_t out[VMTH_DESC_REF_BYTES]
     cdef size_t used
-    desc.page, desc.npages, desc.form = page, npages, form
+    desc.page, desc.npages, desc.form, desc.flags = page, npages, form, flags
     desc.payload_bytes, desc.base_block, desc.base_page = payload_bytes, base_block, base_page
     desc.result.lo, desc.result.hi = lo, hi
     used = vmth_desc_encode(&desc, out, VMTH_DESC_REF_BYTES)
@@ -48,8 +48,8 @@ def decode_desc(const uint8_t[::1] data, size_t at, uint16_t block, const uint64
     _limits(&limits, block_npages, page_bytes, forms, 0)
     if vmth_desc_decode(&data[at], data.shape[0] - at, block, &limits, &desc, &used, &error) != 0:
         raise _refused(&error)
-    return used, (desc.page, desc.npages, desc.form, desc.payload_bytes, desc.base_block,
-                  desc.base_page, desc.result.lo, desc.result.hi)
+    return used, (desc.page, desc.npages, desc.form, desc.flags, desc.payload_bytes,
+                  desc.base_block, desc.base_page, desc.result.lo, desc.result.hi)
 
 
 def encode_header(kind, block, round_, channel, seq, payload_bytes, ndesc, npages,
@@ -75,6 +75,21 @@ def decode_header(const uint8_t[::1] data, const uint64_t[::1] block_npages, pag
         raise _refused(&error)
     return (header.kind, header.block, header.round, header.channel, header.seq,
             header.desc_bytes, header.payload_bytes, header.ndesc, header.npages, header.checksum)
+
+
+def check_pages(const uint8_t[::1] data, const uint64_t[::1] block_npages, page_bytes, forms, channel):
+    cdef vmth_packet_limits limits
+    cdef vmth_packet_error error
+    cdef vmth_packet_header header
+    _limits(&limits, block_npages, page_bytes, forms, channel)
+    if data.shape[0] < VMTH_PACKET_HEADER_BYTES:
+        raise PacketError("header", data.shape[0], VMTH_PACKET_HEADER_BYTES)
+    if vmth_packet_decode_header(&data[0], &limits, &header, &error) != 0:
+        raise _refused(&error)
+    if data.shape[0] < VMTH_PACKET_HEADER_BYTES + header.desc_bytes:
+        raise PacketError("desc_bytes", data.shape[0] - VMTH_PACKET_HEADER_BYTES, header.desc_bytes)
+    if vmth_packet_check(&header, &data[VMTH_PACKET_HEADER_BYTES], &limits, &error) != 0:
+        raise _refused(&error)
 
 
 def verify(const uint8_t[::1] raw, const uint8_t[::1] desc, uint64_t seed):

@@ -27,6 +27,7 @@ VMTH_BEGIN_DECLS
 #define VMTH_ACK_BYTES 32u
 #define VMTH_PACKET_MAX_DESC_BYTES (1u << 20)
 #define VMTH_PACKET_MAX_PAYLOAD_BYTES (8u << 20)
+#define VMTH_PACKET_MAX_FRAME_BYTES (2u << 20) /* content of one zstd frame: the largest page */
 #define VMTH_MAX_BLOCKS 4096u
 #define VMTH_MAX_CHANNELS 64u
 
@@ -45,7 +46,11 @@ enum vmth_page_form {
     VMTH_FORM_SAME = 5,   /* unchanged since it landed */
     VMTH_FORM_DEDUP = 6,  /* content of another page that landed */
     VMTH_FORM_DELTA = 7,  /* against what landed before at this page */
-    VMTH_FORM_ZSTD = 8    /* npages pages in one frame */
+    VMTH_FORM_ZSTD = 8    /* npages pages of a frame, which comes with the last descriptor of its pages */
+};
+
+enum vmth_desc_flag {
+    VMTH_DESC_PACKED = 1 /* delta: the payload is a zstd frame of the delta */
 };
 
 enum vmth_ack_status {
@@ -71,7 +76,9 @@ struct vmth_desc {
     uint64_t page;
     uint32_t npages;
     uint8_t form;
-    uint32_t payload_bytes;   /* of this descriptor; normal: npages * page size */
+    uint8_t flags;            /* delta: VMTH_DESC_PACKED; else 0 */
+    uint32_t payload_bytes;   /* of this descriptor; normal: npages * page size; zstd: 0 where the pages
+                               * are in the frame of the next zstd descriptor that has a payload */
     uint16_t base_block;      /* dedup */
     uint64_t base_page;       /* dedup */
     struct vmth_u128 result;  /* dedup, delta: hash of the page produced */
@@ -123,12 +130,15 @@ size_t vmth_desc_bytes(uint8_t form);
 size_t vmth_desc_encode(const struct vmth_desc *desc, uint8_t *out, size_t room);
 
 /* Decode the descriptor at `in`; *used gets its size. Checks form, npages > 0, page + npages within the
- * block, payload against page size. Descriptors of one packet need not be in page order. */
+ * block, payload against page size (a zstd frame's: vmth_packet_check). Descriptors of one packet need
+ * not be in page order. */
 VMTH_MUST_CHECK int vmth_desc_decode(const uint8_t *in, size_t room, uint16_t block,
                                      const struct vmth_packet_limits *limits, struct vmth_desc *desc,
                                      size_t *used, struct vmth_packet_error *error);
 
-/* Check a whole PAGES packet's descriptors against its header: count, sum of pages, sum of payload. */
+/* Check a whole PAGES packet's descriptors against its header: count, sum of pages, sum of payload; and
+ * the zstd frames: each has its payload, which is not larger than its content, and that is at most
+ * VMTH_PACKET_MAX_FRAME_BYTES. */
 VMTH_MUST_CHECK int vmth_packet_check(const struct vmth_packet_header *header, const uint8_t *desc,
                                       const struct vmth_packet_limits *limits,
                                       struct vmth_packet_error *error);
