@@ -105,8 +105,8 @@ def test_the_block_may_end_where_the_file_ends(memfd: int) -> None:
 @pytest.mark.parametrize(
     ("mapping", "npages", "message"),
     [
-        (Mapping(), 4, "exactly one of fd and address"),
-        (Mapping(fd=0, address=0x1000), 4, "exactly one of fd and address"),
+        (Mapping(fd=0, address=0x1000), 4, "fd and address are set, allowed one of them"),
+        (Mapping(), 0, "an empty block"),
         (Mapping(address=0x1008), 4, "address 0x1008 is not a multiple of 4096"),
         (Mapping(address=-PAGE), 4, "is not a multiple of 4096"),
         (Mapping(address=PAGE), 0, "an empty block"),
@@ -116,6 +116,12 @@ def test_what_cannot_be_mapped_is_refused(mapping: Mapping, npages: int, message
     with pytest.raises(UsageError, match=f"'ram'.*{message}"):
         with map_blocks([block(mapping, npages)]):
             pass
+
+
+def test_a_block_without_memory_is_hostless(memfd: int) -> None:
+    with map_blocks([block(Mapping()), block(Mapping(fd=memfd))]) as (absent, present):
+        assert (absent.hostless, absent.address, absent.view.nbytes) == (True, 0, 0)
+        assert not present.hostless
 
 
 def test_a_file_that_is_too_short_or_unaligned_is_refused(memfd: int) -> None:

@@ -31,8 +31,13 @@ class MappedBlock:
     """A ramblock and where its bytes are in this process."""
 
     block: RamBlock
-    address: int  #: of its first byte; valid as long as ``view`` lives
+    address: int  #: of its first byte; valid as long as ``view`` lives. 0: hostless
     view: Memory  #: ``used_length`` bytes; read-only unless it was mapped writable
+
+    @property
+    def hostless(self) -> bool:
+        """It has no memory in this process: ``view`` is empty."""
+        return self.address == 0
 
 
 class _AddressRange:
@@ -56,15 +61,16 @@ def address_of(array: npt.NDArray[Any]) -> int:
 def map_blocks(
     blocks: Sequence[RamBlock], *, writable: bool = False
 ) -> Iterator[list[MappedBlock]]:
-    """Map every block, in block-table order: a file is mapped shared, an address is used as it is.
+    """Map every block, in block-table order: a file is mapped shared, an address is used as it is,
+    and a block whose mapping names neither is *hostless* (its pages are in another program).
 
     Leaving the context gives the mappings up. A view that is still referenced then keeps its
     mapping until it dies: a file's mapping is never pulled away under a view. An ``address`` stays
     the owner's. The owner must not shrink a file while it is mapped (an access would raise SIGBUS).
 
-    Raises UsageError, with nothing left mapped, if a block's mapping names both or neither of fd
-    and address, a file is too short or not a regular file, or something is not page aligned;
-    OSError if the kernel does not map it.
+    Raises UsageError, with nothing left mapped, if a block's mapping names both fd and address, a
+    file is too short or not a regular file, or something is not page aligned; OSError if the kernel
+    does not map it.
     """
     mapped = [_map_block(block, writable) for block in blocks]
     try:
@@ -75,15 +81,16 @@ def map_blocks(
 
 def _map_block(block: RamBlock, writable: bool) -> MappedBlock:
     mapping = block.mapping
-    if (mapping.fd is None) == (mapping.address is None):
-        raise UsageError(f"ramblock {block.idstr!r}: exactly one of fd and address must be set")
+    if mapping.fd is not None and mapping.address is not None:
+        raise UsageError(f"ramblock {block.idstr!r}: fd and address are set, allowed one of them")
     _check_aligned(block, "length", block.used_length)
     if block.used_length == 0:
         raise UsageError(f"ramblock {block.idstr!r}: an empty block cannot be mapped")
     if mapping.fd is not None:
         view = _map_file(block, mapping.fd, writable)
+    elif mapping.address is None:
+        return MappedBlock(block, 0, np.empty(0, dtype=np.uint8))
     else:
-        assert mapping.address is not None
         _check_aligned(block, "address", mapping.address)
         view = np.asarray(_AddressRange(mapping.address, block.used_length, writable))
     return MappedBlock(block, address_of(view), view)

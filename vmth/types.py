@@ -48,8 +48,9 @@ class BlockFlags(enum.IntFlag):
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """Where a ramblock's bytes are: a file (``fd`` + ``offset``, mapped shared) or an ``address``
-    in this process. Exactly one of ``fd`` and ``address`` is set; the owner keeps both alive until
-    the job that uses them has ended.
+    in this process. At most one of ``fd`` and ``address`` is set; with neither the block is
+    *hostless*: another program holds its bytes, and they travel by ``PageSender.send_pages`` and a
+    ``StreamSink``. The owner keeps both alive until the job that uses them has ended.
     """
 
     fd: int | None = None

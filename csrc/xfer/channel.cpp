@@ -9,6 +9,7 @@
 #include <chrono>
 #include <climits>
 #include <thread>
+#include <utility>
 
 #include "sys/sock_options.h"
 
@@ -35,8 +36,9 @@ size_t advance(iovec *iov, size_t count, size_t nbytes) noexcept
     return used;
 }
 
-Channel::Channel(int fd, unsigned index, const vmth_sock_ops *ops)
-    : index_(index), ops_(ops), name_("channel " + std::to_string(index))
+Channel::Channel(int fd, unsigned index, const vmth_sock_ops *ops, std::string name)
+    : index_(index), ops_(ops),
+      name_(name.empty() ? "channel " + std::to_string(index) : std::move(name))
 {
     int result = vmth_sock_check_stream(fd, &tcp_);
     if (result != 0) {

@@ -21,8 +21,9 @@ namespace vmth {
 
 class Channel {
 public:
-    // Throws TransferError(usage) unless `fd` is a connected stream socket; duplicates it.
-    Channel(int fd, unsigned index, const vmth_sock_ops *ops);
+    // Throws TransferError(usage) unless `fd` is a connected stream socket; duplicates it. `name` is what
+    // errors call it; empty: "channel <index>".
+    Channel(int fd, unsigned index, const vmth_sock_ops *ops, std::string name = {});
 
     unsigned index() const noexcept { return index_; }
     int fd() const noexcept { return fd_.get(); }

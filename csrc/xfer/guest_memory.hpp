@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The mapped ramblocks that an end reads from or lands pages in. Not owned: the caller keeps them mapped.
+// The ramblocks that an end reads from or lands pages in. Not owned: the caller keeps them mapped.
+//
+// A block without an address is *hostless*: the sender gets its pages in lent buffers, and the receiver
+// hands them on in a stream.
 #ifndef VMTH_XFER_GUEST_MEMORY_HPP
 #define VMTH_XFER_GUEST_MEMORY_HPP
 
@@ -15,7 +18,7 @@
 namespace vmth {
 
 struct MemoryBlock {
-    uint8_t *host;  // address of page 0
+    uint8_t *host;  // address of page 0; nullptr: hostless
     uint64_t npages;
     bool mapped_anew = false;  // for this transfer: its pages are not in this process's page table
 };
@@ -45,6 +48,8 @@ public:
     size_t page_bytes() const noexcept { return page_bytes_; }
     uint64_t npages(size_t block) const noexcept { return npages_[block]; }
     bool mapped_anew(size_t block) const noexcept { return blocks_[block].mapped_anew; }
+    bool hostless(size_t block) const noexcept { return blocks_[block].host == nullptr; }
+    // Not for a hostless block.
     uint8_t *host(size_t block, uint64_t page) const noexcept
     {
         return blocks_[block].host + page * page_bytes_;

@@ -50,6 +50,23 @@ void cut_bitmap(Job &job, Batch &batch, uint64_t max_pages)
     }
 }
 
+void cut_lent(Job &job, Batch &batch, uint64_t max_pages)
+{
+    while (job.remaining > 0 && batch.npages < max_pages) {
+        const LentRun &run = job.lent[job.run];
+        uint64_t take = std::min(run.npages - job.cursor, max_pages - batch.npages);
+        const uint8_t *at = run.at == nullptr ? nullptr : run.at + job.cursor * run.stride;
+        batch.lent.push_back({run.page + job.cursor, take, at, run.stride});
+        batch.npages += take;
+        job.remaining -= take;
+        job.cursor += take;
+        if (job.cursor == run.npages) {
+            job.run++;
+            job.cursor = 0;
+        }
+    }
+}
+
 void cut_runs(Job &job, Batch &batch)
 {
     while (job.remaining > 0 && batch.npages < told_pages && batch.runs.size() < told_runs) {
@@ -111,16 +128,28 @@ void JobQueue::stop()
     room_.notify_all();
 }
 
+// Pages of one batch, so that what is left is shared among the workers.
+uint64_t JobQueue::share_locked(uint64_t max_pages) const
+{
+    uint64_t left = 0;
+    for (const Job &waiting : jobs_) {
+        left += waiting.remaining;
+    }
+    uint64_t share = left / std::max<uint64_t>(2 * workers_, 1);
+    return std::min(max_pages, std::max(share, min_share_pages));
+}
+
 void JobQueue::take_locked(Batch &batch, uint64_t max_pages)
 {
     Job &job = jobs_.front();
-    if (job.form == VMTH_FORM_NORMAL) {
-        uint64_t left = 0;
-        for (const Job &waiting : jobs_) {
-            left += waiting.remaining;
-        }
-        uint64_t share = left / std::max<uint64_t>(2 * workers_, 1);
-        cut_bitmap(job, batch, std::min(max_pages, std::max(share, min_share_pages)));
+    batch.runs.clear();
+    batch.lent.clear();
+    batch.npages = 0;
+    batch.ticket = job.ticket;
+    if (job.ticket != 0) {
+        cut_lent(job, batch, share_locked(max_pages));
+    } else if (job.form == VMTH_FORM_NORMAL) {
+        cut_bitmap(job, batch, share_locked(max_pages));
     } else {
         cut_runs(job, batch);
     }
@@ -132,8 +161,6 @@ void JobQueue::take_locked(Batch &batch, uint64_t max_pages)
 
 Pulled JobQueue::pull(Batch &batch, uint64_t max_pages, uint64_t &barriers)
 {
-    batch.runs.clear();
-    batch.npages = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     work_.wait(lock, [&] { return stopped_ || !jobs_.empty() || barriers < barriers_ || closed_; });
     if (stopped_) {
@@ -161,11 +188,10 @@ bool JobQueue::pull_more(Batch &batch, uint64_t max_pages)
         return false;
     }
     const Job &job = jobs_.front();
-    if (job.form != batch.form || job.block != batch.block || job.round != batch.round) {
+    if (job.form != batch.form || job.block != batch.block || job.round != batch.round ||
+        (job.ticket != 0) != (batch.ticket != 0)) {
         return false;
     }
-    batch.runs.clear();
-    batch.npages = 0;
     take_locked(batch, max_pages);
     return true;
 }

@@ -18,6 +18,7 @@
 
 #include "vmth/bitmap.h"
 #include "vmth/packet.h"
+#include "xfer/lent_pages.hpp"
 
 namespace vmth {
 
@@ -25,22 +26,27 @@ struct Batch {
     vmth_page_form form = VMTH_FORM_NORMAL;  // NORMAL: to be read; HOLE, FREE: only told
     uint32_t block = 0;
     uint32_t round = 0;
-    std::vector<vmth_run> runs;
+    std::vector<vmth_run> runs;  // of guest memory, if read
+    std::vector<LentRun> lent;   // instead of runs
+    uint64_t ticket = 0;         // of the lent runs; 0: none are lent
     uint64_t npages = 0;
 };
 
-// What one send() asked for. `words` covers pages from the multiple of 64 at or below `cursor`.
+// What one send() asked for: a bitmap, lent runs (with a ticket), or runs that are only told. `words`
+// covers pages from the multiple of 64 at or below `cursor`.
 struct Job {
     vmth_page_form form = VMTH_FORM_NORMAL;
     uint32_t block = 0;
     uint32_t round = 0;
-    std::vector<uint64_t> words;  // NORMAL
-    uint64_t base = 0;            // NORMAL: page of bit 0 of words
-    uint64_t cursor = 0;          // NORMAL: next bit of words; else pages taken of runs[run]
-    uint64_t nbits = 0;           // NORMAL: end of words
-    std::vector<vmth_run> runs;   // HOLE, FREE
-    size_t run = 0;               // HOLE, FREE: next run
-    uint64_t remaining = 0;       // pages not taken yet
+    std::vector<uint64_t> words;  // bitmap
+    uint64_t base = 0;            // bitmap: page of bit 0 of words
+    uint64_t cursor = 0;          // bitmap: next bit of words; else pages taken of the run
+    uint64_t nbits = 0;           // bitmap: end of words
+    std::vector<LentRun> lent;
+    uint64_t ticket = 0;
+    std::vector<vmth_run> runs;  // HOLE, FREE
+    size_t run = 0;              // next of lent or runs
+    uint64_t remaining = 0;      // pages not taken yet
 };
 
 enum class Pulled { batch, barrier, end, stopped };
@@ -60,13 +66,15 @@ public:
     // `barriers` counts those this worker has pulled. A NORMAL batch has at most `max_pages` pages, and
     // fewer where what is left should be shared among the workers.
     Pulled pull(Batch &batch, uint64_t max_pages, uint64_t &barriers);
-    // More of the same block, round and form, without waiting: false if there is none at the front.
+    // More of the same block, round and form, lent as before or not, without waiting: false if there is
+    // none at the front. The ticket may be another one.
     bool pull_more(Batch &batch, uint64_t max_pages);
     // Jobs with pages not yet taken.
     size_t waiting() const;
 
 private:
     void take_locked(Batch &batch, uint64_t max_pages);
+    uint64_t share_locked(uint64_t max_pages) const;
 
     const size_t capacity_;
     mutable std::mutex mutex_;

@@ -45,9 +45,18 @@ void PacketBuilder::begin(uint32_t block, uint32_t round)
 
 void PacketBuilder::add(const Batch &batch)
 {
+    for (const LentRun &run : batch.lent) {
+        if (run.at != nullptr) {
+            read_run(run);
+        } else {
+            hashes_.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
+            append(VMTH_FORM_ZERO, run.page, run.npages);
+        }
+    }
     for (const vmth_run &run : batch.runs) {
         if (batch.form == VMTH_FORM_NORMAL) {
-            read_run(run);
+            prefault_.read(block_, run);
+            read_run({run.page, run.npages, memory_.host(block_, run.page), memory_.page_bytes()});
             continue;
         }
         if (batch.form == VMTH_FORM_HOLE) {
@@ -59,36 +68,51 @@ void PacketBuilder::add(const Batch &batch)
     }
 }
 
-void PacketBuilder::read_run(const vmth_run &run)
+void PacketBuilder::read_run(const LentRun &run)
 {
-    prefault_.read(block_, run);
     for (uint64_t done = 0; done < run.npages;) {
-        size_t piece = static_cast<size_t>(std::min<uint64_t>(piece_pages_, run.npages - done));
-        classify(run.page + done, piece);
-        done += piece;
+        const uint64_t take = std::min<uint64_t>(piece_pages_, run.npages - done);
+        classify({run.page + done, take, run.at + done * run.stride, run.stride});
+        done += take;
     }
 }
 
-void PacketBuilder::classify(uint64_t page, size_t npages)
+// Bit i of *zero_word: page i holds zero bytes only. Without a digest the hashes are not filled.
+void PacketBuilder::hash(const LentRun &piece, vmth_u128 *hashes, uint64_t *zero_word) const
+{
+    const size_t page_bytes = memory_.page_bytes();
+    const bool together = piece.stride == page_bytes;
+    const size_t at_once = together ? static_cast<size_t>(piece.npages) : 1;
+    *zero_word = 0;
+    for (size_t i = 0; i < piece.npages; i += at_once) {
+        const uint8_t *at = piece.at + i * piece.stride;
+        uint64_t zero = 0;
+        size_t nzero = 0;
+        check(hashes_.enabled()
+                  ? vmth_page_hash_zero(&hashes_.key(), at, page_bytes, at_once, hashes + i, &zero,
+                                        &nzero)
+                  : vmth_zero_scan(at, page_bytes, at_once, &zero, &nzero));
+        *zero_word |= zero << i;
+    }
+}
+
+void PacketBuilder::classify(const LentRun &piece)
 {
     uint64_t zero_word = 0;
-    size_t nzero = 0;
-    const uint8_t *host = memory_.host(block_, page);
-    if (hashes_.enabled()) {
-        vmth_u128 hashes[max_piece_pages];
-        check(vmth_page_hash_zero(&hashes_.key(), host, memory_.page_bytes(), npages, hashes,
-                                  &zero_word, &nzero));
-        hashes_.replace(channel_, block_, page, npages, hashes, &fresh_);
-    } else {
-        check(vmth_zero_scan(host, memory_.page_bytes(), npages, &zero_word, &nzero));
-    }
+    vmth_u128 hashes[max_piece_pages];
+    const size_t npages = static_cast<size_t>(piece.npages);
+    hash(piece, hashes, &zero_word);
+    hashes_.replace(channel_, block_, piece.page, npages, hashes, &fresh_);
     for (size_t at = 0; at < npages;) {
         bool zero = ((zero_word >> at) & 1) != 0;
         size_t end = at + 1;
         while (end < npages && (((zero_word >> end) & 1) != 0) == zero) {
             end++;
         }
-        append(zero ? VMTH_FORM_ZERO : VMTH_FORM_NORMAL, page + at, end - at);
+        append(zero ? VMTH_FORM_ZERO : VMTH_FORM_NORMAL, piece.page + at, end - at);
+        if (!zero) {
+            append_payload({piece.page + at, end - at, piece.at + at * piece.stride, piece.stride});
+        }
         at = end;
     }
 }
@@ -109,22 +133,14 @@ void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
         descs_.push_back(desc);
     }
     switch (form) {
-    case VMTH_FORM_NORMAL: {
+    case VMTH_FORM_NORMAL:
         counts_.normal += npages;
         if (joins) {
             runs_.back().npages += npages;
         } else {
             runs_.push_back({page, npages});
         }
-        size_t nbytes = static_cast<size_t>(npages) * memory_.page_bytes();
-        payload_bytes_ += nbytes;
-        if (joins) {
-            payload_.back().iov_len += nbytes;
-        } else {
-            payload_.push_back({memory_.host(block_, page), nbytes});
-        }
         break;
-    }
     case VMTH_FORM_ZERO:
         counts_.zero += npages;
         break;
@@ -134,6 +150,27 @@ void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
     default:
         counts_.free += npages;
         break;
+    }
+}
+
+void PacketBuilder::append_payload(const LentRun &run)
+{
+    const size_t page_bytes = memory_.page_bytes();
+    const bool together = run.stride == page_bytes;
+    const uint64_t at_once = together ? run.npages : 1;
+    for (uint64_t i = 0; i < run.npages; i += at_once) {
+        // sendmsg does not write through it
+        auto *at = const_cast<uint8_t *>(run.at + i * run.stride);
+        const size_t nbytes = static_cast<size_t>(at_once) * page_bytes;
+        const bool joins = !payload_.empty() && static_cast<uint8_t *>(payload_.back().iov_base) +
+                                                        payload_.back().iov_len ==
+                                                    at;
+        if (joins) {
+            payload_.back().iov_len += nbytes;
+        } else {
+            payload_.push_back({at, nbytes});
+        }
+        payload_bytes_ += nbytes;
     }
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns batches into one packet: reads each page once (zero test and hash together), then lists what to
-// send, straight from guest memory.
+// send, straight from guest memory or from a lent buffer.
 //
 //   head    | header, 64 | desc | desc | ...     one buffer, reused
-//   iov     head, then one entry a stretch of normal pages in guest memory
+//   iov     head, then one entry a stretch of normal pages that lie back to back
 //
 // Order per page: hash, entry in the table, and only later the send. Belongs to one worker thread.
 #ifndef VMTH_XFER_PACKET_BUILDER_HPP
@@ -49,9 +49,12 @@ public:
     std::vector<iovec> &payload() noexcept { return payload_; }
 
 private:
-    void read_run(const vmth_run &run);
-    void classify(uint64_t page, size_t npages);
+    // Pages wherever they lie: the first at `at`, one every `stride` bytes.
+    void read_run(const LentRun &run);
+    void classify(const LentRun &piece);
+    void hash(const LentRun &piece, vmth_u128 *hashes, uint64_t *zero_word) const;
     void append(vmth_page_form form, uint64_t page, uint64_t npages);
+    void append_payload(const LentRun &run);
 
     const GuestMemory &memory_;
     HashTable &hashes_;

@@ -34,6 +34,15 @@ ReceiverShared::ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_byte
       hashes(memory, options.hash_seed, options.digest), gate(memory, options.channels),
       prefault(memory, options.populate)
 {
+    for (size_t block = 0; block < memory.nblocks(); block++) {
+        if (memory.hostless(block) && options.sink.fd < 0) {
+            throw TransferError(ErrorKind::usage, "block " + std::to_string(block) +
+                                                      " has no memory here, allowed with a sink");
+        }
+    }
+    if (options.sink.fd >= 0) {
+        sink = std::make_unique<StreamSink>(options.sink, memory, latch, options.ops);
+    }
 }
 
 void ReceiverShared::fail(const TransferError &error)
@@ -149,6 +158,9 @@ void Receiver::close()
     for (const std::unique_ptr<ReceiverChannel> &channel : channels) {
         channel->join();
     }
+    // Whoever reads the stream may wait for its end; only channels use it, and none starts any more.
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    shared_.sink.reset();
 }
 
 std::vector<std::string> Receiver::fallbacks() const

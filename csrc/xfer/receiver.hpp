@@ -3,6 +3,7 @@
 //
 //   socket k --> header, descriptors: all checked --> claim pages --> invalidate their hashes
 //            --> payload into guest memory, piece by piece --> hash what landed --> acknowledge
+//            --> hostless block: into a scratch buffer, hash, hand on to the sink
 //
 // The peer is not trusted: nothing is written before a packet's every number was checked. The first
 // failure ends all channels. Calls come from any thread, attach() also while close() runs: then it throws.
@@ -24,6 +25,7 @@
 #include "xfer/hash_table.hpp"
 #include "xfer/prefault.hpp"
 #include "xfer/round_gate.hpp"
+#include "xfer/stream_sink.hpp"
 
 namespace vmth {
 
@@ -33,6 +35,7 @@ struct ReceiverOptions {
     uint64_t hash_seed = 0;
     bool digest = true;
     unsigned channels = 1;
+    StreamSinkOptions sink;                       // needed where a block is hostless
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
     const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
 };
@@ -55,6 +58,7 @@ public:
     Prefault prefault;
     Counters counters;
     FailureLatch latch;
+    std::unique_ptr<StreamSink> sink;  // of hostless blocks; nullptr: there are none
 
     std::mutex mutex;
     std::condition_variable changed;

@@ -193,31 +193,37 @@ void ReceiverChannel::land_told(uint32_t block, const vmth_desc &desc, vmth_dige
         shared_.counters.free_pages.add(desc.npages);
         return;
     }
-    const uint64_t end = uint64_t{desc.page} + desc.npages;
-    for (uint64_t page = desc.page; page < end;) {
-        std::optional<vmth_run> run = shared_.maybe_nonzero[block].first_run(page, end - page);
-        if (!run) {
-            break;
-        }
-        shared_.hashes.invalidate(channel_.index(), block, run->page, run->npages);
-        write_zeros(block, run->page, run->npages);
-        page = run->page + run->npages;
-    }
+    write_zeros(block, {desc.page, desc.npages});
     shared_.hashes.fill_zero(channel_.index(), block, desc.page, desc.npages, fresh);
     Counter &counter =
         desc.form == VMTH_FORM_ZERO ? shared_.counters.zero_pages : shared_.counters.hole_pages;
     counter.add(desc.npages);
 }
 
-// Only where not already zero: reading does not populate a hole of private memory.
-void ReceiverChannel::write_zeros(uint32_t block, uint64_t page, uint64_t npages)
+// In memory only where not already zero: reading does not populate a hole of private memory. What
+// another program holds is not known: it is told of every zero page.
+void ReceiverChannel::write_zeros(uint32_t block, const vmth_run &zeros)
 {
+    if (shared_.memory.hostless(block)) {
+        shared_.hashes.invalidate(channel_.index(), block, zeros.page, zeros.npages);
+        shared_.sink->write_zeros(block, zeros);
+        return;
+    }
     const size_t page_bytes = shared_.memory.page_bytes();
-    for (uint64_t i = 0; i < npages; i++) {
-        uint8_t *host = shared_.memory.host(block, page + i);
-        if (!vmth_is_zero(host, page_bytes)) {
-            memset(host, 0, page_bytes);
+    const uint64_t end = zeros.page + zeros.npages;
+    for (uint64_t page = zeros.page; page < end;) {
+        std::optional<vmth_run> run = shared_.maybe_nonzero[block].first_run(page, end - page);
+        if (!run) {
+            break;
         }
+        shared_.hashes.invalidate(channel_.index(), block, run->page, run->npages);
+        for (uint64_t i = 0; i < run->npages; i++) {
+            uint8_t *host = shared_.memory.host(block, run->page + i);
+            if (!vmth_is_zero(host, page_bytes)) {
+                memset(host, 0, page_bytes);
+            }
+        }
+        page = run->page + run->npages;
     }
 }
 
@@ -247,6 +253,10 @@ void ReceiverChannel::land_payload(uint32_t block, vmth_digest *fresh)
 void ReceiverChannel::land_piece(uint32_t block, const std::vector<vmth_run> &piece,
                                  vmth_digest *fresh)
 {
+    if (shared_.memory.hostless(block)) {
+        hand_on_piece(block, piece, fresh);
+        return;
+    }
     const size_t page_bytes = shared_.memory.page_bytes();
     iov_.clear();
     for (const vmth_run &run : piece) {
@@ -256,18 +266,48 @@ void ReceiverChannel::land_piece(uint32_t block, const std::vector<vmth_run> &pi
                         static_cast<size_t>(run.npages) * page_bytes});
     }
     read_inside(iov_.data(), iov_.size());
+    for (const vmth_run &run : piece) {
+        set_hashes(block, run, shared_.memory.host(block, run.page), fresh);
+    }
+}
+
+// What is hashed is what is handed on: both come from the scratch buffer. An entry is set only after.
+void ReceiverChannel::hand_on_piece(uint32_t block, const std::vector<vmth_run> &piece,
+                                    vmth_digest *fresh)
+{
+    const size_t page_bytes = shared_.memory.page_bytes();
+    uint64_t npages = 0;
+    for (const vmth_run &run : piece) {
+        npages += run.npages;
+    }
+    if (npages == 0) {
+        return;
+    }
+    scratch_.resize(piece_pages_ * page_bytes);
+    iovec iov = {scratch_.data(), static_cast<size_t>(npages) * page_bytes};
+    read_inside(&iov, 1);
+    shared_.sink->write_pages(block, piece, scratch_.data());
+    const uint8_t *content = scratch_.data();
+    for (const vmth_run &run : piece) {
+        set_hashes(block, run, content, fresh);
+        content += run.npages * page_bytes;
+    }
+}
+
+// Of what landed, at `content`: at most a piece.
+void ReceiverChannel::set_hashes(uint32_t block, const vmth_run &run, const uint8_t *content,
+                                 vmth_digest *fresh)
+{
     if (!shared_.hashes.enabled()) {
         return;
     }
-    for (const vmth_run &run : piece) {
-        vmth_u128 hashes[max_piece_pages];
-        const size_t npages = static_cast<size_t>(run.npages);
-        if (vmth_page_hash(&shared_.hashes.key(), shared_.memory.host(block, run.page), page_bytes,
-                           npages, hashes) != 0) {
-            throw TransferError(ErrorKind::usage, "page kernel refused its arguments");
-        }
-        shared_.hashes.replace(channel_.index(), block, run.page, npages, hashes, fresh);
+    vmth_u128 hashes[max_piece_pages];
+    const size_t npages = static_cast<size_t>(run.npages);
+    if (vmth_page_hash(&shared_.hashes.key(), content, shared_.memory.page_bytes(), npages,
+                       hashes) != 0) {
+        throw TransferError(ErrorKind::usage, "page kernel refused its arguments");
     }
+    shared_.hashes.replace(channel_.index(), block, run.page, npages, hashes, fresh);
 }
 
 // ---- acknowledging --------------------------------------------------------------------------------

@@ -30,9 +30,12 @@ private:
     void land(const vmth_packet_header &header);
     void read_descs(const vmth_packet_header &header, const uint8_t *raw);
     void land_told(uint32_t block, const vmth_desc &desc, vmth_digest *fresh);
-    void write_zeros(uint32_t block, uint64_t page, uint64_t npages);
+    void write_zeros(uint32_t block, const vmth_run &zeros);
     void land_payload(uint32_t block, vmth_digest *fresh);
     void land_piece(uint32_t block, const std::vector<vmth_run> &piece, vmth_digest *fresh);
+    void hand_on_piece(uint32_t block, const std::vector<vmth_run> &piece, vmth_digest *fresh);
+    void set_hashes(uint32_t block, const vmth_run &run, const uint8_t *content,
+                    vmth_digest *fresh);
     bool read(void *buffer, size_t nbytes);
     void read_inside(iovec *iov, size_t count);  // throws at an end of stream
     void acknowledge(uint64_t seq, const vmth_u128 &digest);
@@ -49,6 +52,7 @@ private:
     std::vector<vmth_desc> descs_;
     std::vector<vmth_run> piece_;
     std::vector<iovec> iov_;
+    std::vector<uint8_t> scratch_;  // a piece of a hostless block; empty until there is one
     std::vector<vmth_ack> acks_;  // landed, not yet told
     std::chrono::steady_clock::time_point oldest_ack_;
     const std::function<void()> flush_;

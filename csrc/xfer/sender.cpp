@@ -53,6 +53,7 @@ void SenderShared::fail(const TransferError &error)
 {
     latch.set(error);
     queue.stop();
+    tickets.stop();
     flow.stop();
     std::lock_guard<std::mutex> lock(mutex);
     for (const std::unique_ptr<SenderChannel> &channel : channels) {
@@ -104,6 +105,16 @@ void Sender::check_open() const
     }
 }
 
+// No barrier waits for its acknowledgement: only then are pages queued.
+void Sender::check_no_barrier() const
+{
+    if (barrier_pending_) {
+        throw TransferError(ErrorKind::usage, "the barrier of round " +
+                                                  std::to_string(pending_round_) +
+                                                  " is not acknowledged yet");
+    }
+}
+
 void Sender::add_channel(int fd, unsigned index)
 {
     check_open();
@@ -139,14 +150,17 @@ void Sender::add_channel(int fd, unsigned index)
     }
 }
 
+void Sender::check_channels() const
+{
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    if (shared_.channels.empty()) {
+        throw TransferError(ErrorKind::usage, "no channel was added");
+    }
+}
+
 void Sender::push(Job &&job)
 {
-    {
-        std::lock_guard<std::mutex> lock(shared_.mutex);
-        if (shared_.channels.empty()) {
-            throw TransferError(ErrorKind::usage, "no channel was added");
-        }
-    }
+    check_channels();
     if (!shared_.queue.push(std::move(job))) {
         shared_.latch.check();
     }
@@ -157,16 +171,17 @@ void Sender::send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t
 {
     check_open();
     shared_.memory.check_range(block, page, npages);
+    if (shared_.memory.hostless(block)) {
+        throw TransferError(ErrorKind::usage,
+                            "block " + std::to_string(block) +
+                                " has no memory here, allowed send_pages with its content");
+    }
     if (nwords < VMTH_BITMAP_WORDS(shared_.memory.npages(block))) {
         throw TransferError(ErrorKind::usage,
                             "bitmap of " + std::to_string(nwords) + " words, allowed " +
                                 std::to_string(VMTH_BITMAP_WORDS(shared_.memory.npages(block))));
     }
-    if (barrier_pending_) {
-        throw TransferError(ErrorKind::usage, "the barrier of round " +
-                                                  std::to_string(pending_round_) +
-                                                  " is not acknowledged yet");
-    }
+    check_no_barrier();
     if (npages == 0) {
         return;
     }
@@ -188,15 +203,66 @@ void Sender::send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t
     push(std::move(job));
 }
 
+std::pair<size_t, uint64_t> Sender::send_pages(const vmth_qemu_run *runs, size_t nruns,
+                                               const uint8_t *data, size_t nbytes,
+                                               uint32_t round)
+{
+    check_open();
+    check_no_barrier();
+    check_channels();
+    std::vector<LentRun> lent;
+    lent.reserve(nruns);
+    for (size_t i = 0; i < nruns; i++) {
+        lent.push_back(lent_run(shared_.memory, runs[i], data, nbytes));
+    }
+    size_t queued = 0;
+    uint64_t npages = 0;
+    while (queued < nruns) {
+        const vmth_qemu_run &run = runs[queued];
+        if (claims_[run.block].first_run(run.page, run.npages)) {
+            break;
+        }
+        claims_[run.block].set_range(run.page, run.npages);
+        npages += run.npages;
+        queued++;
+    }
+    if (queued == 0) {
+        return {0, shared_.tickets.issued()};
+    }
+    const uint64_t ticket = shared_.tickets.open(npages);
+    for (size_t first = 0; first < queued;) {  // a job a block
+        Job job;
+        job.block = runs[first].block;
+        job.round = round;
+        job.ticket = ticket;
+        for (; first < queued && runs[first].block == job.block; first++) {
+            job.lent.push_back(lent[first]);
+            job.remaining += lent[first].npages;
+        }
+        push(std::move(job));
+    }
+    return {queued, ticket};
+}
+
+bool Sender::wait_read(uint64_t ticket, int64_t timeout_ns) const
+{
+    if (ticket > shared_.tickets.issued()) {
+        throw TransferError(ErrorKind::usage,
+                            "ticket " + std::to_string(ticket) + ", allowed up to " +
+                                std::to_string(shared_.tickets.issued()));
+    }
+    const bool read = shared_.tickets.wait(ticket, timeout_ns);
+    if (shared_.tickets.read() < ticket) {
+        shared_.latch.check();
+    }
+    return read;
+}
+
 void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run> runs,
                        uint32_t round)
 {
     check_open();
-    if (barrier_pending_) {
-        throw TransferError(ErrorKind::usage, "the barrier of round " +
-                                                  std::to_string(pending_round_) +
-                                                  " is not acknowledged yet");
-    }
+    check_no_barrier();
     Job job;
     job.form = form;
     job.block = block;
@@ -255,11 +321,7 @@ bool Sender::barrier(uint32_t round, int64_t timeout_ns)
 void Sender::finish()
 {
     check_open();
-    if (barrier_pending_) {
-        throw TransferError(ErrorKind::usage, "the barrier of round " +
-                                                  std::to_string(pending_round_) +
-                                                  " is not acknowledged yet");
-    }
+    check_no_barrier();
     shared_.queue.close();
     join_workers();
     {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The source's end of all page channels.
 //
-//   caller --send()--> JobQueue --batches--> worker of channel k: read, hash, packet --> socket k
+//   caller --send*()--> JobQueue --batches--> worker of channel k: read, hash, packet --> socket k
 //          <-barrier()-- ledgers <--------- reader of channel k: acknowledgements  <---- socket k
 //
 // Threads: send*, barrier, finish and close come from one thread; everything else from any. The first
@@ -15,6 +15,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "sys/populate.h"
@@ -25,6 +26,7 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
+#include "xfer/lent_pages.hpp"
 #include "xfer/missed_pages.hpp"
 #include "xfer/prefault.hpp"
 
@@ -63,6 +65,7 @@ public:
     Prefault prefault;
     FlowControl flow;
     JobQueue queue;
+    Tickets tickets;
     MissedPages missed;
     Counters counters;
     FailureLatch latch;
@@ -90,6 +93,15 @@ public:
     // nothing, for a page already sent since the last barrier.
     void send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t *words, size_t nwords,
               uint32_t round);
+    // Pages whose content lies in `data`, which is read until pages_read() reaches the ticket, and then
+    // no more. Queues whole runs in order up to the first that has a page already sent since the last
+    // barrier. Returns how many, and the ticket (the last one given if none was queued). Throws usage,
+    // and queues nothing, for a run that is not within its block or its data.
+    std::pair<size_t, uint64_t> send_pages(const vmth_qemu_run *runs, size_t nruns,
+                                           const uint8_t *data, size_t nbytes, uint32_t round);
+    // Any thread. wait_read() is false at the timeout (0: none).
+    uint64_t pages_read() const { return shared_.tickets.read(); }
+    bool wait_read(uint64_t ticket, int64_t timeout_ns) const;
     // HOLE or FREE pages: nothing is read.
     void send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run> runs, uint32_t round);
     // True when everything of the round has landed and the kernel reads no page any more; false when
@@ -113,6 +125,8 @@ public:
 
 private:
     void check_open() const;
+    void check_no_barrier() const;
+    void check_channels() const;
     void join_workers();
     void join_readers();
     void push(Job &&job);

@@ -117,19 +117,31 @@ void SenderChannel::send_batch(Batch &batch)
     }
     round_ = batch.round;
     builder_.begin(batch.block, batch.round);
-    builder_.add(batch);
+    add(batch);
     while (read && builder_.npages() < grow_pages && builder_.ndesc() < grow_descs) {
         // Zero pages take no room: fill up, but only from what is there now.
         uint64_t room = (limit - builder_.payload_bytes()) / page_bytes;
         if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(batch, room)) {
             break;
         }
-        builder_.add(batch);
+        add(batch);
     }
     SentPacket sent = builder_.finish(++seq_);
     shared_.flow.settle(reserved, sent.bytes);
     ledger_.push(std::move(sent));
     send_packet();
+    for (const auto &[ticket, npages] : lent_) {
+        shared_.tickets.give_back(ticket, npages);
+    }
+    lent_.clear();
+}
+
+void SenderChannel::add(const Batch &batch)
+{
+    builder_.add(batch);
+    if (batch.ticket != 0) {
+        lent_.emplace_back(batch.ticket, batch.npages);
+    }
 }
 
 void SenderChannel::send_packet()
@@ -193,7 +205,8 @@ void SenderChannel::write_packet(iovec *iov, size_t count, int flags)
 
 bool SenderChannel::worth_zerocopy(uint64_t payload_bytes) const noexcept
 {
-    return zerocopy_ && payload_bytes >= zerocopy_min_bytes;
+    // A lent buffer must be free once it was sent, not when the peer has it.
+    return zerocopy_ && lent_.empty() && payload_bytes >= zerocopy_min_bytes;
 }
 
 void SenderChannel::write_zerocopy(iovec *iov, size_t count)

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xfer/channel.hpp"
@@ -30,6 +31,7 @@ private:
     // Worker thread.
     void work();
     void send_batch(Batch &batch);
+    void add(const Batch &batch);
     void send_packet();
     void send_control(vmth_packet_kind kind, uint32_t round);
     void write_packet(iovec *iov, size_t count, int flags);
@@ -55,6 +57,7 @@ private:
     PacketBuilder builder_;
     uint64_t seq_ = 0;
     uint32_t round_ = 0;
+    std::vector<std::pair<uint64_t, uint64_t>> lent_;  // (ticket, pages) of the packet being built
     bool zerocopy_ = false;
     vmth_zerocopy completions_ = {};
     // Reader:

@@ -8,6 +8,7 @@
 #pragma GCC diagnostic pop
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -42,7 +43,7 @@ TransferError usage(const std::string &message)
     return TransferError(ErrorKind::usage, message);
 }
 
-// (address, npages, mapped anew)
+// (address, npages, mapped anew); address 0: hostless
 using Blocks = std::vector<std::tuple<uintptr_t, uint64_t, bool>>;
 
 std::vector<vmth::MemoryBlock> memory_blocks(const Blocks &blocks)
@@ -75,6 +76,34 @@ std::vector<vmth_run> runs_of(const py::handle &object)
         runs[i] = {array.data()[2 * i], array.data()[2 * i + 1]};
     }
     return runs;
+}
+
+// Memory of single bytes, back to back, as it is.
+py::buffer_info bytes_of(const py::buffer &object)
+{
+    py::buffer_info info = object.request();
+    if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
+        throw usage("expected contiguous bytes");
+    }
+    return info;
+}
+
+using PageRuns = py::array_t<vmth_qemu_run, py::array::c_style>;
+
+std::pair<size_t, uint64_t> send_pages(vmth::Sender &sender, const py::handle &runs,
+                                       const py::buffer &data, uint32_t round)
+{
+    if (!py::isinstance<PageRuns>(runs)) {
+        throw usage("expected a C-contiguous array of runs (vmth.qemu.ram.RUN)");
+    }
+    const PageRuns array = py::reinterpret_borrow<PageRuns>(runs);
+    const py::buffer_info bytes = bytes_of(data);
+    const vmth_qemu_run *first = array.data();
+    const size_t nruns = static_cast<size_t>(array.size());
+    const auto *content = static_cast<const uint8_t *>(bytes.ptr);
+    const size_t nbytes = static_cast<size_t>(bytes.size);
+    py::gil_scoped_release release;
+    return sender.send_pages(first, nruns, content, nbytes, round);
 }
 
 Words array_of(std::vector<vmth_u128> &&hashes)
@@ -145,14 +174,20 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
 }
 
+// (fd, section id, idstrs as they are on the wire)
+using Sink = std::optional<std::tuple<int, uint32_t, std::vector<std::string>>>;
+
 std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
 make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest,
-              const py::sequence &maybe_nonzero, unsigned channels)
+              const py::sequence &maybe_nonzero, unsigned channels, const Sink &sink)
 {
     vmth::ReceiverOptions options;
     options.hash_seed = hash_seed;
     options.digest = digest;
     options.channels = channels;
+    if (sink) {
+        std::tie(options.sink.fd, options.sink.section_id, options.sink.idstrs) = *sink;
+    }
     std::vector<Words> arrays;
     std::vector<const uint64_t *> words;
     std::vector<size_t> nwords;
@@ -274,6 +309,9 @@ void bind_sender(py::module_ &module)
             },
             py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("bitmap"),
             py::arg("round_"))
+        .def("send_pages", &send_pages, py::arg("runs"), py::arg("data"), py::arg("round_"))
+        .def("pages_read", &Sender::pages_read, Release())
+        .def("wait_read", &Sender::wait_read, py::arg("ticket"), py::arg("timeout_ns"), Release())
         .def(
             "send_holes",
             [](Sender &self, uint32_t block, const py::object &runs, uint32_t round) {
@@ -319,7 +357,7 @@ void bind_receiver(py::module_ &module)
     py::class_<Receiver, Holder<Receiver>>(module, "Receiver")
         .def(py::init(&make_receiver), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("maybe_nonzero"),
-             py::arg("channels"))
+             py::arg("channels"), py::arg("sink") = py::none())
         .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
         .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
         .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })
@@ -351,6 +389,7 @@ PYBIND11_MODULE(_xfer, module)
             PyErr_NewException(name.c_str(), PyExc_Exception, nullptr));
     });
     module.attr("TransferError") = error_type.get_stored();
+    PYBIND11_NUMPY_DTYPE(vmth_qemu_run, page, npages, at, stride, nbytes, block, kind);
     py::register_exception_translator(&translate);
     bind_sender(module);
     bind_receiver(module);

@@ -1,6 +1,6 @@
 """pybind11 over csrc/xfer: the page channels. Every blocking call releases the GIL.
 
-Threads: send/send_holes/barrier/close come from one thread; cancel, set_bandwidth, set_window,
+Threads: send*/barrier/close come from one thread; cancel, set_bandwidth, set_window, wait_read,
 counters and digest from any. Once a channel has failed every blocking call raises
 TransferError(kind, message); ``kind`` is one of "closed", "io", "protocol", "timeout", "cancelled",
 "usage".
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
+Content = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 class TransferError(Exception):
     kind: str
@@ -25,7 +26,7 @@ class Sender:
             tuple[int, int, bool]
         ],  # (address of page 0, npages, mapped anew) a block; the owner keeps it mapped. What was
         # mapped for this transfer is populated ahead of its use; of other memory only the
-        # receiver's holes are.
+        # receiver's holes are. Address 0: hostless, its pages come by send_pages().
         page_bytes: int,
         *,
         hash_seed: int,
@@ -42,6 +43,19 @@ class Sender:
         """Queue the pages of [page, page + npages) whose bit is set in the whole-block ``bitmap``
         (copied). Blocks while the queue is full. Memory is read later, any time before barrier()
         returns."""
+
+    def send_pages(self, runs: npt.NDArray[Any], data: Content, round_: int) -> tuple[int, int]:
+        """Queue pages whose content lies in ``data``: ``runs`` is an array of vmth.qemu.ram.RUN,
+        kinds ZERO and PAGE. Whole runs in order, up to the first that has a page already sent since
+        the last barrier: the caller then ends the round and calls again with the rest. Returns
+        (runs queued, ticket). ``data`` is not copied: the caller keeps it, unchanged, until
+        pages_read() has reached the ticket, or, after a failure, until close() has returned."""
+
+    def pages_read(self) -> int:
+        """The last ticket of which, and of all before it, no page is read any more."""
+
+    def wait_read(self, ticket: int, timeout_ns: int) -> bool:
+        """Until pages_read() has reached ``ticket``; False at the timeout (0: none)."""
 
     def send_holes(self, block: int, runs: U64, round_: int) -> None:
         """(n, 2) runs {page, npages} that were never populated: nothing is read."""
@@ -93,6 +107,9 @@ class Receiver:
         digest: bool = True,
         maybe_nonzero: Sequence[U64],  # bit set: our page may hold non-zero bytes now (copied)
         channels: int,
+        sink: tuple[int, int, Sequence[bytes]] | None = None,  # (fd of a connected stream socket,
+        # duplicated; id of the ram section; idstr of every block): where the pages of hostless
+        # blocks are handed on, as PART sections of QEMU's stream
     ) -> None: ...
     def attach(self, fd: int, index: int) -> None:
         """A connected socket past its preamble; duplicated. Starts its thread."""

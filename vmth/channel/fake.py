@@ -2,8 +2,9 @@
 """An in-memory pair of page channels in pure NumPy, for tests of what drives them.
 
 ``FakeLink`` couples a ``FakeSender`` and a ``FakeReceiver`` over two sets of arrays. Everything
-moves inside ``barrier()``, the latest moment that the contract allows, so a loop that relies on
-pages being read earlier fails with it. Faults are asked for on the link: pages damaged on the way,
+moves inside ``barrier()`` (what was lent by ``send_pages()``: in ``wait_read()``, if that comes
+first), the latest moment that the contract allows, so a loop that relies on pages being read
+earlier fails with it. Faults are asked for on the link: pages damaged on the way,
 barriers that do not come in time, a connection that breaks.
 
 The hash is keyed BLAKE2b, not the wire's: digests are equal between the two ends, not to the native
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vmth.channel.interface import Digest
+from vmth.channel.interface import Digest, PageContent, PageRuns
 from vmth.errors import CancelledError, UsageError, VmthError
 from vmth.stats import TransferCounters
 from vmth.types import Bitmap, Bitmaps, bitmap_words
@@ -30,6 +31,8 @@ __all__ = ["FakeLink", "FakeReceiver", "FakeSender"]
 _HEADER_BYTES = 64
 _DESC_BYTES = 16
 _MASK = (1 << 128) - 1
+#: ``kind`` of lent runs
+_ZERO, _PAGE = 1, 2
 
 Pages = npt.NDArray[np.uint8]  #: one ramblock, (npages, page_bytes)
 
@@ -92,6 +95,8 @@ class _Job:
     form: str
     block: int
     pages: npt.NDArray[np.uint64]
+    lent: list[Pages] | None = None  #: content of each page; None: it is in guest memory
+    ticket: int = 0
 
 
 @dataclass
@@ -116,15 +121,18 @@ class FakeLink:
         hash_seed: int = 0,
         digest: bool = True,
         maybe_nonzero: Bitmaps | None = None,
+        hostless: frozenset[int] = frozenset(),
     ) -> None:
         """Arrays are (npages, page_bytes), one a ramblock. ``maybe_nonzero``: as for the native
-        receiver; None means that any page may hold bytes."""
+        receiver; None means that any page may hold bytes. ``hostless``: blocks whose pages can only
+        be lent; the source's array is not read, the destination's is the other program's memory."""
         if [array.shape for array in source] != [array.shape for array in destination]:
             raise UsageError("source and destination have different shapes")
         npages = [len(array) for array in source]
         self.changed = threading.Condition()
         self.error: VmthError | None = None
         self.ended = False
+        self.hostless = hostless
         #: (block, page) whose next transfer is damaged on the way, once
         self.damage: set[tuple[int, int]] = set()
         #: how many times barrier() with a timeout returns False first
@@ -157,6 +165,8 @@ class FakeSender:
         self._claimed = [np.zeros(len(array), dtype=np.bool_) for array in memory]
         self._differing: list[tuple[int, list[int]]] = []  # pages of packets with a wrong digest
         self._pending: int | None = None
+        self._tickets = 0
+        self._read = 0
         self.bandwidth_bps = 0  #: last value set
         self.window_bytes = 0  #: last value set
 
@@ -182,11 +192,62 @@ class FakeSender:
     def send(self, block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None:
         self._check()
         self._check_range(block, page, npages)
+        if block in self._link.hostless:
+            raise UsageError(f"block {block} has no memory here, allowed send_pages")
         need = bitmap_words(len(self._memory[block]))
         if len(bitmap) < need:
             raise UsageError(f"bitmap of {len(bitmap)} words, allowed {need}")
         bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little")[page : page + npages]
         self._queue("normal", block, np.flatnonzero(bits).astype(np.uint64) + np.uint64(page))
+
+    def send_pages(self, runs: PageRuns, data: PageContent, round_: int) -> tuple[int, int]:
+        self._check()
+        content = np.frombuffer(data, dtype=np.uint8)
+        jobs = [self._lent_job(run, content) for run in runs]
+        queued = 0
+        for job in jobs:
+            if self._claimed[job.block][job.pages].any():
+                break
+            self._queue(job.form, job.block, job.pages)
+            self._jobs[-1].lent = job.lent
+            self._jobs[-1].ticket = self._tickets + 1
+            queued += 1
+        self._tickets += queued > 0
+        return queued, self._tickets
+
+    def _lent_job(self, run: PageRuns, content: Pages) -> _Job:
+        block, page, npages = int(run["block"]), int(run["page"]), int(run["npages"])
+        at, stride, kind = int(run["at"]), int(run["stride"]), int(run["kind"])
+        self._check_range(block, page, npages)
+        if kind not in (_ZERO, _PAGE):
+            raise UsageError(f"run.kind {kind}, allowed {_ZERO} (zero) and {_PAGE} (page)")
+        nbytes = self._memory[block].shape[1]
+        pages = np.arange(page, page + npages, dtype=np.uint64)
+        if kind == _ZERO:
+            return _Job("normal", block, pages, [np.zeros(nbytes, dtype=np.uint8)] * npages)
+        end = at + (npages - 1) * stride + nbytes
+        if int(run["nbytes"]) != nbytes or end > len(content):
+            raise UsageError(f"run.at {at}, allowed whole pages within {len(content)} bytes")
+        starts = range(at, at + npages * stride, stride) if npages > 1 else [at]
+        return _Job("normal", block, pages, [content[i : i + nbytes] for i in starts])
+
+    def pages_read(self) -> int:
+        return self._read
+
+    def wait_read(self, ticket: int, timeout_ns: int = 0) -> bool:
+        self._link.check()
+        if ticket > self._tickets:
+            raise UsageError(f"ticket {ticket}, allowed up to {self._tickets}")
+        while self._read < ticket:
+            self._transfer_next()
+        return True
+
+    def _transfer_next(self) -> None:
+        """The oldest job; its ticket is read when no job of it is left."""
+        job = self._jobs.pop(0)
+        self._transfer(job)
+        if job.ticket and not any(left.ticket == job.ticket for left in self._jobs):
+            self._read = job.ticket
 
     def send_holes(self, block: int, runs: npt.NDArray[np.uint64], round_: int) -> None:
         self._send_told("hole", block, runs)
@@ -211,9 +272,8 @@ class FakeSender:
         if timeout_ns > 0 and self._link.late_barriers > 0:
             self._link.late_barriers -= 1
             return False
-        for job in self._jobs:
-            self._transfer(job)
-        self._jobs.clear()
+        while self._jobs:
+            self._transfer_next()
         for claimed in self._claimed:
             claimed[:] = False
         self._pending = None
@@ -224,8 +284,8 @@ class FakeSender:
         damaged = False
         sent: list[int] = []
         payload_bytes = 0
-        for page in job.pages.tolist():
-            content = self._memory[job.block][page].copy() if job.form == "normal" else None
+        for index, page in enumerate(job.pages.tolist()):
+            content = self._content(job, index, page)
             form = job.form if content is None or content.any() else "zero"
             if form == "free":
                 self._hashes.set(job.block, page, None)
@@ -250,6 +310,11 @@ class FakeSender:
         if damaged and self._hashes.enabled:
             self._counts.add("torn_packets", 1)
             self._differing.append((job.block, sent))
+
+    def _content(self, job: _Job, index: int, page: int) -> Pages | None:
+        if job.lent is not None:
+            return job.lent[index].copy()
+        return self._memory[job.block][page].copy() if job.form == "normal" else None
 
     def take_missed(self, bitmaps: Bitmaps) -> int:
         if len(bitmaps) != len(self._memory):
@@ -296,9 +361,8 @@ class FakeSender:
 
     def finish(self) -> None:
         self._check()
-        for job in self._jobs:
-            self._transfer(job)
-        self._jobs.clear()
+        while self._jobs:
+            self._transfer_next()
         with self._link.changed:
             self._link.ended = True
             self._link.changed.notify_all()

@@ -10,7 +10,8 @@ pair of ``vmth.channel.fake``. Signatures and blocking rules: the docstrings of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +19,39 @@ import numpy.typing as npt
 from vmth.stats import TransferCounters
 from vmth.types import Bitmap, Bitmaps
 
-__all__ = ["Digest", "PageReceiver", "PageSender"]
+__all__ = ["Digest", "PageContent", "PageReceiver", "PageRuns", "PageSender", "StreamSink"]
 
 #: (lo, hi, pages with a valid hash)
 Digest = tuple[int, int, int]
+#: Structured array with the fields of ``vmth._native._qemu.RUN``: which pages, and where in a
+#: buffer their content lies.
+PageRuns: TypeAlias = npt.NDArray[Any]
+#: A buffer that page contents lie in.
+PageContent: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSink:
+    """Where a receiver hands on the pages of blocks that have no memory in this process: a program
+    that loads QEMU's stream. It gets whole PART sections, each naming its block, and a record for
+    every page, zero pages too.
+
+    ``fd``: a connected stream socket, duplicated. Nobody else writes to it between the receiver's
+    first packet and ``wait()`` returning True. ``idstrs``: of every block, in block-table order.
+    """
+
+    fd: int
+    section_id: int
+    idstrs: tuple[str, ...]
 
 
 class PageSender(Protocol):
     """The source's end of all page channels."""
 
     def send(self, block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None: ...
+    def send_pages(self, runs: PageRuns, data: PageContent, round_: int) -> tuple[int, int]: ...
+    def pages_read(self) -> int: ...
+    def wait_read(self, ticket: int, timeout_ns: int = 0) -> bool: ...
     def send_holes(self, block: int, runs: npt.NDArray[np.uint64], round_: int) -> None: ...
     def barrier(self, round_: int, timeout_ns: int = 0) -> bool: ...
     def take_missed(self, bitmaps: Bitmaps) -> int: ...

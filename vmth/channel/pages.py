@@ -8,6 +8,7 @@ Only translation happens here: errors of ``vmth._native._xfer`` become the class
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Sequence
 from typing import Self
 
@@ -15,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth._native import _xfer
-from vmth.channel.interface import Digest
+from vmth.channel.interface import Digest, PageContent, PageRuns, StreamSink
 from vmth.errors import CancelledError, ChannelError, StreamError, UsageError, VmthError
 from vmth.memory import MappedBlock
 from vmth.stats import TransferCounters
 from vmth.types import Bitmap, Bitmaps
 
 __all__ = ["NativeReceiver", "NativeSender"]
+
+_AT_CLOSE = 1 << 64  # no ticket is ever that high
 
 
 def _translated(error: _xfer.TransferError) -> VmthError:
@@ -57,16 +60,19 @@ _translate = _Translate()
 
 
 def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, int, bool]]:
-    for index, block in enumerate(memory):
-        if page_bytes <= 0 or block.view.nbytes % page_bytes:
-            raise UsageError(
-                f"block {index}: {block.view.nbytes} bytes, allowed multiples of {page_bytes}"
-            )
-    # A file was mapped for this transfer; at an address the owner's pages are there already.
-    return [
-        (area.address, area.view.nbytes // page_bytes, area.block.mapping.fd is not None)
-        for area in memory
-    ]
+    areas = []
+    for index, area in enumerate(memory):
+        nbytes = area.block.used_length if area.hostless else area.view.nbytes
+        if page_bytes <= 0 or nbytes % page_bytes:
+            raise UsageError(f"block {index}: {nbytes} bytes, allowed multiples of {page_bytes}")
+        # A file was mapped for this transfer; at an address the owner's pages are there already.
+        areas.append((area.address, nbytes // page_bytes, area.block.mapping.fd is not None))
+    return areas
+
+
+def _wire_sink(sink: StreamSink) -> tuple[int, int, list[bytes]]:
+    names = [idstr.encode("utf-8", "surrogateescape") for idstr in sink.idstrs]
+    return sink.fd, sink.section_id, names
 
 
 class _NativeEnd:
@@ -128,7 +134,6 @@ class NativeSender(_NativeEnd):
         packet_bytes: int = 262144,
         queue_jobs: int = 2,
     ) -> None:
-        self._memory = memory  # stays mapped as long as its views live
         with _translate:
             native = _xfer.Sender(
                 _areas(memory, page_bytes),
@@ -139,7 +144,10 @@ class NativeSender(_NativeEnd):
                 packet_bytes=packet_bytes,
                 queue_jobs=queue_jobs,
             )
+        # What native threads may read is dropped after the sender that joins them.
         self._native: _xfer.Sender = native
+        self._memory = memory  # stays mapped as long as its views live
+        self._lent: deque[tuple[int, memoryview]] = deque()  # (ticket, what it reads)
 
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble, duplicated. Before the first barrier."""
@@ -149,6 +157,42 @@ class NativeSender(_NativeEnd):
     def send(self, block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None:
         with _translate:
             self._native.send(block, page, npages, bitmap, round_)
+
+    def send_pages(self, runs: PageRuns, data: PageContent, round_: int) -> tuple[int, int]:
+        """Queue pages whose content lies in ``data``, as ``runs`` (``vmth.qemu.ram.RUN``, kinds
+        ZERO and PAGE) say. Returns (runs queued, ticket): whole runs in order, up to the first that
+        has a page already sent since the last barrier; end the round then and call again with the
+        rest.
+
+        Not copied: ``data`` must not change until ``pages_read()`` has reached the ticket. (It is
+        kept alive until then, or until close().) Raises UsageError, with nothing queued, for a run
+        that is not within its block or its data.
+        """
+        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
+        read = self.pages_read()
+        while self._lent and self._lent[0][0] <= read:
+            self._lent.popleft()
+        # Unknown until the call returns; if it fails midway, some of it may have been queued.
+        self._lent.append((_AT_CLOSE, view))
+        try:
+            with _translate:
+                queued, ticket = self._native.send_pages(runs, view, round_)
+        except UsageError:
+            self._lent.pop()
+            raise
+        self._lent[-1] = (ticket, view)
+        return queued, ticket
+
+    def pages_read(self) -> int:
+        """The last ticket of which, and of all before it, no page is read any more. Any thread."""
+        with _translate:
+            return self._native.pages_read()
+
+    def wait_read(self, ticket: int, timeout_ns: int = 0) -> bool:
+        """Until ``pages_read()`` has reached ``ticket``; False at the timeout (0: none). Any
+        thread."""
+        with _translate:
+            return self._native.wait_read(ticket, timeout_ns)
 
     def send_holes(self, block: int, runs: npt.NDArray[np.uint64], round_: int) -> None:
         with _translate:
@@ -184,6 +228,10 @@ class NativeSender(_NativeEnd):
         with _translate:
             self._native.finish()
 
+    def close(self) -> None:
+        super().close()
+        self._lent.clear()
+
 
 class NativeReceiver(_NativeEnd):
     """``PageReceiver`` over sockets. A context manager: leaving it closes. Errors: the sender's."""
@@ -197,8 +245,9 @@ class NativeReceiver(_NativeEnd):
         digest: bool = True,
         maybe_nonzero: Sequence[Bitmap],
         channels: int,
+        sink: StreamSink | None = None,
     ) -> None:
-        self._memory = memory  # stays mapped as long as its views live
+        """``sink``: where the pages of hostless blocks are handed on; needed where there is one."""
         with _translate:
             native = _xfer.Receiver(
                 _areas(memory, page_bytes),
@@ -207,8 +256,10 @@ class NativeReceiver(_NativeEnd):
                 digest=digest,
                 maybe_nonzero=maybe_nonzero,
                 channels=channels,
+                sink=None if sink is None else _wire_sink(sink),
             )
         self._native: _xfer.Receiver = native
+        self._memory = memory  # stays mapped as long as its views live
 
     def attach(self, fd: int, index: int) -> None:
         with _translate:
