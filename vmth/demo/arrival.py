@@ -23,7 +23,7 @@ from vmth.demo.settings import ArrivalSettings
 from vmth.destination_session import ReceiveResult
 from vmth.errors import CancelledError
 from vmth.guest import Guest
-from vmth.guests.spawn import choose_guest, spawn_destination
+from vmth.guests.spawn import ReadyHolder, choose_guest, spawn_destination
 from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.options import ReceiveOptions
@@ -71,18 +71,23 @@ def receive_one(
     stands in ``check``. To end the wait from another thread, put a CancelledError into the
     listener's ``outcomes``; ``ended`` cuts the time short that the guest runs on.
     """
+    holder: ReadyHolder
     made: list[ArrivingGuest] = []
     reasons: list[str] = []
 
     def make_guest(incoming: Incoming) -> Guest:
         kind, reason = choose_guest(settings.guest or incoming.guest.get("kind") or None)
-        guest = ArrivingGuest(spawn_destination(kind, incoming.blocks), source_memory)
+        guest = ArrivingGuest(
+            spawn_destination(kind, incoming.blocks, holder=holder), source_memory
+        )
         made.append(guest)
         reasons.append(reason)
         return guest
 
     with contextlib.ExitStack() as resources:
         resources.callback(_end, made)
+        holder = ReadyHolder()  # started before a guest comes, as a host has its hypervisor ready
+        resources.callback(holder.close)
         listener = resources.enter_context(
             Listener(parse_endpoint(uri, listening=True), make_guest, options)
         )

@@ -26,6 +26,7 @@ from vmth.types import RamBlock
 
 __all__ = [
     "DIRTY_SOURCES",
+    "ReadyHolder",
     "attach",
     "available_memory_bytes",
     "choose_guest",
@@ -104,8 +105,10 @@ def spawn_destination(
     owned: bool = True,
     linger_s: float = LINGER_S,
     hold_linger_s: float = HOLD_LINGER_S,
+    holder: ReadyHolder | None = None,
 ) -> HolderGuest:
-    """An empty, stopped guest: of so many bytes, or with the block table of another.
+    """An empty, stopped guest: of so many bytes, or with the block table of another. ``holder``: a
+    process that is there already; once it holds a guest another one is started.
 
     RefusedError (its text begins with "memory") when this host or its cgroup has less memory left
     than the guest may need; otherwise as ``spawn_source``.
@@ -113,7 +116,7 @@ def spawn_destination(
     plans = plan_blocks(blocks) if isinstance(blocks, int) else [_plan_of(row) for row in blocks]
     source = _dirty_source(kind, dirty_source)
     _check_memory(sum(row.length_bytes for row in plans))
-    return _spawn(kind, plans, source, owned, linger_s, hold_linger_s)
+    return _spawn(kind, plans, source, owned, linger_s, hold_linger_s, holder)
 
 
 def attach(socket_path: str) -> HolderGuest:
@@ -173,6 +176,60 @@ def _dirty_source(kind: str, asked: str | None) -> str:
     return asked
 
 
+class ReadyHolder:
+    """A holder process that waits to be told what to hold, so that a guest that arrives does not
+    wait for it to start. One guest's, or ``close()`` ends it. GuestError when it cannot start."""
+
+    def __init__(self) -> None:
+        reap_left_alone()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [root, environment.get("PYTHONPATH", "")])
+        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vmth.guests.holder", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                start_new_session=True,  # the terminal's Ctrl-C is the mover's
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.connection = HolderConnection(ours, f"the holder with pid {self.process.pid}")
+        self._taken = False
+
+    def hold(self, setup: rq.Setup) -> HolderGuest:
+        """Make the guest. Whatever it raises, the process is gone then."""
+        self.connection.name = f"{setup.kind} guest's holder (pid {self.process.pid})"
+        try:
+            attached, _ = self.connection.ask(setup, rq.Attached, SPAWN_S)
+            guest = HolderGuest(self.connection, attached, self.process)
+        except BaseException:
+            self.close()
+            raise
+        self._taken = True
+        return guest
+
+    @property
+    def taken(self) -> bool:
+        return self._taken
+
+    def close(self) -> None:
+        """End it unless it holds a guest. Idempotent."""
+        if not self._taken:
+            self._taken = True
+            self.connection.close()
+            self.process.kill()
+            self.process.wait()
+
+
 def _spawn(
     kind: str,
     blocks: Sequence[BlockPlan],
@@ -180,29 +237,10 @@ def _spawn(
     owned: bool,
     linger_s: float,
     hold_linger_s: float,
+    holder: ReadyHolder | None = None,
 ) -> HolderGuest:
-    reap_left_alone()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = dict(os.environ)
-    root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [root, environment.get("PYTHONPATH", "")])
-    )
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vmth.guests.holder", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            start_new_session=True,  # the terminal's Ctrl-C is the mover's
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    connection = HolderConnection(ours, f"{kind} guest's holder (pid {process.pid})")
+    if holder is None or holder.taken:
+        holder = ReadyHolder()
     setup = rq.Setup(
         protocol=rq.HOLDER_PROTOCOL,
         kind=kind,
@@ -212,14 +250,7 @@ def _spawn(
         linger_s=linger_s,
         hold_linger_s=hold_linger_s,
     )
-    try:
-        attached, _ = connection.ask(setup, rq.Attached, SPAWN_S)
-        return HolderGuest(connection, attached, process)
-    except BaseException:
-        connection.close()
-        process.kill()
-        process.wait()
-        raise
+    return holder.hold(setup)
 
 
 # ---- memory of this host -------------------------------------------------------------------------
