@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU that runs the demo guest's program over the demo guest's content, to compare with.
+
+Memory is filled by the modules that fill vmth's own guest; only what lies below 1 MiB differs,
+where a PC has its firmware: the schedule is moved up, and a ROM of our own (versus_rom.S) starts
+the walker and paces it by the timer interrupt. QEMU's RAM is private memory, written from outside
+before the guest runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vmth._native import _kvm
+from vmth.guests.content import ContentSpec, fill
+from vmth.guests.machine import CODE_GPA, SCHEDULE_GPA
+from vmth.guests.memory import GuestMemory, plan_blocks
+from vmth.guests.schedule import Program, Workload, install, plan
+from vmth.qemu.qmp import Qmp
+
+ROM_SOURCE = Path(__file__).with_name("versus_rom.S")
+LOW_BYTES = 1 << 20
+DIVISOR_GPA = 0x9004
+PACE_ADDRESS = 0xF0100
+PIT_HZ = 1_193_182
+#: The walker's last three instructions, which tell KVM's host of a beat.
+TELL = bytes.fromhex("ba10050000efe9")
+RAM = "pc.ram"
+WRITE_BYTES = 64 << 20
+
+
+def firmware(folder: Path) -> Path:
+    """Assemble the ROM; needs binutils."""
+    raw, rom = folder / "rom.o", folder / "rom.bin"
+    subprocess.run(["as", "--32", "-o", raw, ROM_SOURCE], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", raw, rom], check=True)
+    return rom
+
+
+def _moved_up(program: Program) -> Program:
+    """The same program with its schedule and data 1 MiB higher."""
+    shift = LOW_BYTES - SCHEDULE_GPA
+    schedule = program.schedule.copy()
+    schedule[:, [0, 2]] += np.uint32(shift)
+    return replace(
+        program,
+        schedule=schedule,
+        control=replace(program.control, schedule_gpa=LOW_BYTES),
+        data_gpa=program.data_gpa + shift,
+        working_set_gpa=program.working_set_gpa + shift,
+    )
+
+
+def make_memory(nbytes: int, content: str, workload: Workload, seed: int) -> GuestMemory:
+    """The guest's whole memory, ready to be copied into a QEMU that was started with -S."""
+    memory = GuestMemory(plan_blocks(nbytes))
+    program = _moved_up(plan(workload, nbytes - (LOW_BYTES - SCHEDULE_GPA)))
+    npages = memory.blocks[0].npages
+    fill(
+        memory,
+        ContentSpec.parse(content),
+        seed,
+        first_byte=program.data_gpa,
+        counter_pages=program.counter_pages(npages),
+    )
+    view = memory.views[0]
+    install(program, view)
+    code = bytearray(_kvm.walker_code())
+    at = code.index(TELL)
+    code[at : at + 5] = b"\xe9" + (PACE_ADDRESS - (CODE_GPA + at + 5)).to_bytes(4, "little")
+    view[CODE_GPA : CODE_GPA + len(code)] = np.frombuffer(bytes(code), np.uint8)
+    beat_ns = program.paces[0].beat_interval_ns
+    divisor = min(0xFFFF, beat_ns * PIT_HZ // 1_000_000_000) if beat_ns else 0
+    view[DIVISOR_GPA : DIVISOR_GPA + 4] = np.frombuffer(divisor.to_bytes(4, "little"), np.uint8)
+    return memory
+
+
+class VersusQemu:
+    """One QEMU in a network namespace, or none. ``incoming``: waits for a migration."""
+
+    def __init__(
+        self,
+        binary: Sequence[str],
+        memory_bytes: int,
+        rom: Path,
+        *,
+        inside: Sequence[str] = (),
+        incoming: bool = False,
+    ) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="versus-")
+        self.qmp_path = Path(self.folder.name) / "qmp.sock"
+        self.memory_bytes = memory_bytes
+        self.process = subprocess.Popen(
+            [
+                *(*inside, *binary, "-S", "-nodefaults", "-display", "none", "-accel", "tcg"),
+                *("-cpu", "qemu64,apic=off"),  # the timer interrupt comes straight from the PIC
+                *("-machine", f"pc,memory-backend={RAM}", "-bios", rom),
+                *("-object", f"memory-backend-ram,id={RAM},size={memory_bytes}"),
+                *("-m", f"{memory_bytes >> 20}M"),
+                *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
+                *(("-incoming", "defer") if incoming else ()),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        while not self.qmp_path.exists():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"QEMU ended with {self.process.returncode}")
+            os.sched_yield()
+        self.qmp = Qmp(str(self.qmp_path))
+
+    @property
+    def pid(self) -> int:
+        """Of QEMU itself, whatever wraps it."""
+        return self.qmp.pid
+
+    def write(self, memory: GuestMemory) -> None:
+        """Copy the prepared memory in, but for the 640 KiB hole of a PC. Needs ptrace rights."""
+        base = _ram_address(self.pid, self.memory_bytes)
+        view = memory.views[0]
+        for start, end in ((0, 0xA0000), (LOW_BYTES, self.memory_bytes)):
+            for at in range(start, end, WRITE_BYTES):
+                _poke(self.pid, base + at, view[at : min(at + WRITE_BYTES, end)])
+
+    def thread_seconds(self) -> float:
+        """CPU seconds of all threads but the vCPUs'."""
+        total, ticks = 0.0, os.sysconf("SC_CLK_TCK")
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            try:
+                text = (task / "stat").read_text()
+            except OSError:
+                continue
+            name, _, rest = text.partition("(")[2].rpartition(")")
+            if not name.startswith("CPU "):
+                fields = rest.split()
+                total += (int(fields[11]) + int(fields[12])) / ticks
+        return total
+
+    def close(self) -> None:
+        self.qmp.close()
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def _ram_address(pid: int, nbytes: int) -> int:
+    with open(f"/proc/{pid}/maps") as maps:
+        for line in maps:
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            if last - first >= nbytes and "rw" in line.split()[1]:
+                return first
+    raise RuntimeError(f"process {pid} has no mapping of {nbytes} bytes")
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _poke(pid: int, address: int, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    """process_vm_writev, without the pages that are zero: they stay unpopulated as in vmth's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pages = data.reshape(-1, 4096)
+    used = np.flatnonzero(pages.view(np.uint64).any(axis=1))
+    if not len(used):
+        return
+    cuts = np.flatnonzero(np.diff(used) != 1) + 1
+    for run in np.split(used, cuts):
+        piece = np.ascontiguousarray(pages[run[0] : run[-1] + 1])
+        local = _IoVec(piece.ctypes.data, piece.nbytes)
+        remote = _IoVec(address + int(run[0]) * 4096, piece.nbytes)
+        done = libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+        if done != piece.nbytes:
+            raise OSError(ctypes.get_errno(), f"writing guest memory: {done} of {piece.nbytes}")

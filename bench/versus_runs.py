@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One move of one guest, by QEMU itself or by vmth, over a given link: what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from versus_guest import VersusQemu, firmware, make_memory
+from versus_link import Link
+
+from vmth.errors import VmthError
+from vmth.guests.schedule import Workload
+from vmth.qemu.qmp import Qmp
+
+#: A guest runs so long before it is moved: its working set has then been written once or more.
+WARM_S = 3.0
+DOWNTIME_LIMIT_MS = 300
+PORT = 47440
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is moved. ``rate_bps`` is of dirtied pages; times out after ``limit_s``."""
+
+    name: str
+    memory_bytes: int
+    content: str
+    workload: str = "idle"
+    rate_bps: int = 0
+    working_set_bytes: int = 0
+    limit_s: float = 60.0
+    seed: int = 20260101
+
+    def guest_workload(self) -> Workload:
+        return Workload(
+            kind=self.workload,
+            rate_bps=self.rate_bps,
+            working_set_bytes=self.working_set_bytes,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Times in seconds; ``wire_bytes`` as the link's device counted them, by the mover's own count
+    on loopback; CPU seconds of both ends together, without the guest's vCPU."""
+
+    converged: bool
+    total_s: float
+    downtime_s: float
+    wire_bytes: int
+    cpu_s: float
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class QemuMode:
+    """Capabilities and parameters of one way of QEMU's own."""
+
+    name: str
+    capabilities: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def device_bytes(link: Link) -> int:
+    """Bytes sent by the source host's device so far; 0 on loopback."""
+    if not link.source:
+        return 0
+    told = subprocess.run(
+        [*link.source, "cat", "/sys/class/net/va/statistics/tx_bytes"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(told.stdout)
+
+
+# -- QEMU itself
+
+
+@contextlib.contextmanager
+def _pair(case: Case, link: Link, binary: Sequence[str]) -> Iterator[tuple[VersusQemu, VersusQemu]]:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="versus-rom-")))
+        rom = firmware(folder)
+        ends = []
+        for inside, incoming in ((link.source, False), (link.destination, True)):
+            end = VersusQemu(binary, case.memory_bytes, rom, inside=inside, incoming=incoming)
+            stack.callback(end.close)
+            ends.append(end)
+        memory = make_memory(case.memory_bytes, case.content, case.guest_workload(), case.seed)
+        ends[0].write(memory)
+        memory.close()
+        yield ends[0], ends[1]
+
+
+def _set(qmp: Qmp, mode: QemuMode, parameters: Mapping[str, Any]) -> None:
+    states = [{"capability": name, "state": True} for name in ("events", *mode.capabilities)]
+    qmp.execute("migrate-set-capabilities", {"capabilities": states})
+    qmp.execute("migrate-set-parameters", {**mode.parameters, **parameters})
+
+
+def run_qemu(case: Case, link: Link, mode: QemuMode, binary: Sequence[str]) -> Outcome:
+    """Precopy with return path and a limit of 300 ms; a guest that does not converge in the case's
+    time is cancelled and runs on."""
+    with _pair(case, link, binary) as (source, destination):
+        common = {"downtime-limit": DOWNTIME_LIMIT_MS, "max-bandwidth": 1 << 34}
+        _set(destination.qmp, mode, {})
+        _set(
+            source.qmp,
+            QemuMode(mode.name, ("return-path", *mode.capabilities), mode.parameters),
+            common,
+        )
+        stops: list[float] = []
+        resumes: list[float] = []
+        source.qmp.on_event(lambda e: stops.append(e.time_ns / 1e9) if e.name == "STOP" else None)
+        destination.qmp.on_event(
+            lambda e: resumes.append(e.time_ns / 1e9) if e.name == "RESUME" else None
+        )
+        destination.qmp.execute("migrate-incoming", {"uri": f"tcp:{link.address}:{PORT}"})
+        source.qmp.execute("cont")
+        time.sleep(WARM_S)
+        before = device_bytes(link)
+        cpu = source.thread_seconds() + destination.thread_seconds()
+        destination.qmp.execute("cont")  # runs as soon as it has everything
+        began, began_at = time.monotonic(), time.time()
+        source.qmp.execute("migrate", {"uri": f"tcp:{link.address}:{PORT}"})
+        info = _await_end(source.qmp, began + case.limit_s)
+        converged = info["status"] == "completed"
+        while converged and not resumes:
+            time.sleep(0.001)
+        total_s = (resumes[-1] - began_at) if converged else time.monotonic() - began
+        ram = info.get("ram", {})
+        return Outcome(
+            converged=converged,
+            total_s=total_s,
+            downtime_s=resumes[-1] - stops[-1] if converged else 0.0,
+            wire_bytes=device_bytes(link) - before
+            if link.source
+            else int(ram.get("transferred", 0)),
+            cpu_s=source.thread_seconds() + destination.thread_seconds() - cpu,
+            detail={
+                "passes": ram.get("dirty-sync-count"),
+                "dirty_pages_per_s": ram.get("dirty-pages-rate"),
+                "throttle_percent": info.get("cpu-throttle-percentage", 0),
+            },
+        )
+
+
+def _await_end(qmp: Qmp, deadline: float) -> dict[str, Any]:
+    cancelled = False
+    while True:
+        info: dict[str, Any] = qmp.execute("query-migrate")
+        if info.get("status") in ("completed", "failed", "cancelled"):
+            return info
+        if not cancelled and time.monotonic() > deadline:
+            with contextlib.suppress(VmthError):
+                qmp.execute("migrate_cancel")
+            cancelled = True
+        time.sleep(0.005)
+
+
+# -- vmth's core: the guest of the demo, whose memory the mover maps
+
+
+def run_core(case: Case, link: Link, options: Sequence[str]) -> Outcome:
+    """``vmth demo --send`` and ``--receive`` in the two hosts."""
+    python = (sys.executable, "-m", "vmth", "demo", "--json", "--insecure")
+    with tempfile.TemporaryDirectory(prefix="versus-state-") as state:
+        uri = f"tcp:{link.address}:{PORT}"
+        receiver = subprocess.Popen(
+            [*link.destination, *python, "--receive", uri, "--state-dir", f"{state}/b"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        before = device_bytes(link)
+        try:
+            _await_listener(link)
+            sender = subprocess.run(
+                [
+                    *(*link.source, *python, "--send", uri, "--state-dir", f"{state}/a"),
+                    *("--memory", str(case.memory_bytes), "--content", case.content),
+                    *("--workload", case.workload, "--seed", str(case.seed)),
+                    *("--dirty-rate", f"{case.rate_bps}", "--on-stall", "cancel"),
+                    *(
+                        "--working-set",
+                        f"{case.working_set_bytes}",
+                        "--timeout",
+                        f"{case.limit_s}s",
+                    ),
+                    *("--downtime-limit", f"{DOWNTIME_LIMIT_MS}ms", *options),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+            told = json.loads(sender.stdout)
+            received, _ = receiver.communicate(timeout=60)
+        finally:
+            receiver.kill()
+            receiver.wait()
+        other = json.loads(received) if received.strip() else {}
+        converged = told["exit_code"] == 0
+        return Outcome(
+            converged=converged,
+            total_s=told.get("total_time_ms", 0) / 1e3 if converged else case.limit_s,
+            downtime_s=told.get("downtime_ms", 0) / 1e3,
+            wire_bytes=device_bytes(link) - before if link.source else told.get("wire_bytes", 0),
+            cpu_s=_mover_seconds(told, "source") + _mover_seconds(other, "destination"),
+            detail={
+                "verified": told.get("verified"),
+                "rounds": len(told.get("rounds", ())),
+                "exit_code": told["exit_code"],
+                "error": told.get("error"),
+                "fallbacks": told.get("fallbacks", []),
+            },
+        )
+
+
+def _mover_seconds(told: Mapping[str, Any], side: str) -> float:
+    return float(told.get("movers", {}).get(side, {}).get("cpu_seconds", 0.0))
+
+
+def _await_listener(link: Link) -> None:
+    """Until something listens at the destination."""
+    command = [*link.destination, shutil.which("ss") or "ss", "-ltn"]
+    wanted = f":{PORT} "
+    for _ in range(400):
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+        if wanted in told.stdout:
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"nothing listens at port {PORT} of {socket.gethostname()}")
