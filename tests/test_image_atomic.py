@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmth.errors import RefusedError
+from vmth.qemu.image import AtomicFile
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One that has O_TMPFILE, and one that has not."""
+    kind: str = request.param
+    real = os.open
+
+    def without(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return real(path, flags, *rest, **named)
+
+    if kind == "named":
+        monkeypatch.setattr(os, "open", without)
+    return kind
+
+
+@pytest.mark.usefixtures("filesystem")
+class TestAtomicFile:
+    def test_it_appears_when_it_is_published(self, tmp_path: Path) -> None:
+        path = tmp_path / "image"
+        with AtomicFile(path) as file:
+            file.write(b"some")
+            file.write(memoryview(b" bytes"))
+            assert not path.exists()
+            assert Path(file.readable).read_bytes() == b"some bytes"
+            file.publish()
+            assert path.read_bytes() == b"some bytes"
+            file.publish()
+        assert os.listdir(tmp_path) == ["image"]
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    def test_it_never_appears_when_it_is_not(self, tmp_path: Path) -> None:
+        with AtomicFile(tmp_path / "image") as file:
+            file.write(b"half")
+        assert os.listdir(tmp_path) == []
+
+    def test_an_existing_file_is_refused_and_stays(self, tmp_path: Path) -> None:
+        path = tmp_path / "image"
+        path.write_bytes(b"old")
+        with pytest.raises(RefusedError, match="exists; --force replaces it"):
+            AtomicFile(path)
+        path.unlink()
+        with AtomicFile(path) as file:
+            file.write(b"new")
+            path.write_bytes(b"came meanwhile")
+            with pytest.raises(RefusedError, match="exists"):
+                file.publish()
+        assert path.read_bytes() == b"came meanwhile" and os.listdir(tmp_path) == ["image"]
+
+    def test_an_existing_file_is_replaced_at_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "image"
+        path.write_bytes(b"old")
+        with AtomicFile(path, replace=True) as file:
+            file.write(b"new")
+            assert path.read_bytes() == b"old"
+            file.publish()
+        assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["image"]
+        with AtomicFile(path, replace=True) as file:
+            file.write(b"half")
+        assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["image"]
+
+    def test_a_name_of_the_greatest_length(self, tmp_path: Path) -> None:
+        path = tmp_path / ("n" * 255)
+        for _ in range(2):
+            with AtomicFile(path, replace=True) as file:
+                file.publish()
+        assert os.listdir(tmp_path) == [path.name]
+
+    def test_places_that_cannot_be(self, tmp_path: Path) -> None:
+        with pytest.raises(RefusedError, match="is a directory"):
+            AtomicFile(tmp_path, replace=True)
+        with pytest.raises(RefusedError, match="is no directory"):
+            AtomicFile(tmp_path / "none" / "image")
