@@ -105,13 +105,14 @@ def show(result: dict[str, Any]) -> None:
     """One table: a way a line, QEMU's fastest converged one is 1.00."""
     runs = result["runs"]
     case = result["case"]
+    memory, working_set = (case[key] // MIB for key in ("memory_bytes", "working_set_bytes"))
     print(
-        f"\n{case['name']}, {result['link']}: {case['memory_bytes'] // MIB} MiB, {case['content']}, "
-        f"{case['workload']} {case['rate_bps'] / 1e6:g} MB/s over {case['working_set_bytes'] // MIB} MiB"
+        f"\n{case['name']}, {result['link']}: {memory} MiB, {case['content']}, {case['workload']} "
+        f"{case['rate_bps'] / 1e6:g} MB/s over {working_set} MiB"
     )
     print(
-        f"{'way':<22}{'total s':>9}{'(min to max)':>18}{'ratio':>7}{'downtime ms':>13}{'MB sent':>9}"
-        f"{'CPU s':>7}  converged"
+        f"{'way':<22}{'total s':>9}{'(min to max)':>18}{'ratio':>7}{'downtime ms':>13}"
+        f"{'MB sent':>9}{'CPU s':>7}  converged"
     )
     best = min(
         (

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of forms against simulated machines and links: no clock, no socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmth.policy.forms import LADDER, FormChoice, FormChooser, FormCost, FormsView
+
+ALL = frozenset({"zero", "same", "dedup", "delta", "zstd"})
+INTERVAL_NS = 100_000_000
+#: CPU ns and bytes of a non-zero page on each rung, by content.
+MIXED = ((900, 4160), (1200, 3500), (1700, 3500), (13_000, 1900), (20_000, 1800), (45_000, 1750))
+NOISE = ((900, 4160), (1200, 4170), (1700, 4170), (3500, 4170), (5000, 4170), (9000, 4170))
+
+
+@dataclass
+class World:
+    """What is true: the costs of each rung, the link and the cap."""
+
+    costs: tuple[tuple[int, int], ...]
+    link_bps: float
+    cap_bps: int = 0
+    workers: int = 2
+    cores: int = 2
+
+    def rate(self, at: int) -> float:
+        """Pages a second."""
+        cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
+        link = min(self.link_bps, self.cap_bps or self.link_bps)
+        return min(min(self.workers, self.cores) * 1e9 / cpu_ns, link / wire)
+
+    def interval(self, at: int) -> FormsView:
+        cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
+        pages = int(self.rate(at) * INTERVAL_NS / 1e9)
+        cost = FormCost(pages, pages * cpu_ns, pages * wire)
+        acked_bps = pages * wire * 1e9 / INTERVAL_NS
+        return FormsView(INTERVAL_NS, cost, acked_bps, self.cap_bps, self.workers, self.cores)
+
+
+def run(world: World, intervals: int = 60, chooser: FormChooser | None = None) -> list[int]:
+    """The rung of each interval."""
+    chooser = chooser or FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    at, used = 0, []
+    for _ in range(intervals):
+        used.append(at)
+        at = names.index(chooser.choose(world.interval(at)).rung.name)
+    return used
+
+
+def reached(world: World, used: list[int]) -> float:
+    """Pages of those intervals against those of the best rung."""
+    best = max(world.rate(at) for at in range(len(LADDER)))
+    return sum(world.rate(at) for at in used) / (best * len(used))
+
+
+@pytest.mark.parametrize("mbit", [100, 1000, 10_000, 100_000])
+@pytest.mark.parametrize("costs", [MIXED, NOISE])
+def test_settles_near_the_best_rung(mbit: int, costs: tuple[tuple[int, int], ...]) -> None:
+    world = World(costs, mbit * 1e6 / 8)
+    used = run(world)
+    assert reached(world, used[20:]) > 0.93, used
+
+
+def test_at_memory_speed_pages_go_as_they_are() -> None:
+    used = run(World(MIXED, 1e12))
+    assert set(used[5:]) == {0}
+
+
+def test_at_100_mbit_cpu_is_spent() -> None:
+    used = run(World(MIXED, 12.5e6))
+    assert used[-1] >= 3
+
+
+def test_a_new_cap_changes_the_choice_within_a_second() -> None:
+    world, chooser = World(MIXED, 1e12), FormChooser(ALL)
+    assert run(world, 20, chooser)[-1] == 0
+    world.cap_bps = 12_500_000
+    assert run(world, 10, chooser)[-1] >= 3
+    world.cap_bps = 0
+    assert run(world, 40, chooser)[-1] == 0
+
+
+def test_forms_that_are_not_allowed_are_never_chosen() -> None:
+    chooser = FormChooser(frozenset({"zero", "same"}))
+    for mbit in (10, 1000):
+        world = World(MIXED, mbit * 1e6 / 8)
+        choices: list[FormChoice] = [chooser.choose(world.interval(0)) for _ in range(20)]
+        assert all(choice.forms <= {"zero", "same"} and choice.level == 0 for choice in choices)
+
+
+def test_an_interval_without_pages_teaches_nothing() -> None:
+    chooser = FormChooser(ALL)
+    world = World(MIXED, 12.5e6)
+    run(world, 30, chooser)
+    before = chooser.rates(world.interval(3))
+    chooser.choose(FormsView(INTERVAL_NS, FormCost(0, 0, 0), 0.0, 0, 2, 2))
+    assert chooser.rates(world.interval(3)) == before
+
+
+@given(
+    link=st.floats(1e6, 1e11),
+    cap=st.sampled_from([0, 1_000_000, 100_000_000]),
+    workers=st.integers(1, 64),
+    cores=st.integers(1, 64),
+    pages=st.lists(st.integers(0, 1 << 20), min_size=1, max_size=30),
+)
+def test_any_numbers_give_an_allowed_choice_with_a_reason(
+    link: float, cap: int, workers: int, cores: int, pages: list[int]
+) -> None:
+    chooser = FormChooser(ALL)
+    for count in pages:
+        view = FormsView(
+            INTERVAL_NS, FormCost(count, count * 1000, count * 100), link, cap, workers, cores
+        )
+        choice = chooser.choose(view)
+        assert choice.rung in chooser.rungs and choice.reason

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which forms pages take: a pure decision from measured costs.
+
+A page costs the workers time and the link bytes; both work at once, so that what goes through is
+
+    pages/s = min( workers / seconds of CPU a page,  link bytes/s / bytes a page )
+
+and the ladder below is climbed as far as that grows. Each rung is dearer in CPU and cheaper in
+bytes than the one before:
+
+    zero                     bytes as they are
+    + same, dedup            a hash and a look into a table
+    + delta                  a copy of what was sent is kept, and compared
+    + zstd 1, 3, 6, 9 ...    compression
+
+Costs are those measured in this migration; what was not tried yet is taken from priors that say how
+a rung compares with the one that was. The link is what acknowledged bytes and the cap tell: while
+the workers wait for it, it is what they reach; while they do not, it carries more than that, and
+a cheaper rung is tried from time to time to see how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["LADDER", "FormChoice", "FormChooser", "FormCost", "FormsView", "Rung"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One set of forms. ``level`` is zstd's, 0: none. The priors are per non-zero page against the
+    rung below: ``cpu`` adds nanoseconds, ``shrink`` multiplies the bytes."""
+
+    name: str
+    forms: frozenset[str]
+    level: int
+    cpu_ns: float
+    shrink: float
+
+
+_CHEAP = frozenset({"zero", "same", "dedup"})
+_DELTA = _CHEAP | {"delta"}
+_ALL = _DELTA | {"zstd"}
+
+LADDER: tuple[Rung, ...] = (
+    Rung("raw", frozenset({"zero"}), 0, 900.0, 1.0),
+    Rung("same, dedup", _CHEAP, 0, 250.0, 0.9),
+    Rung("delta", _DELTA, 0, 700.0, 0.9),
+    Rung("zstd 1", _ALL, 1, 12_000.0, 0.55),
+    Rung("zstd 3", _ALL, 3, 8_000.0, 0.94),
+    Rung("zstd 6", _ALL, 6, 30_000.0, 0.96),
+    Rung("zstd 9", _ALL, 9, 45_000.0, 0.98),
+)
+
+#: Another rung must promise so much more pages a second: measurements are noisy.
+WORTH_A_CHANGE = 1.05
+#: Workers that spend less of their time on pages than this wait for the link.
+BUSY_SHARE = 0.85
+#: Share of a new measurement in the running cost.
+LEARN = 0.5
+#: Intervals with fewer non-zero pages than this teach nothing.
+MIN_PAGES = 64
+#: While the link is not known, a cheaper rung is tried for one interval in so many.
+PROBE_EVERY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FormCost:
+    """What one interval's non-zero pages cost: CPU time of the workers, bytes on the wire."""
+
+    pages: int
+    cpu_ns: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FormsView:
+    """One interval. ``acked_bps`` are bytes/s that landed in it; ``limit_bps`` 0: no cap."""
+
+    interval_ns: int
+    cost: FormCost
+    acked_bps: float
+    limit_bps: int
+    workers: int  #: page channels
+    cores: int  #: that they may use
+
+
+@dataclass(frozen=True, slots=True)
+class FormChoice:
+    """``reason`` is one sentence with numbers and units."""
+
+    rung: Rung
+    reason: str
+
+    @property
+    def forms(self) -> frozenset[str]:
+        return self.rung.forms
+
+    @property
+    def level(self) -> int:
+        return self.rung.level
+
+
+@dataclass(slots=True)
+class _Known:
+    """Running cost of a non-zero page on one rung."""
+
+    cpu_ns: float
+    wire_bytes: float
+
+
+@dataclass(slots=True)
+class FormChooser:
+    """One object a job, one thread. ``allowed``: the forms that both ends speak and the user
+    permits; rungs that need others are left out."""
+
+    allowed: frozenset[str]
+    page_bytes: int = 4096
+    _known: dict[int, _Known] = field(default_factory=dict)
+    _at: int = 0
+    _link_bps: float = 0.0
+    _link_is_known: bool = False
+    _intervals: int = 0
+
+    @property
+    def rungs(self) -> Sequence[Rung]:
+        return _rungs(self.allowed)
+
+    def choose(self, view: FormsView) -> FormChoice:
+        """At the end of every interval, a fraction of a second long."""
+        self._intervals += 1
+        self._learn(view)
+        rates = self.rates(view)
+        best = max(range(len(rates)), key=lambda at: rates[at])
+        # The cheapest of those that do as well: what they save is the guest's.
+        while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
+            best -= 1
+        if rates[best] > rates[self._at] * WORTH_A_CHANGE or best < self._at:
+            self._at = best
+        elif self._at > 0 and not self._link_is_known and self._intervals % PROBE_EVERY == 0:
+            probed = self.rungs[self._at - 1]
+            return FormChoice(probed, f"{probed.name}: tried, to see what the link carries")
+        return FormChoice(self.rungs[self._at], self._reason(view, rates))
+
+    def rates(self, view: FormsView) -> list[float]:
+        """Non-zero pages a second that each rung promises."""
+        workers = max(1, min(view.workers, view.cores))
+        link_bps = self._link_bps
+        if view.limit_bps:
+            link_bps = min(link_bps, view.limit_bps) if self._link_is_known else view.limit_bps
+        elif not self._link_is_known:
+            link_bps = 0.0
+        found = []
+        for cpu_ns, wire_bytes in self._costs():
+            by_cpu = workers * 1e9 / cpu_ns
+            by_link = link_bps / wire_bytes if link_bps else by_cpu
+            found.append(min(by_cpu, by_link))
+        return found
+
+    def _learn(self, view: FormsView) -> None:
+        cost = view.cost
+        if cost.pages < MIN_PAGES:
+            return
+        fresh = _Known(cost.cpu_ns / cost.pages, cost.wire_bytes / cost.pages)
+        known = self._known.get(self._at)
+        if known is None:
+            self._known[self._at] = fresh
+        else:
+            known.cpu_ns += LEARN * (fresh.cpu_ns - known.cpu_ns)
+            known.wire_bytes += LEARN * (fresh.wire_bytes - known.wire_bytes)
+        workers = max(1, min(view.workers, view.cores))
+        busy = cost.cpu_ns / max(1, view.interval_ns * workers)
+        capped = 0 < view.limit_bps <= view.acked_bps * WORTH_A_CHANGE
+        if busy < BUSY_SHARE or capped:
+            self._link_bps, self._link_is_known = view.acked_bps, True
+        elif view.acked_bps > self._link_bps:
+            # It carries at least this; how much more cannot be seen from here.
+            self._link_bps, self._link_is_known = view.acked_bps, False
+
+    def _costs(self) -> list[tuple[float, float]]:
+        """(CPU ns, wire bytes) a non-zero page of each rung: as measured, or from the nearest rung
+        that was, by the priors between them."""
+        rungs = self.rungs
+        if not self._known:
+            cpu, size, costs = 0.0, float(self.page_bytes), []
+            for rung in rungs:
+                cpu, size = cpu + rung.cpu_ns, size * rung.shrink
+                costs.append((cpu, size))
+            return costs
+        return [self._cost(at) for at in range(len(rungs))]
+
+    def _cost(self, at: int) -> tuple[float, float]:
+        nearest = min(self._known, key=lambda known: (abs(known - at), known))
+        known, rungs = self._known[nearest], self.rungs
+        cpu, size = known.cpu_ns, known.wire_bytes
+        for step in range(nearest + 1, at + 1):
+            cpu, size = cpu + rungs[step].cpu_ns, size * rungs[step].shrink
+        for step in range(at + 1, nearest + 1):
+            cpu = max(rungs[0].cpu_ns, cpu - rungs[step].cpu_ns)
+            size = min(float(self.page_bytes), size / rungs[step].shrink)
+        return cpu, size
+
+    def _reason(self, view: FormsView, rates: Sequence[float]) -> str:
+        cpu_ns, wire_bytes = self._costs()[self._at]
+        link = f"{self._link_bps / 1e6:.0f} MB/s" if self._link_is_known else "not the limit"
+        return (
+            f"{self.rungs[self._at].name}: {rates[self._at]:.0f} pages/s expected at "
+            f"{cpu_ns / 1e3:.1f} us of CPU and {wire_bytes:.0f} bytes a page; link {link}"
+        )
+
+
+def _rungs(allowed: frozenset[str]) -> tuple[Rung, ...]:
+    """The ladder without the forms that may not be used; a rung that adds none is left out."""
+    found: list[Rung] = []
+    seen: set[tuple[frozenset[str], int]] = set()
+    for rung in LADDER:
+        forms = rung.forms & allowed | {"zero"}
+        level = rung.level if "zstd" in forms else 0
+        if (forms, level) not in seen:
+            seen.add((forms, level))
+            found.append(Rung(rung.name, forms, level, rung.cpu_ns, rung.shrink))
+    return tuple(found)
+
+
+def describe(choice: FormChoice) -> Mapping[str, object]:
+    """For the JSON of a result."""
+    return {"forms": sorted(choice.forms), "zstd_level": choice.level, "reason": choice.reason}
