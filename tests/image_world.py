@@ -124,7 +124,7 @@ class Record:
     def unpack(self, packed: bytes) -> bytes:
         if self.codec == 1:
             return packed
-        return zstandard.ZstdDecompressor().decompress(packed)  # type: ignore[no-any-return]
+        return zstandard.ZstdDecompressor().decompress(packed)
 
 
 def checksum(record: bytes) -> bytes:
