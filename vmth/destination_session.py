@@ -37,8 +37,9 @@ from vmth.errors import (
     VerificationError,
     VmthError,
 )
-from vmth.guest import CanReportPopulated, Guest
+from vmth.guest import CanAnnounce, CanNote, CanReportPopulated, CanTakePages, Guest
 from vmth.handshake import (
+    SCOPE_STREAM,
     WIRE_PAGE_BYTES,
     Incoming,
     OfferRefused,
@@ -49,7 +50,7 @@ from vmth.memory import MappedBlock, map_blocks
 from vmth.options import ReceiveOptions
 from vmth.seal import digest_text
 from vmth.state_streams import StateCollector
-from vmth.types import Bitmap, new_bitmaps
+from vmth.types import Bitmap, Mapping, new_bitmaps
 from vmth.wire.framing import Preamble
 from vmth.wire.handover import DestinationEvent, DestinationState
 from vmth.wire.messages import (
@@ -133,6 +134,8 @@ class DestinationSession:
         self._handling = False
         self._state = StateCollector()
         self._digest = ""
+        self._scope = "memory"
+        self._announce_note: tuple[str, ...] = ()
         self._paused = False
         self._arrived = False  #: the guest runs here, or stays paused as it was: the outcome
         self._record: DestinationRecord | None = None
@@ -203,6 +206,7 @@ class DestinationSession:
             incoming = check_offer(offer, self._preamble, self._options.max_memory_bytes, self.peer)
             guest = self._guest = self._call_make_guest(incoming)
             compare_blocks(incoming.blocks, guest.blocks)
+            self._scope = _agreed_scope(guest, offer)
             self._memory = self._resources.enter_context(map_blocks(guest.blocks, writable=True))
             receiver = self._receiver = self._make_receiver(guest, offer)
             record = self._open_record()
@@ -218,7 +222,8 @@ class DestinationSession:
         self._resources.callback(self._ended.set)
         self._ready.set()
         record.send = self._control.send
-        record.outgoing.accept = Accept(record.receiver_id, self.token, [], __version__)
+        features = [SCOPE_STREAM] if self._scope == "stream" else []
+        record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
 
     def _call_make_guest(self, incoming: Incoming) -> Guest:
@@ -242,6 +247,7 @@ class DestinationSession:
                 digest=offer.hash_algorithm != HashAlgorithm.NONE,
                 maybe_nonzero=self._maybe_nonzero(guest),
                 channels=offer.channels,
+                sink=guest.page_sink() if isinstance(guest, CanTakePages) else None,
             )
         except (VmthError, OSError, MemoryError) as error:
             raise OfferRefused(RefuseCode.MEMORY, f"the page tables: {error}") from error
@@ -259,13 +265,13 @@ class DestinationSession:
         for index, (block, bitmap) in enumerate(zip(guest.blocks, bitmaps, strict=True)):
             if isinstance(guest, CanReportPopulated):
                 guest.populated(index, 0, block.npages, bitmap)
-            else:
+            elif block.mapping != Mapping():  # without memory here, nothing is known or left out
                 populated_bits(block, 0, block.npages, bitmap)
         return bitmaps
 
     def _watch_pages(self) -> None:
         """A broken page channel ends the session although the control connection is fine, and so
-        does a source that lives and does nothing."""
+        does a source that lives and does nothing, or a program that takes no pages any more."""
         assert self._receiver is not None and self._offer is not None
         options = self._options
         rule = IdleRule(
@@ -275,7 +281,7 @@ class DestinationSession:
         trouble: VmthError | None = None
         try:
             all_ended = False
-            while trouble is None and not self._ended.is_set():
+            while (trouble := self._handing_on_failed()) is None and not self._ended.is_set():
                 if all_ended:
                     self._ended.wait(look_s)
                 else:
@@ -286,10 +292,22 @@ class DestinationSession:
                 trouble = rule.judge(
                     time.monotonic(), self._attached, wire_bytes, self._handled, busy
                 )
+                if trouble is not None:
+                    break
         except VmthError as error:
-            trouble = error
+            trouble = self._handing_on_failed() or error
         if trouble is not None and not self._ended.is_set():
             self._control.interrupt(trouble)
+
+    def _handing_on_failed(self) -> VmthError | None:
+        """What takes the pages knows better why it does not take them."""
+        guest = self._guest
+        if guest is None or not isinstance(guest, CanTakePages):
+            return None
+        trouble = guest.trouble()
+        if trouble is None or isinstance(trouble, VmthError):
+            return trouble
+        return GuestError(_text(trouble))
 
     def _serve(self) -> None:
         """Handle messages until the guest runs here and the source has let it go. Once it runs, an
@@ -423,6 +441,15 @@ class DestinationSession:
             self._arrived = self._record.started_here
         if not self._arrived:
             raise MigrationError(f"the guest does not run here: {self._record.outgoing.reason}")
+        self._announce()
+
+    def _announce(self) -> None:
+        assert self._record is not None and self._guest is not None
+        if self._record.was_running and isinstance(self._guest, CanAnnounce):
+            try:
+                self._guest.announce()
+            except Exception as error:
+                self._announce_note = (f"the network was not told of the move: {error}",)
 
     @property
     def _digest_on(self) -> bool:
@@ -438,12 +465,16 @@ class DestinationSession:
             guest=self._guest,
             was_running=self._record.was_running,
             verified=self._digest_on,
-            verified_scope="memory" if self._digest_on else "none",
+            verified_scope=self._scope if self._digest_on else "none",
             digest=self._digest,
             peer=self.peer,
             memory_bytes=sum(block.used_length for block in self._guest.blocks),
             wire_bytes=self._receiver.counters().wire_bytes,
-            fallbacks=tuple(self._receiver.fallbacks()),
+            fallbacks=(
+                *self._receiver.fallbacks(),
+                *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
+                *self._announce_note,
+            ),
         )
 
     def _end(self, error: Exception) -> MigrationError:
@@ -489,6 +520,25 @@ class DestinationSession:
                 self._guest.release()
             except Exception as error:
                 log.error("discarding a guest that was never filled: %s", error)
+
+
+def _agreed_scope(guest: Guest, offer: Offer) -> str:
+    """How far the digest will prove that memory is right. Raises OfferRefused."""
+    if not isinstance(guest, CanTakePages):
+        return "memory"
+    if offer.audit:
+        raise OfferRefused(
+            RefuseCode.FEATURES,
+            "audit: received on, allowed off: guest memory is another program's",
+        )
+    scope = guest.verified_scope
+    if scope == "stream" and SCOPE_STREAM not in offer.features:
+        raise OfferRefused(
+            RefuseCode.FEATURES,
+            f"features: received {offer.features}, allowed with {SCOPE_STREAM!r}: guest memory is "
+            "verified as handed on, not in place",
+        )
+    return scope
 
 
 def _text(error: Exception) -> str:

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from vmth.types import Bitmap, Bitmaps, RamBlock
 
+if TYPE_CHECKING:
+    from vmth.channel.interface import StreamSink
+
 __all__ = [
+    "CanAnnounce",
     "CanClose",
     "CanDescribe",
     "CanHold",
     "CanNote",
     "CanReportPopulated",
+    "CanTakePages",
     "CanTell",
     "CanThrottle",
     "DirtySource",
@@ -97,10 +102,12 @@ class Guest(Protocol):
 
 @runtime_checkable
 class CanNote(Protocol):
-    """Optional, for a dirty source: what it did more weakly or slowly than asked."""
+    """Optional, for a dirty source and for a guest at a destination: what it did more weakly or
+    slowly than asked."""
 
     def notes(self) -> Sequence[str]:
-        """Sentences for the result's ``fallbacks``; read after each fetch."""
+        """Sentences for the result's ``fallbacks``; read after each fetch, at a destination once
+        the guest runs."""
 
 
 @runtime_checkable
@@ -149,3 +156,30 @@ class CanClose(Protocol):
     """Optional: lets go of the guest without ending it, as a mover that vanishes would."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CanAnnounce(Protocol):
+    """Optional, for a destination: the network learns where the guest is now."""
+
+    def announce(self) -> None:
+        """Called once the guest runs here and the source was told so. What it raises is reported
+        as a note; the guest runs on."""
+
+
+@runtime_checkable
+class CanTakePages(Protocol):
+    """Optional, for a destination: pages of blocks without memory in this process (``Mapping()``)
+    are handed on to another program. Such a guest cannot be audited."""
+
+    @property
+    def verified_scope(self) -> str:
+        """How far the digest's proof reaches with this guest: "memory", or "stream" where guest
+        memory was verified as handed on only. Constant."""
+
+    def page_sink(self) -> StreamSink:
+        """Where they are handed on. Asked once, before the first page; open until ``load_state`` or
+        ``release``."""
+
+    def trouble(self) -> Exception | None:
+        """Why that program takes nothing any more; None while it does. Any thread, at any time."""
