@@ -13,6 +13,7 @@ import click
 
 from vmth import __version__
 from vmth.cli.answers import fail
+from vmth.cli.check import check
 from vmth.cli.demo import demo
 from vmth.cli.inspect import inspect
 from vmth.cli.probe import probe
@@ -42,6 +43,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(check)
 cli.add_command(demo)
 cli.add_command(inspect)
 cli.add_command(probe)

@@ -19,7 +19,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -123,17 +123,25 @@ class Qmp:
         """What QEMU returns for the command; names are QEMU's own, dashes and all. Raises QmpError
         with QEMU's words, ChannelError when QEMU is gone or gave no answer in time (whether the
         command was carried out is then not known)."""
-        if threading.current_thread() is self._thread:
-            raise UsageError(f"{command} from a callback of on_event: allowed from other threads")
         bound_s = self.timeout_s if timeout_s is None else timeout_s
-        with self._lock:
-            if self._lost is not None:
-                raise ChannelError(self._lost)
-            self._calls += 1
-            future = asyncio.run_coroutine_threadsafe(
-                self._call(command, arguments, bound_s, out_of_band), self._loop
-            )
-        return future.result()
+        return self._submit(command, arguments, bound_s, out_of_band).result()
+
+    def execute_many(
+        self, commands: Iterable[tuple[str, Mapping[str, Any] | None]]
+    ) -> list[Any | QmpError]:
+        """The answers in the same order, errors of QEMU among them; asked without waiting for one
+        before the next, which for hundreds of questions is several times faster."""
+        futures = [
+            self._submit(command, arguments, self.timeout_s, False)
+            for command, arguments in commands
+        ]
+        answers: list[Any | QmpError] = []
+        for future in futures:
+            try:
+                answers.append(future.result())
+            except QmpError as error:
+                answers.append(error)
+        return answers
 
     def on_event(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call it with every later event, on the thread of this monitor: it must return at once.
@@ -214,6 +222,23 @@ class Qmp:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _submit(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        bound_s: float,
+        out_of_band: bool,
+    ) -> concurrent.futures.Future[Any]:
+        if threading.current_thread() is self._thread:
+            raise UsageError(f"{command} from a callback of on_event: allowed from other threads")
+        with self._lock:
+            if self._lost is not None:
+                raise ChannelError(self._lost)
+            self._calls += 1
+            return asyncio.run_coroutine_threadsafe(
+                self._call(command, arguments, bound_s, out_of_band), self._loop
+            )
 
     # ---- on the thread ---------------------------------------------------------------------------
 
