@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -105,8 +105,16 @@ def common_machine(builds: Sequence[Build]) -> str:
 class Machine:
     """One QEMU. ``shared``: its RAM is a file that vmth can write to; else it is QEMU's own."""
 
-    def __init__(self, name: str, folder: Path, build: Build, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        build: Build,
+        arguments: Sequence[str],
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
         self.name = name
+        self.memory_bytes = memory_bytes
         self.build = build
         self.qmp = folder / f"{name}.qmp"
         self.state_dir = folder / f"{name}.state"
@@ -160,8 +168,8 @@ class Machine:
 
     def memory(self) -> Memory:
         """All guest memory as QEMU sees it; the guest must be stopped."""
-        memory = np.zeros(MEMORY_BYTES, dtype=np.uint8)
-        for begin, end in ((0, HOLE.start), (HOLE.stop, MEMORY_BYTES)):
+        memory = np.zeros(self.memory_bytes, dtype=np.uint8)
+        for begin, end in ((0, HOLE.start), (HOLE.stop, self.memory_bytes)):
             self.execute("pmemsave", val=begin, size=end - begin, filename=str(self._save))
             memory[begin:end] = np.fromfile(self._save, dtype=np.uint8)
         self._save.unlink()
@@ -238,6 +246,8 @@ class Moved:
 class World:
     """The machines and commands of one test; leaving the context ends them all."""
 
+    memory_bytes = MEMORY_BYTES
+
     def __init__(self, walk: Walk, builds: Sequence[Build], *, accel: str = "tcg") -> None:
         self.walk = walk
         self.accel = accel
@@ -255,13 +265,13 @@ class World:
     def arguments(self, name: str, *, shared: bool) -> list[str]:
         """QEMU's, but for monitors and what a waiting one adds."""
         memory = self.folder / f"{name}.ram"
-        backend = f"memory-backend-ram,id=pc.ram,size={MEMORY_BYTES}"
+        backend = f"memory-backend-ram,id=pc.ram,size={self.memory_bytes}"
         if shared:
             backend = backend.replace("-ram,", "-file,") + f",share=on,mem-path={memory}"
         return [
             *("-nodefaults", "-display", "none", "-no-reboot", "-accel", self.accel),
             *("-machine", f"{self.machine_type},memory-backend=pc.ram"),
-            *("-m", f"{MEMORY_BYTES // MIB}M", "-object", backend),
+            *("-m", f"{self.memory_bytes // MIB}M", "-object", backend),
             *("-drive", f"file={self.disk},if=ide,format=raw"),
             *("-device", "VGA", "-device", "virtio-rng-pci"),
             # A BIOS takes minutes where KVM is emulated.
@@ -280,7 +290,7 @@ class World:
         return self._start(name, build, [*arguments, "-S", "-incoming", "defer"])
 
     def _start(self, name: str, build: Build, arguments: Sequence[str]) -> Machine:
-        machine = Machine(name, self.folder, build, arguments)
+        machine = Machine(name, self.folder, build, arguments, self.memory_bytes)
         self.machines.append(machine)
         return machine
 
@@ -335,6 +345,21 @@ class World:
         self.hosts.append(destination)
         return Moved(told, received)
 
+    def qemu_moves(self, source: Machine, destination: Machine) -> None:
+        """QEMU's own migration, without vmth: the checks are tried on it."""
+        uri = f"unix:{self.folder}/direct"
+        destination.execute("migrate-incoming", uri=uri)
+        wanted = [{"capability": name, "state": True} for name in ("events", "return-path")]
+        source.execute("migrate-set-capabilities", capabilities=wanted)
+        source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
+        source.execute("migrate", uri=uri)
+        source.monitor.wait_event(
+            lambda event: event.name == "MIGRATION" and event.data["status"] == "completed",
+            TIMEOUT_S,
+        )
+        self.hosts.append(destination)
+        destination.run()
+
     def check(self, machine: Machine) -> int:
         """Stop the guest and prove all that is known of it there; the passes that it began."""
         machine.stop()
@@ -354,7 +379,7 @@ class World:
         wrong = np.flatnonzero(before != after)
         assert not wrong.size, f"{wrong.size} bytes differ, the first at {wrong[0]:#x}"
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -19,21 +19,7 @@ def test_plain_qemu_migration_holds_the_invariant() -> None:
     qemu = modern_build()
     with World(BUSY, [qemu]) as world:
         a, b = world.boot("a", qemu), world.await_guest("b", qemu)
-        uri = f"unix:{world.folder}/direct"
-        b.execute("migrate-incoming", uri=uri)
-        a.execute(
-            "migrate-set-capabilities",
-            capabilities=[
-                {"capability": name, "state": True} for name in ("events", "return-path")
-            ],
-        )
-        a.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
-        a.execute("migrate", uri=uri)
-        a.monitor.wait_event(
-            lambda event: event.name == "MIGRATION" and event.data["status"] == "completed", 60
-        )
-        world.hosts.append(b)
-        b.run()
+        world.qemu_moves(a, b)
         b.wait_beats(3)
         assert world.check(b) > 1
         world.same_but_counters(a.memory(), b.memory())
