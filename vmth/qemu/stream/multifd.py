@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -142,11 +142,12 @@ MultifdEvent: TypeAlias = ChannelHello | PagesPacket | DevicePacket
 class MultifdReader:
     """One channel. ``feed()`` bytes, take ``next_event()``.
 
-    ``hello``: False where the channel begins with packets. What was fed must not change as long as
-    events that refer to it are used.
+    ``hello``: False where the channel begins with packets. ``unpack``: False for who only counts:
+    payloads of pages are skipped, their packets have no ``data`` and come before their payload.
+    What was fed must not change as long as events that refer to it are used.
     """
 
-    def __init__(self, *, page_bytes: int = 4096, hello: bool = True) -> None:
+    def __init__(self, *, page_bytes: int = 4096, hello: bool = True, unpack: bool = True) -> None:
         self._window = Window()
         self._events: deque[MultifdEvent] = deque()
         self._page_bytes = page_bytes
@@ -158,6 +159,7 @@ class MultifdReader:
         self._payload_bytes = 0
         self._inflate = zlib.decompressobj()
         self._unzstd: Unzstd | None = None
+        self._unpacks = unpack
 
     @property
     def position(self) -> int:
@@ -277,8 +279,19 @@ class MultifdReader:
                 raise StreamError("multifd payload: received 0 bytes for pages")
             self._events.append(self._packet)
             self._packet = None
+        elif isinstance(self._packet, PagesPacket) and not self._unpacks:
+            self._events.append(replace(self._packet, data=None))
+            self._packet = None
+            self._state = self._skip
         else:
             self._state = self._payload
+
+    def _skip(self, view: memoryview) -> int:
+        nbytes = min(len(view), self._payload_bytes)
+        self._payload_bytes -= nbytes
+        if self._payload_bytes == 0:
+            self._state = self._header
+        return nbytes
 
     def _payload(self, view: memoryview) -> int:
         packet, nbytes = self._packet, self._payload_bytes
