@@ -47,7 +47,7 @@ from vmth.qemu.stream import (
     device_sizes,
 )
 
-__all__ = ["Report", "inspect_files", "report_lines", "report_values"]
+__all__ = ["Inspector", "Report", "inspect_files", "report_lines", "report_values"]
 
 FEED_BYTES = 4 << 20
 #: How far from the end a vmdescription is looked for.
@@ -124,7 +124,7 @@ def inspect_files(paths: Sequence[Path]) -> Report:
     if len(mains) != 1:
         raise UsageError(f"main streams: received {len(mains)} files, allowed 1")
     with _mapped(mains[0]) as data:
-        report = _Inspector(str(mains[0]), data).run()
+        report = Inspector(str(mains[0]), data).run()
     for path in paths:
         if path is not mains[0]:
             with _mapped(path) as data:
@@ -148,12 +148,12 @@ def _mapped(path: Path) -> Iterator[memoryview]:
             yield memoryview(file.read())
 
 
-class _Inspector:
-    """Takes the events of one main stream into a report."""
+class Inspector:
+    """Takes the events of one main stream into a report: those of ``data``, or of who calls."""
 
-    def __init__(self, name: str, data: memoryview) -> None:
-        self.data = data
-        self.report = Report(name, nbytes=len(data))
+    def __init__(self, name: str, data: memoryview | None = None) -> None:
+        self.data = memoryview(b"") if data is None else data
+        self.report = Report(name, nbytes=len(self.data))
         self.section: SectionStarted | None = None
         self.last_key = 1 << 62  # the first page begins a round
         self.sizes: dict[tuple[str, int], int] | None = None
@@ -187,9 +187,9 @@ class _Inspector:
 
     def _drain(self, reader: StreamReader) -> None:
         while (event := reader.next_event()) is not None:
-            self._take(event)
+            self.take(event)
 
-    def _take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         report = self.report
         match event:
             case RamPages():
