@@ -18,6 +18,7 @@ from vmth.cli.demo import demo
 from vmth.cli.inspect import inspect
 from vmth.cli.probe import probe
 from vmth.cli.recover import recover
+from vmth.cli.relay import relay
 from vmth.cli.version import version
 from vmth.errors import ExitCode, VmthError
 
@@ -48,6 +49,7 @@ cli.add_command(demo)
 cli.add_command(inspect)
 cli.add_command(probe)
 cli.add_command(recover)
+cli.add_command(relay)
 cli.add_command(version)
 
 
