@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A destination QEMU as a ``Guest``: pages land in its memory or its stream, its state is loaded,
+and it is resumed once the source has let its guest go.
+
+    make_destination   compare, choose the landing, open the stream: head, ram START; PONG: agreed
+    page channels      land in shared memory, or as ram PARTs in the stream
+    load_state         ram END, device state as the source's QEMU wrote it; SHUT 0: loaded, paused
+    resume             cont
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from vmth.channel.interface import StreamSink
+from vmth.errors import (
+    ChannelError,
+    GuestError,
+    RefusedError,
+    StreamError,
+    VmthError,
+)
+from vmth.guest import DirtySource, Guest, StateStream
+from vmth.handshake import Incoming
+from vmth.qemu.check import Level, compare, raise_if_refused
+from vmth.qemu.facts import Facts, gather
+from vmth.qemu.incoming import IncomingStream
+from vmth.qemu.landing import Land, Landing, choose_landing
+from vmth.qemu.launch import QemuProcess, wait_for_exit
+from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.stream.events import (
+    BlockListed,
+    Command,
+    CommandCode,
+    Configuration,
+    ConfigurationField,
+    Event,
+    FileHeader,
+    RamEnd,
+    RamSize,
+    SectionFinished,
+    SectionKind,
+    SectionStarted,
+)
+from vmth.qemu.stream.fields import RAM_VERSION
+from vmth.qemu.stream.reader import StreamReader
+from vmth.types import RamBlock
+
+__all__ = ["DEVICE_STREAM", "HeldQemu", "QemuDestination", "find_qemu", "make_destination"]
+
+log = logging.getLogger(__name__)
+
+#: The one state stream of a QEMU guest: all bytes behind the end of the ram section.
+DEVICE_STREAM = "qemu/devices"
+DEVICE_STREAM_VERSION = 1
+#: Of the stream that is written here; no section of a source has it.
+RAM_SECTION_ID = 0x766D7468
+
+_HEAD_KEY = "qemu.head"
+_ACCEPT_S = 30.0  #: for QEMU to agree to the block list
+_LOAD_S = 120.0  #: for QEMU to load the device state
+_RESUME_S = 30.0
+_QUIT_S = 10.0
+_LOOK_S = 0.005
+#: Run states of a guest that was let run; "suspended" is what the guest asked for.
+_RUNS = frozenset({"running", "suspended"})
+#: As QEMU announces a migrated guest by itself.
+_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+class HeldQemu:
+    """A QEMU that holds a whole guest: ``Guest``, ``CanTell``, ``CanDescribe`` and ``CanClose``.
+    Owns the monitor and, where one was started here, the process as long as it is to be ended."""
+
+    dirty: Sequence[DirtySource] = ()
+
+    def __init__(self, qmp: Qmp, process: QemuProcess | None = None) -> None:
+        self.qmp = qmp
+        self.process = process
+        self._may_have_run = True
+        self._released = False
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        return ()
+
+    def pause(self) -> bool:
+        """Stop the vCPUs. True if they ran."""
+        if not self.is_running():
+            return False
+        self.qmp.execute("stop")
+        return True
+
+    def resume(self) -> None:
+        """Let it run. Raises GuestError with QEMU's reason, for example a disk image whose lock it
+        does not get: it is paused then."""
+        self.qmp.status()  # raises if QEMU is gone: no vCPU has run then
+        self._may_have_run = True
+        try:
+            self.qmp.execute("cont", timeout_s=_RESUME_S)
+        except QmpError as error:
+            raise GuestError(f"QEMU does not resume: {error.description}") from error
+        deadline = time.monotonic() + _RESUME_S
+        while (status := self.qmp.status()) not in _RUNS:
+            if time.monotonic() >= deadline:
+                raise GuestError(f"QEMU is {status!r} {_RESUME_S:g} s after cont, allowed running")
+            time.sleep(_LOOK_S)
+
+    def save_state(self, write: Callable[[StateStream], None]) -> None:
+        raise GuestError("a destination QEMU has no state to save: migrate it as a source")
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        raise GuestError("this QEMU holds a guest already")
+
+    def release(self) -> None:
+        """Quit QEMU and wait until it has ended. Idempotent."""
+        if not self._released:
+            self._released = True
+            _quit(self.qmp, self.process)
+
+    def is_running(self) -> bool:
+        try:
+            return self.qmp.status() in _RUNS
+        except ChannelError:
+            if not self._may_have_run:
+                return False  # nobody ever let it run, and now it is gone
+            raise
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": "qemu", "qmp": self.qmp.path}
+
+    def announce(self) -> None:
+        self.qmp.execute("announce-self", _ANNOUNCE)
+
+    def close(self) -> None:
+        """Let go of the monitor; QEMU goes on as it is. Idempotent."""
+        self.qmp.close()
+
+
+class QemuDestination(HeldQemu):
+    """One that takes a guest in: ``CanTakePages``, ``CanNote`` and ``CanAnnounce`` besides. Made by
+    ``make_destination``; owns the stream and the landing too."""
+
+    def __init__(
+        self,
+        qmp: Qmp,
+        stream: IncomingStream,
+        landing: Landing,
+        process: QemuProcess | None,
+        notes: Sequence[str],
+    ) -> None:
+        super().__init__(qmp, process)
+        self.landing = landing
+        self._stream = stream
+        self._notes = tuple(notes)
+        self._may_have_run = False
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        return self.landing.blocks
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        """Raises StreamError for other streams than a QEMU source's, MigrationError with QEMU's
+        reason when it does not load them."""
+        given = list(streams)
+        if [(stream.name, stream.version) for stream in given] != [
+            (DEVICE_STREAM, DEVICE_STREAM_VERSION)
+        ]:
+            names = [f"{stream.name} version {stream.version}" for stream in given]
+            raise StreamError(
+                f"state streams: received {names}, allowed one {DEVICE_STREAM} version "
+                f"{DEVICE_STREAM_VERSION}"
+            )
+        for event in _ram_section(SectionKind.END):
+            self._stream.send(event)
+        self._stream.send_raw(given[0].data)
+        self._stream.await_loaded(_LOAD_S)
+        self._stream.close()
+        if self.process is not None:
+            self.process.keep()
+
+    def release(self) -> None:
+        self._stream.close()
+        self.landing.close()
+        super().release()
+
+    @property
+    def verified_scope(self) -> str:
+        return self.landing.verified_scope
+
+    def page_sink(self) -> StreamSink:
+        idstrs = tuple(block.idstr for block in self.blocks)
+        return StreamSink(self._stream.fd, RAM_SECTION_ID, idstrs)
+
+    def trouble(self) -> Exception | None:
+        return self._stream.trouble()
+
+    def notes(self) -> Sequence[str]:
+        return (*self._notes, *self._stream.notes, *self.landing.notes)
+
+    def close(self) -> None:
+        """Let go of the monitor and of the files; QEMU goes on as it is. Idempotent."""
+        self._stream.close()
+        self.landing.close()
+        super().close()
+
+
+def make_destination(
+    qmp: Qmp, incoming: Incoming, land: Land, process: QemuProcess | None = None
+) -> QemuDestination:
+    """Prepare the QEMU behind ``qmp`` for the guest that a source offers; takes both over. Raises
+    RefusedError: a ``process`` was ended then, another QEMU is as it was, or was quit if it had
+    begun to take the migration in."""
+    begun = False
+
+    def give_back() -> None:
+        if begun or process is not None:
+            try:
+                _quit(qmp, process)
+            except VmthError as error:
+                log.error("%s", error)
+        qmp.close()
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(give_back)
+        head = source_head(incoming.guest)
+        notes = _compare(qmp, incoming)
+        landing = choose_landing(qmp, incoming.blocks, land)
+        undo.callback(landing.close)
+        stream = IncomingStream(qmp, log=process.last_words if process else None)
+        undo.callback(stream.close)
+        try:
+            stream.start()
+            begun = True
+            for event in (*head, *_ram_start(incoming.blocks)):
+                stream.send(event)
+            stream.await_taken(_ACCEPT_S)
+        except RefusedError:
+            raise
+        except VmthError as error:
+            raise RefusedError(f"the memory of the source's guest: {error}") from error
+        undo.pop_all()
+    return QemuDestination(qmp, stream, landing, process, notes)
+
+
+def source_head(entries: Mapping[str, str]) -> list[Event]:
+    """The beginning of the stream for the destination, made of the source's own ("qemu.head" of an
+    offer). Raises RefusedError when there is none, or for one that is no such thing."""
+    if _HEAD_KEY not in entries:
+        raise RefusedError("the source is no QEMU: its offer has no qemu.head; use vmth migrate")
+    reader = StreamReader()
+    events: list[Event] = []
+    try:
+        reader.feed(base64.b64decode(entries[_HEAD_KEY], validate=True))
+        while (event := reader.next_event()) is not None:
+            events.append(event)
+    except (binascii.Error, StreamError) as error:
+        raise RefusedError(f"the head of the source's stream: {error}") from error
+    kept = [event for event in events if _belongs_to_head(event)]
+    if not kept or not isinstance(kept[0], FileHeader):
+        raise RefusedError(f"the head of the source's stream: received {events}, allowed a header")
+    return [*kept, Command(CommandCode.OPEN_RETURN_PATH, b"")]
+
+
+def _belongs_to_head(event: Event) -> bool:
+    """What the two QEMUs must agree on; not what a capability of the source's adds."""
+    if isinstance(event, ConfigurationField):
+        return event.name != "capabilities"
+    return isinstance(event, FileHeader | Configuration)
+
+
+def _ram_start(blocks: Sequence[RamBlock]) -> list[Event]:
+    started, *rest = _ram_section(SectionKind.START)
+    return [
+        started,
+        RamSize(sum(block.used_length for block in blocks)),
+        *(BlockListed(block.idstr, block.used_length) for block in blocks),
+        *rest,
+    ]
+
+
+def _ram_section(kind: SectionKind) -> list[Event]:
+    return [
+        SectionStarted(kind, RAM_SECTION_ID, "ram", 0, RAM_VERSION),
+        RamEnd(),
+        SectionFinished(RAM_SECTION_ID),
+    ]
+
+
+def _compare(qmp: Qmp, incoming: Incoming) -> list[str]:
+    """The warnings. Raises RefusedError for what cannot work."""
+    source = Facts.from_entries(incoming.guest)
+    if source is None:
+        return ["the source told nothing of its QEMU: the two were not compared"]
+    findings = compare(source, gather(qmp))
+    raise_if_refused(findings)
+    return [
+        f"{finding.subject}: {finding.detail}"
+        for finding in findings
+        if finding.level is Level.WARNING
+    ]
+
+
+def find_qemu(session_id: str, detail: Mapping[str, str]) -> Guest | None:
+    """After a restart of the listener: the guest of a journal, if it is a QEMU that can be
+    asked."""
+    if detail.get("guest.kind") != "qemu":
+        return None
+    try:
+        return HeldQemu(Qmp(detail.get("guest.qmp", "")))
+    except VmthError as error:
+        log.error("session %s: its QEMU cannot be asked: %s", session_id, error)
+        return None
+
+
+def _quit(qmp: Qmp, process: QemuProcess | None) -> None:
+    """End QEMU and wait for it. Raises GuestError for one that cannot be ended."""
+    pid = qmp.pid
+    try:
+        with contextlib.suppress(VmthError):  # it may have ended by itself
+            qmp.execute("quit")
+    finally:
+        qmp.close()
+        if process is not None:
+            process.end(_QUIT_S)
+        elif not wait_for_exit(pid, _QUIT_S):
+            raise GuestError(f"QEMU (process {pid}) has not ended within {_QUIT_S:g} s of quit")
