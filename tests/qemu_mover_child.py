@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vmth command that is killed, or kills a QEMU, at a named step of the handover.
+
+    qemu_mover_child.py source|destination STEP before|after PID COMMAND...
+
+STEP is an Action's value ("journal GRANTED"); PID is killed then with SIGKILL, 0 for the command's
+own process. COMMAND is what stands behind ``vmth``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from vmth.cli import main
+from vmth.destination_record import DestinationRecord
+from vmth.source_record import SourceRecord
+from vmth.wire.handover import Action
+
+
+def kill_at(record: type, place: str, step: str, when: str, pid: int) -> None:
+    """Wrap a method that executes actions, so that ``pid`` dies before or after that step."""
+    execute: Any = getattr(record, place)
+
+    def wrapped(self: object, action: Action, *rest: object) -> object:
+        if action.value == step and when == "before":
+            os.kill(pid or os.getpid(), signal.SIGKILL)
+        result = execute(self, action, *rest)
+        if action.value == step and when == "after":
+            os.kill(pid or os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(record, place, wrapped)
+
+
+if __name__ == "__main__":
+    side, step, when, pid, *command = sys.argv[1:]
+    if side == "source":
+        kill_at(SourceRecord, "_do", step, when, int(pid))
+    else:  # a destination sends when all else is done
+        kill_at(DestinationRecord, "_do", step, when, int(pid))
+        kill_at(DestinationRecord, "_tell", step, when, int(pid))
+    main(command)
