@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,22 @@ def common_machine(builds: Sequence[Build]) -> str:
     common = frozenset.intersection(*(one.machines for one in builds))
     numbered = [name for name in common if name.startswith("pc-i440fx-") and name[-1].isdigit()]
     return max(numbered, key=lambda name: [int(part) for part in name.split("-")[-1].split(".")])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listens(uri: str) -> bool:
+    """Found without a connection, which would count as one."""
+    if uri.startswith("unix:"):
+        return Path(uri.removeprefix("unix:")).exists()
+    wanted = f"{int(uri.rsplit(':', 1)[1]):04X}"
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{wanted}") and row[3] == "0A" for row in rows)
 
 
 class Machine:
@@ -264,19 +281,21 @@ class World:
 
     def arguments(self, name: str, *, shared: bool) -> list[str]:
         """QEMU's, but for monitors and what a waiting one adds."""
-        memory = self.folder / f"{name}.ram"
-        backend = f"memory-backend-ram,id=pc.ram,size={self.memory_bytes}"
-        if shared:
-            backend = backend.replace("-ram,", "-file,") + f",share=on,mem-path={memory}"
         return [
             *("-nodefaults", "-display", "none", "-no-reboot", "-accel", self.accel),
             *("-machine", f"{self.machine_type},memory-backend=pc.ram"),
-            *("-m", f"{self.memory_bytes // MIB}M", "-object", backend),
+            *("-m", f"{self.memory_bytes // MIB}M"),
+            *("-object", f"{self.backend(name, shared)},id=pc.ram,size={self.memory_bytes}"),
             *("-drive", f"file={self.disk},if=ide,format=raw"),
             *("-device", "VGA", "-device", "virtio-rng-pci"),
             # A BIOS takes minutes where KVM is emulated.
             *(("-bios", str(self._firmware)) if self.accel == "kvm" else ()),
         ]
+
+    def backend(self, name: str, shared: bool) -> str:
+        if shared:
+            return f"memory-backend-file,share=on,mem-path={self.folder / name}.ram"
+        return "memory-backend-ram"
 
     def boot(self, name: str, build: Build, *, shared: bool = True) -> Machine:
         """A running guest that has written its first heartbeats."""
@@ -305,20 +324,21 @@ class World:
         return command
 
     def receive(
-        self, machine: Machine, land: str, *options: str, **child: Any
+        self, machine: Machine, land: str, *options: str, tcp: bool = False, **child: Any
     ) -> tuple[str, Command]:
         """A receiver that listens; where."""
         self._count += 1
         link = self.folder / f"link{self._count}"
+        uri = f"tcp:127.0.0.1:{free_port()}" if tcp else f"unix:{link}"
         command = self.vmth(
             machine,
-            *("receive", "--qmp", str(machine.qmp), f"unix:{link}", "--land", land),
+            *("receive", "--qmp", str(machine.qmp), uri, "--land", land),
             *("--once", "--json", *options),
             **child,
         )
-        wait_until(lambda: link.exists() or command.ended)
-        assert link.exists(), f"vmth receive ended at once: {command.said()}"
-        return f"unix:{link}", command
+        wait_until(lambda: listens(uri) or command.ended)
+        assert not command.ended, f"vmth receive ended at once: {command.said()}"
+        return uri, command
 
     def migrate(self, machine: Machine, uri: str, *options: str, **child: Any) -> Command:
         return self.vmth(
