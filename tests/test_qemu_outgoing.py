@@ -48,7 +48,7 @@ def test_a_plain_stream_is_complete_with_its_description() -> None:
     with started(FakeSource(s.plain())) as stream:
         events = drain(stream.next_event)
         assert stream.finished
-        assert stream.received_bytes == len(s.plain()) and stream.unread_bytes == 0
+        assert stream.given_out_bytes == len(s.plain()) and stream.unread_bytes == 0
     state = s.plain()[s.plain().index(s.full(7, "timer", s.TRICKY)) :]
     assert opaque(events) == state
     assert pages_of(events)["pc.ram", 6] == s.page_of(103)

@@ -165,6 +165,7 @@ class OutgoingStream:
         self._last_read_s = 0.0
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
+        self.given_out_bytes = 0  #: of all connections, as far as all their events were given out
 
     # -- the beginning -----------------------------------------------------------------------------
 
@@ -267,6 +268,7 @@ class OutgoingStream:
             event = self._parse()
             if event is not None:
                 return self._seen(event)
+            self.given_out_bytes = sum(of.received_bytes for of in self._connections())
             if self._complete():
                 self.finished = True
                 return StreamFinished()
@@ -280,14 +282,15 @@ class OutgoingStream:
             connection.in_use(until)
 
     @property
-    def received_bytes(self) -> int:
-        """Bytes that were read of all connections."""
-        return sum(connection.received_bytes for connection in self._connections())
-
-    @property
     def unread_bytes(self) -> int:
-        """Bytes that QEMU has sent and that were not read yet."""
-        return sum(connection.unread_bytes() for connection in self._connections())
+        """Bytes that QEMU has sent and whose events were not all given out."""
+        return (
+            sum(
+                connection.received_bytes + connection.unread_bytes()
+                for connection in self._connections()
+            )
+            - self.given_out_bytes
+        )
 
     def _connections(self) -> list[_Connection]:
         return [*([self._main] if self._main is not None else []), *self._channels]

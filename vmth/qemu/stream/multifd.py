@@ -203,6 +203,7 @@ class MultifdReader:
                     f"the channel ends within a packet: received {window.available} bytes, needs "
                     f"{self._want}"
                 )
+            window.gather(self._want)  # what was fed is let go before more is asked for
             return False
         if self._want > len(window.view()):
             window.gather(self._want)

@@ -182,6 +182,7 @@ class StreamReader:
         """One step. False: more bytes are needed."""
         window = self._window
         if window.available < self._want and not (window.eof or self._settled):
+            window.gather(self._want)  # what was fed is let go before more is asked for
             return False
         if window.available == 0:
             return self._at_end()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a migrating source QEMU tells over QMP, and the orders to it, without waiting for either.
+
+QEMU answers no command while it waits for its stream to be read with its big lock held. Whoever
+reads that stream must therefore never wait for an answer: a thread of its own ("vmth-steer") asks
+and orders, and keeps what it heard.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from vmth.errors import ChannelError, VmthError
+from vmth.qemu.qmp import Qmp, QmpEvent
+from vmth.qemu.settings import MigrationSettings
+
+__all__ = ["MAX_DOWNTIME_LIMIT_MS", "Helm", "Steering"]
+
+log = logging.getLogger(__name__)
+
+#: Of QEMU: it stops its guest at once.
+MAX_DOWNTIME_LIMIT_MS = 2_000_000
+#: QEMU answers when its last pages are read, which a slow link delays.
+ANSWER_TIMEOUT_S = 60.0
+
+
+class Helm(Protocol):
+    """What the pass over the stream needs of ``Steering``; nothing here blocks."""
+
+    @property
+    def passes(self) -> int:
+        """How many passes over memory QEMU has begun."""
+
+    @property
+    def remaining_bytes(self) -> int:
+        """What QEMU had to send when it was asked last: at the begin of its last pass or later."""
+
+    @property
+    def throttle_percent(self) -> int:
+        """By which auto-converge slows the vCPUs down."""
+
+    @property
+    def stopped_ns(self) -> int | None:
+        """When the guest stopped, on the clock; None while it runs."""
+
+    def allow_downtime(self, limit_ns: int) -> None:
+        """QEMU may stop its guest when it expects to send the rest within that; 0: at once."""
+
+    def check(self) -> None:
+        """Raises what went wrong with an order."""
+
+
+class Steering:
+    """``Helm`` of a real QEMU. A context manager: leaving it ends the thread."""
+
+    def __init__(
+        self,
+        qmp: Qmp,
+        settings: MigrationSettings,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._qmp = qmp
+        self._settings = settings
+        self._clock = clock
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._trouble: VmthError | None = None
+        self.passes = 0
+        self.remaining_bytes = 0
+        self.throttle_percent = 0
+        self.stopped_ns: int | None = None
+        self._forget_events = qmp.on_event(self._heard)
+        self._thread = threading.Thread(target=self._steer, name="vmth-steer", daemon=True)
+        self._thread.start()
+
+    def allow_downtime(self, limit_ns: int) -> None:
+        limit_ms = MAX_DOWNTIME_LIMIT_MS
+        if limit_ns:
+            limit_ms = min(max(1, limit_ns // 1_000_000), MAX_DOWNTIME_LIMIT_MS)
+        self._orders.put(lambda: self._limit(limit_ms))
+
+    def check(self) -> None:
+        if self._trouble is not None:
+            raise self._trouble
+
+    def close(self) -> None:
+        """Idempotent; waits for the order that is being carried out."""
+        self._forget_events()
+        self._orders.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- other threads -----------------------------------------------------------------------------
+
+    def _heard(self, event: QmpEvent) -> None:
+        """On the monitor's thread."""
+        if event.name == "MIGRATION_PASS":
+            self.passes = int(event.data.get("pass", self.passes + 1))
+            self._orders.put(self._look)
+        elif event.name == "STOP":
+            self.stopped_ns = self._clock()
+        elif event.name == "RESUME":
+            self.stopped_ns = None
+
+    def _steer(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                order()
+            except ChannelError as error:
+                # Busy with its last pages, or gone, which the stream's reader sees.
+                log.info("steering the source QEMU: %s", error)
+            except VmthError as error:
+                self._trouble = self._trouble or error
+
+    def _look(self) -> None:
+        answer = self._qmp.execute("query-migrate", timeout_s=ANSWER_TIMEOUT_S)
+        self.throttle_percent = int(answer.get("cpu-throttle-percentage", 0))
+        ram = answer.get("ram")
+        if ram is not None:
+            self.remaining_bytes = int(ram["remaining"])
+
+    def _limit(self, limit_ms: int) -> None:
+        self._settings.apply(parameters={"downtime-limit": limit_ms})

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rounds of a QEMU: its stream's pages go out as they come, and QEMU is told when it may stop.
+
+    pass 1          pass 2     pass 3   END
+    |------ 1 ms ------------->|- user's limit ->|  QEMU's downtime-limit: raised when ours fits
+    |---- round 0 --|- round 1-|- 2 -|- last ----|  a barrier where QEMU begins anew, and before
+                                                    a page would go out twice
+
+QEMU runs the rounds and stops its guest by itself when it expects to send the rest within its
+downtime limit. That stays at 1 ms until the forecast over *our* link, with all that is queued here,
+fits the user's limit. Pages cannot be asked for again: damage ends the migration, and the guest
+runs on at the source.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
+from vmth.events import GuestPaused, RoundFinished, RoundStarted, Throttled
+from vmth.guest import Guest
+from vmth.policy.interface import Action, Decision, OnStall, RoundView
+from vmth.qemu.ram import PageKind
+from vmth.qemu.steering import Helm
+from vmth.qemu.stream import (
+    DeviceState,
+    Event,
+    PassThrough,
+    RamPages,
+    RawBytes,
+    SectionKind,
+    SectionStarted,
+    StreamFinished,
+)
+from vmth.rounds import FinalPass, RoundTools
+from vmth.state_streams import STATE_MAX_BYTES
+from vmth.stats import RoundStats, TransferCounters, round_stats
+from vmth.types import new_bitmaps
+from vmth.units import format_duration
+
+__all__ = ["PageStream", "StreamPass"]
+
+#: How often a wait looks at the time and at what QEMU tells.
+LOOK_S = 0.05
+LOOK_NS = 50_000_000
+#: Last pages that take so many times the downtime limit, or their forecast, are given up.
+LATE_FACTOR = 10
+ROUNDS_KEPT = 1000
+#: Read of QEMU and not read by the page channels yet: at least a buffer of the stream's.
+MIN_AHEAD_BYTES = 1 << 20
+MIN_WINDOW_BYTES = 256 << 10
+#: A round's bandwidth is believed when it has lasted so long.
+MEASURED_NS = 20_000_000
+_SECOND_NS = 1_000_000_000
+_TICKET_WAIT_NS = 50_000_000
+
+
+class PageStream(Protocol):
+    """What is needed of ``OutgoingStream``."""
+
+    @property
+    def given_out_bytes(self) -> int: ...
+    @property
+    def unread_bytes(self) -> int: ...
+    def next_event(self, timeout_s: float) -> Event | None: ...
+    def in_use(self, until: partial[None]) -> None: ...
+
+
+@dataclass(slots=True)
+class StreamPass:
+    """``RoundEngine`` over one stream, whose block list was read already. One thread."""
+
+    guest: Guest
+    tools: RoundTools
+    stream: PageStream
+    helm: Helm
+    auto_converge: bool = False
+    rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
+    notes: list[str] = field(default_factory=list)
+    state: bytearray = field(default_factory=bytearray)  #: all bytes behind ram's END
+    taken_back_ns: int = 0  #: a QEMU that has stopped its guest is not called back
+    throttle_percent: int = 0
+    was_running: bool = False
+    _round: int = 0
+    _round_started_ns: int = 0
+    _before: TransferCounters = field(default_factory=TransferCounters)
+    _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
+    _ahead_bytes: int = 0
+    _ahead_limit_bytes: int = MIN_AHEAD_BYTES
+    _passes: int = 0
+    _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
+    _started_ns: int = 0
+    _looked_ns: int = 0
+    _stalled_out: bool = False  #: QEMU was told to stop whatever is left
+    _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
+    _pause_limit_ns: int = 0
+
+    def run(self) -> FinalPass:
+        """Returns when all pages have landed and all state is here: QEMU then waits, its guest
+        stopped, for SHUT."""
+        self._started_ns = self._looked_ns = self.tools.clock()
+        self._passes = self.helm.passes
+        self._begin_round()
+        while not self._take(self.stream.next_event(LOOK_S)):
+            self._look()
+        self.was_running = self.tools.pause_guest()
+        self._finish_round(paused=True)
+        stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
+        return FinalPass(
+            tuple(self.rounds), self.was_running, stopped_ns, self._ended_ns, self.tools.clock()
+        )
+
+    def resend(self, block: int, pages: Sequence[int]) -> None:
+        """QEMU sends no page again once its guest has stopped."""
+        raise VerificationError(
+            f"the digests differ in {len(pages)} pages of ramblock "
+            f"{self.guest.blocks[block].idstr!r}: QEMU cannot be asked for them again"
+        )
+
+    def close(self) -> None:
+        """Nothing is tracked here; QEMU's throttle ends with its migration."""
+
+    # -- what the stream brings --------------------------------------------------------------------
+
+    def _take(self, event: Event | None) -> bool:
+        """True when all is here."""
+        match event:
+            case RamPages():
+                self._send(event)
+            case RawBytes():
+                self._keep(event.data)
+            case SectionStarted() if event.kind is SectionKind.END:
+                self._guest_stopped()
+            case PassThrough():
+                self._state_begins(event)
+            case DeviceState():
+                raise MigrationError("a device of the source sends state before memory is complete")
+            case StreamFinished():
+                return True
+        return False
+
+    def _send(self, event: RamPages) -> None:
+        sender, runs, data = self.tools.sender, event.runs, event.data
+        worst = int(runs["kind"].max(initial=0))
+        if worst > PageKind.PAGE:
+            raise StreamError(
+                f"pages of the source: received {PageKind(worst).name}, allowed ZERO and PAGE: "
+                "its capability is switched off for a migration"
+            )
+        while len(runs):
+            queued, ticket = sender.send_pages(runs, data, self._round)
+            if queued:
+                self._hold_back(ticket, len(data))
+            runs = runs[queued:]
+            if len(runs):
+                self._next_round()
+
+    def _hold_back(self, ticket: int, nbytes: int) -> None:
+        """The bytes stay until they were read; not more than the bound is read ahead."""
+        self.stream.in_use(partial(self._wait_read, ticket))
+        self._ahead.append((ticket, nbytes))
+        self._ahead_bytes += nbytes
+        done = self.tools.sender.pages_read()
+        while self._ahead and (
+            self._ahead[0][0] <= done or self._ahead_bytes > self._ahead_limit_bytes
+        ):
+            oldest, of_it = self._ahead.popleft()
+            self._ahead_bytes -= of_it
+            if oldest > done:
+                self._wait_read(oldest)
+                done = oldest
+
+    def _wait_read(self, ticket: int) -> None:
+        while not self.tools.sender.wait_read(ticket, _TICKET_WAIT_NS):
+            self._check_late()
+
+    def _keep(self, data: memoryview) -> None:
+        if len(self.state) + len(data) > STATE_MAX_BYTES:
+            raise MigrationError(
+                f"device state: received {len(self.state) + len(data)} bytes, allowed "
+                f"{STATE_MAX_BYTES}"
+            )
+        self.state += data
+
+    def _guest_stopped(self) -> None:
+        """QEMU stops its guest before it sends the last pages."""
+        self._ended_ns = self.tools.clock()
+        self._pause_limit_ns = LATE_FACTOR * max(
+            self.tools.tuning.downtime_limit_ns,
+            self.rounds[-1].expected_downtime_ns if self.rounds else 0,
+        )
+        self.tools.emit(GuestPaused(self._ended_ns))
+
+    def _state_begins(self, event: PassThrough) -> None:
+        if not self._ended_ns:
+            raise MigrationError(f"what the source sends cannot be moved: {event.reason}")
+        # The last pages land while the state is read.
+        self.tools.sender.barrier(self._round, 1)
+
+    # -- rounds ------------------------------------------------------------------------------------
+
+    def _begin_round(self) -> None:
+        self._round_started_ns = self.tools.clock()
+        self._before = self.tools.sender.counters()
+        expected_pages = self.helm.remaining_bytes // self.tools.page_bytes
+        if self._round == 0:
+            expected_pages = sum(block.npages for block in self.guest.blocks)
+        self.tools.emit(RoundStarted(self._round_started_ns, self._round, expected_pages))
+
+    def _next_round(self) -> None:
+        self._finish_round(paused=bool(self._ended_ns))
+        self._round += 1
+        self._begin_round()
+
+    def _finish_round(self, *, paused: bool) -> None:
+        """Everything so far has landed. While the guest runs, the policy is asked."""
+        sender, tools = self.tools.sender, self.tools
+        while not sender.barrier(self._round, LOOK_NS):
+            self._check_late()
+        self._ahead.clear()
+        self._ahead_bytes = 0
+        self._pass_ends_at = 0
+        self._check_damage()
+        stats = round_stats(
+            self._round,
+            self._before,
+            sender.counters(),
+            tools.clock() - self._round_started_ns,
+            0 if paused else self.helm.remaining_bytes // tools.page_bytes,
+            tools.page_bytes,
+            paused,
+        )
+        self.rounds.append(stats)
+        if len(self.rounds) > ROUNDS_KEPT:
+            del self.rounds[1]
+        if paused:
+            tools.emit(RoundFinished(tools.clock(), stats, None))
+            return
+        decision = tools.policy.decide(self._view())
+        self.rounds[-1] = replace(stats, expected_downtime_ns=decision.forecast.total_ns)
+        tools.emit(RoundFinished(tools.clock(), self.rounds[-1], decision))
+        self._steer(decision)
+
+    def _check_damage(self) -> None:
+        missed = self.tools.sender.take_missed(new_bitmaps(self.guest.blocks))
+        if missed:
+            raise VerificationError(
+                f"{missed} pages arrived damaged: QEMU cannot be asked for them again"
+            )
+
+    def _steer(self, decision: Decision) -> None:
+        """What the policy decided, in QEMU's terms. A throttle is auto-converge's own."""
+        tuning = self.tools.tuning
+        if decision.action is Action.GIVE_UP:
+            raise NotConvergedError(decision.reason)
+        if decision.action is not Action.SWITCH_OVER:
+            return
+        if decision.forecast.total_ns <= tuning.downtime_limit_ns:
+            self.helm.allow_downtime(tuning.downtime_limit_ns)
+        else:
+            self._stop_now()
+
+    def _stop_now(self) -> None:
+        """Whatever is left: asked for, or the timeout came."""
+        if not self._stalled_out:
+            self._stalled_out = True
+            self.helm.allow_downtime(0)
+
+    # -- between events ----------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """What QEMU and the clock say; seldom, since most events come every few hundred us."""
+        if self.helm.passes != self._passes:
+            self._passes = self.helm.passes
+            self._pass_ends_at = self.stream.given_out_bytes + self.stream.unread_bytes
+        if 0 < self._pass_ends_at <= self.stream.given_out_bytes:
+            self._pass_ends_at = 0
+            if self.helm.stopped_ns is None and not self._ended_ns and self._sent_anything():
+                self._next_round()
+        now_ns = self.tools.clock()
+        if now_ns - self._looked_ns < LOOK_NS:
+            return
+        self._looked_ns = now_ns
+        self._check_late()
+        self._bound_ahead(now_ns)
+        self._show_throttle()
+        if self.tools.tuning.switchover_requested:
+            self._stop_now()
+
+    def _sent_anything(self) -> bool:
+        return bool(self._ahead) or self.tools.sender.counters() != self._before
+
+    def _check_late(self) -> None:
+        """Raises what ends the wait: a cancel, the peer, QEMU's refusal, or the time."""
+        self.tools.check()
+        self.helm.check()
+        now_ns, tuning = self.tools.clock(), self.tools.tuning
+        if self._ended_ns:
+            if now_ns - self._ended_ns > self._pause_limit_ns and not self._stalled_out:
+                raise NotConvergedError(
+                    f"the last pages have not landed {format_duration(self._pause_limit_ns)} after "
+                    f"the pause (limit {format_duration(tuning.downtime_limit_ns)}): the link is "
+                    "slower than it was"
+                )
+        elif 0 < tuning.timeout_ns < now_ns - self._started_ns:
+            if tuning.on_stall is not OnStall.PAUSE:
+                raise NotConvergedError(
+                    f"the timeout of {format_duration(tuning.timeout_ns)} came in round "
+                    f"{self._round}"
+                )
+            self._stop_now()
+
+    def _bound_ahead(self, now_ns: int) -> None:
+        """What is queued here at the pause is downtime: at most a tenth of the limit beyond what
+        the link needs (bandwidth x RTT)."""
+        lasted_ns = now_ns - self._round_started_ns
+        if lasted_ns < MEASURED_NS:
+            return
+        counters = self.tools.sender.counters()
+        bps = (counters.acked_bytes - self._before.acked_bytes) * _SECOND_NS / lasted_ns
+        bps = max([bps, *(stats.bandwidth_bps for stats in self.rounds[-4:])])
+        room_ns = counters.rtt_ns + self.tools.tuning.downtime_limit_ns // 10
+        room_bytes = int(bps * room_ns / _SECOND_NS)
+        self.tools.sender.set_window(max(MIN_WINDOW_BYTES, room_bytes))
+        self._ahead_limit_bytes = max(MIN_AHEAD_BYTES, room_bytes)
+
+    def _show_throttle(self) -> None:
+        if self.helm.throttle_percent != self.throttle_percent:
+            self.throttle_percent = self.helm.throttle_percent
+            self.tools.emit(Throttled(self.tools.clock(), self.throttle_percent))
+
+    def _view(self) -> RoundView:
+        counters, tuning = self.tools.sender.counters(), self.tools.tuning
+        return RoundView(
+            now_ns=self.tools.clock(),
+            started_ns=self._started_ns,
+            rounds=tuple(self.rounds),
+            dirty_pages=self.helm.remaining_bytes // self.tools.page_bytes,
+            page_bytes=self.tools.page_bytes,
+            memory_bytes=sum(block.used_length for block in self.guest.blocks),
+            queued_bytes=max(0, counters.wire_bytes - counters.acked_bytes),
+            rtt_ns=counters.rtt_ns,
+            state_bytes=tuning.state_bytes,
+            bandwidth_limit_bps=tuning.bandwidth_bps,
+            downtime_limit_ns=tuning.downtime_limit_ns,
+            timeout_ns=tuning.timeout_ns,
+            on_stall=tuning.on_stall,
+            throttle_percent=self.throttle_percent,
+            can_throttle=self.auto_converge,
+            failed_rechecks=0,
+            switchover_requested=tuning.switchover_requested,
+        )
