@@ -19,6 +19,8 @@ from vmth.cli.inspect import inspect
 from vmth.cli.probe import probe
 from vmth.cli.recover import recover
 from vmth.cli.relay import relay
+from vmth.cli.restore import restore
+from vmth.cli.save import save
 from vmth.cli.version import version
 from vmth.errors import ExitCode, VmthError
 
@@ -50,6 +52,8 @@ cli.add_command(inspect)
 cli.add_command(probe)
 cli.add_command(recover)
 cli.add_command(relay)
+cli.add_command(restore)
+cli.add_command(save)
 cli.add_command(version)
 
 

@@ -27,6 +27,7 @@ class AtomicFile:
 
     def __init__(self, path: Path, *, replace: bool = False) -> None:
         self.path = path
+        self.published = False  #: it bears its name
         self._replace = replace
         self._folder = path.parent
         self._temporary: Path | None = None
@@ -56,6 +57,12 @@ class AtomicFile:
             rest = rest[os.write(self._fd, rest) :]
 
     @property
+    def identity(self) -> tuple[int, int]:
+        """(device, inode): whether what bears the name is this file."""
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
+
+    @property
     def readable(self) -> str:
         """A path by which this process can read what was written, before it has its name."""
         return f"/proc/self/fd/{self._fd}"
@@ -66,13 +73,14 @@ class AtomicFile:
 
     def publish(self) -> None:
         """Give it its name, and return when the disk has that too. Idempotent."""
-        if self._fd < 0:
+        if self.published:
             return
         self.sync()
         if self._replace:
             self._rename()
         else:
             self._link(self.path)
+        self.published = True
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,15 +164,17 @@ class Image:
 
     # ---- all of it -----------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, between: Callable[[int], None] = lambda _: None) -> None:
         """Read the whole file and compare every record's checksum, number and place. StreamError.
 
-        What this does not do is unpack: ``frames()`` and ``digest()`` do.
+        What this does not do is unpack: ``frames()`` and ``verify()`` do. ``between`` is called
+        between records with the bytes that were read so far, and may raise.
         """
         digest = hashlib.sha256()
         at, sequence = HEADER_BYTES, 0
         ends = self._size - END_BYTES
         while at < ends:
+            between(at)
             head, _ = self._record(at, ends, sequence, self._kind_at(at))
             digest.update(head.checksum)
             at += head.size_bytes
@@ -196,11 +198,14 @@ class Image:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def verify(self, *, workers: int = DEFAULT_WORKERS) -> None:
+    def verify(
+        self, *, workers: int = DEFAULT_WORKERS, between: Callable[[], None] = lambda: None
+    ) -> None:
         """``check()``, and unpack every page and compare the digest of memory. StreamError."""
-        self.check()
+        self.check(lambda _: between())
         digest = FrameDigest(self.page_bytes)
         for frame, hashes in self.frames(workers=workers):
+            between()
             digest.take(frame, hashes)
         digest.compare(self.end)
 

@@ -125,7 +125,7 @@ class ImageWriter:
         for frame in self._builder.add(runs, data):
             self._submit(frame)
 
-    def state(self, data: bytes | memoryview) -> None:
+    def state(self, data: bytes | bytearray | memoryview) -> None:
         """More of the stream behind the last pages: after the first call no pages may come."""
         self._end_pages()
         self._state_part += data
