@@ -37,9 +37,7 @@ def encode_header(
 def decode_header(
     data: bytes, block_npages: U64, page_bytes: int, forms: int, channel: int
 ) -> tuple[int, int, int, int, int, int, int, int, int, int]: ...
-def check_pages(
-    data: bytes, block_npages: U64, page_bytes: int, forms: int, channel: int
-) -> None:
+def check_pages(data: bytes, block_npages: U64, page_bytes: int, forms: int, channel: int) -> None:
     """Header and descriptors as a whole: count, sums, zstd frames."""
 
 def verify(raw: bytes, desc: bytes, seed: int) -> None: ...

@@ -17,6 +17,7 @@ from vmth.cli.check import check
 from vmth.cli.demo import demo
 from vmth.cli.inspect import inspect
 from vmth.cli.probe import probe
+from vmth.cli.receive import receive
 from vmth.cli.recover import recover
 from vmth.cli.relay import relay
 from vmth.cli.restore import restore
@@ -50,6 +51,7 @@ cli.add_command(check)
 cli.add_command(demo)
 cli.add_command(inspect)
 cli.add_command(probe)
+cli.add_command(receive)
 cli.add_command(recover)
 cli.add_command(relay)
 cli.add_command(restore)

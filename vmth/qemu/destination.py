@@ -142,6 +142,41 @@ class HeldQemu:
         self.qmp.close()
 
 
+class _RememberedQemu:
+    """One that a journal names. Its monitor is held only while something is asked or done."""
+
+    blocks: Sequence[RamBlock] = ()
+    dirty: Sequence[DirtySource] = ()
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def is_running(self) -> bool:
+        with Qmp(self._path) as qmp:
+            return HeldQemu(qmp).is_running()
+
+    def pause(self) -> bool:
+        with Qmp(self._path) as qmp:
+            return HeldQemu(qmp).pause()
+
+    def resume(self) -> None:
+        with Qmp(self._path) as qmp:
+            HeldQemu(qmp).resume()
+
+    def save_state(self, write: Callable[[StateStream], None]) -> None:
+        raise GuestError("a destination QEMU has no state to save: migrate it as a source")
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        raise GuestError("this QEMU holds a guest already")
+
+    def release(self) -> None:
+        with Qmp(self._path) as qmp:
+            HeldQemu(qmp).release()
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": "qemu", "qmp": self._path}
+
+
 class QemuDestination(HeldQemu):
     """One that takes a guest in: ``CanTakePages``, ``CanNote`` and ``CanAnnounce`` besides. Made by
     ``make_destination``; owns the stream and the landing too."""
@@ -243,7 +278,7 @@ def make_destination(
         except RefusedError:
             raise
         except VmthError as error:
-            raise RefusedError(f"the memory of the source's guest: {error}") from error
+            raise RefusedError(str(error)) from error
         undo.pop_all()
     return QemuDestination(qmp, stream, landing, process, notes)
 
@@ -307,15 +342,11 @@ def _compare(qmp: Qmp, incoming: Incoming) -> list[str]:
 
 
 def find_qemu(session_id: str, detail: Mapping[str, str]) -> Guest | None:
-    """After a restart of the listener: the guest of a journal, if it is a QEMU that can be
-    asked."""
+    """After a restart of the listener: the guest of a journal, if it is a QEMU."""
     if detail.get("guest.kind") != "qemu":
+        log.error("session %s: its guest is no QEMU: %s", session_id, dict(detail))
         return None
-    try:
-        return HeldQemu(Qmp(detail.get("guest.qmp", "")))
-    except VmthError as error:
-        log.error("session %s: its QEMU cannot be asked: %s", session_id, error)
-        return None
+    return _RememberedQemu(detail.get("guest.qmp", ""))
 
 
 def _quit(qmp: Qmp, process: QemuProcess | None) -> None:
