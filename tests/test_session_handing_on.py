@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions whose destination hands pages on to another program: scope, refusals, its troubles."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from listener_world import open_files
+from memory_guest import PAGE, MemoryGuest
+
+from vmth.channel.interface import StreamSink
+from vmth.errors import MigrationError, RefusedError
+from vmth.guest import DirtySource, StateStream
+from vmth.handshake import SCOPE_STREAM, Incoming
+from vmth.job import MigrationJob
+from vmth.listener import Listener
+from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.qemu import stream as q
+from vmth.source_session import SourceSession
+from vmth.stats import MigrationResult
+from vmth.types import Mapping, RamBlock
+from vmth.wire.messages import Mode
+
+NAMES = ("ram", "rom")
+NPAGES = 96
+SECTION = 7
+
+
+class HandingGuest:
+    """``ram`` lands in a memfd where ``in_place``, everything else in a socket whose other end a
+    thread reads."""
+
+    dirty: Sequence[DirtySource] = ()
+
+    def __init__(self, incoming: Incoming, *, in_place: bool, reads: bool = True) -> None:
+        self.verified_scope = "memory" if in_place else "stream"
+        self.calls: list[str] = []
+        self.released = threading.Event()
+        self.why: Exception | None = None
+        self.announcing: Callable[[], None] = lambda: None
+        self.handed = bytearray()
+        self._fd = os.memfd_create("ram") if in_place else -1
+        if in_place:
+            os.ftruncate(self._fd, NPAGES * PAGE)
+        self.blocks: Sequence[RamBlock] = [
+            replace(block, mapping=Mapping(fd=self._fd))
+            if in_place and block.idstr == "ram"
+            else block
+            for block in incoming.blocks
+        ]
+        self.theirs, self._ours = socket.socketpair()
+        self._thread = threading.Thread(target=self._read)
+        if reads:
+            self._thread.start()
+
+    def _read(self) -> None:
+        while data := self.theirs.recv(1 << 20):
+            self.handed += data
+
+    def in_place(self) -> bytes:
+        return os.pread(self._fd, NPAGES * PAGE, 0)
+
+    def handed_pages(self) -> dict[str, bytes]:
+        """What the reading program would hold; every page must have come."""
+        writer = q.StreamWriter()
+        head: list[q.Event] = [
+            q.FileHeader(3),
+            q.Configuration("pc"),
+            q.SectionStarted(q.SectionKind.START, SECTION, "ram", 0, 4),
+            q.RamSize(len(NAMES) * NPAGES * PAGE),
+            *(q.BlockListed(name, NPAGES * PAGE) for name in NAMES),
+            q.RamEnd(),
+            q.SectionFinished(SECTION),
+        ]
+        reader = q.StreamReader()
+        reader.feed(b"".join(bytes(writer.send(event)) for event in head) + bytes(self.handed))
+        pages: dict[tuple[str, int], bytes] = {}
+        while (event := reader.next_event()) is not None:
+            if isinstance(event, q.RamPages):
+                for page in event.pages():
+                    pages[page.idstr, page.page] = bytes(page.data) or bytes(PAGE)
+        names = {name for name, _ in pages}
+        return {name: b"".join(pages[name, i] for i in range(NPAGES)) for name in names}
+
+    # -- the Guest protocol, and what this guest may do besides ------------------------------------
+
+    def pause(self) -> bool:
+        return False
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def save_state(self, write: Callable[[StateStream], None]) -> None:
+        raise AssertionError("a destination")
+
+    def load_state(self, streams: Iterable[StateStream]) -> None:
+        self.calls.append("load_state")
+
+    def release(self) -> None:
+        self.calls.append("release")
+        self.released.set()
+
+    def page_sink(self) -> StreamSink:
+        return StreamSink(self._ours.fileno(), SECTION, tuple(block.idstr for block in self.blocks))
+
+    def trouble(self) -> Exception | None:
+        return self.why
+
+    def announce(self) -> None:
+        self.calls.append("announce")
+        self.announcing()
+
+    def notes(self) -> Sequence[str]:
+        return ["one note"]
+
+    def close(self) -> None:
+        self._ours.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self.theirs.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+class World:
+    def __init__(self, tmp_path: Path) -> None:
+        self.made: list[HandingGuest] = []
+        self.options: dict[str, Any] = {"in_place": True}
+        self.prepare: Callable[[HandingGuest], None] = lambda guest: None
+        self.source = MemoryGuest(NPAGES, idstrs=NAMES)
+        self.source.resume()
+        self._tmp_path = tmp_path
+        receive = ReceiveOptions(state_dir=tmp_path / "destination", peer_timeout_s=0.4)
+        self.listener = Listener("tcp:127.0.0.1:0", self.make_guest, receive)
+
+    def make_guest(self, incoming: Incoming) -> HandingGuest:
+        self.made.append(HandingGuest(incoming, **self.options))
+        self.prepare(self.made[-1])
+        return self.made[-1]
+
+    def move(self, features: Sequence[str] = (SCOPE_STREAM,), **options: Any) -> MigrationResult:
+        chosen = MigrateOptions(
+            state_dir=self._tmp_path / "source", mode=Mode.COLD, zerocopy=False, **options
+        )
+        session = SourceSession(self.source, self.listener.endpoint, chosen, features=features)
+        return MigrationJob(session).wait(20)
+
+    def close(self) -> None:
+        self.listener.close()
+        self.source.close()
+        for guest in self.made:
+            guest.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    before = (threading.active_count(), open_files())
+    world = World(tmp_path)
+    yield world
+    world.close()
+    assert (threading.active_count(), open_files()) == before
+
+
+def test_blocks_without_memory_are_handed_on(world: World) -> None:
+    assert world.move().verified_scope == "memory"
+    received = world.listener.wait_for_guest(5)
+    guest = world.made[0]
+    assert received.verified and received.verified_scope == "memory"
+    assert guest.in_place() == bytes(world.source.views[0])
+    assert guest.handed_pages() == {"rom": bytes(world.source.views[1])}
+    assert guest.calls == ["load_state", "resume", "announce"]
+    assert "one note" in received.fallbacks
+
+
+def test_a_proof_that_ends_at_the_stream_says_so_at_both_ends(world: World) -> None:
+    world.options["in_place"] = False
+    assert world.move().verified_scope == "stream"
+    assert world.listener.wait_for_guest(5).verified_scope == "stream"
+    ram, rom = (bytes(view) for view in world.source.views)
+    assert world.made[0].handed_pages() == {"ram": ram, "rom": rom}
+
+
+def test_a_source_that_wants_more_proof_is_refused(world: World) -> None:
+    world.options["in_place"] = False
+    with pytest.raises(RefusedError, match=r"received \[\], allowed with 'scope-stream'"):
+        world.move(features=())
+    assert world.made[0].calls == ["release"]
+    assert world.source.running
+
+
+def test_an_audit_is_refused(world: World) -> None:
+    with pytest.raises(RefusedError, match="audit: received on, allowed off"):
+        world.move(audit=True)
+    assert world.made[0].calls == ["release"]
+
+
+def test_the_program_knows_why_it_takes_no_more(world: World) -> None:
+    """Its closed socket is a broken pipe to the receiver; the reason that it gives is told."""
+    world.options |= {"in_place": False, "reads": False}
+
+    def breaks(guest: HandingGuest) -> None:
+        guest.why = RuntimeError("no such block")
+        guest.theirs.close()
+
+    world.prepare = breaks
+    with pytest.raises(MigrationError, match="no such block"):
+        world.move()
+    assert world.made[0].calls == ["release"]
+    assert world.source.running
+
+
+def test_a_program_that_ends_is_found_though_no_page_goes_to_it(world: World) -> None:
+    """All pages land in place; nobody writes to the dead program, but somebody looks."""
+
+    def ends(guest: HandingGuest) -> None:
+        guest.why = MigrationError("QEMU ended")
+
+    def waits() -> None:
+        world.made[0].released.wait(10)
+
+    world.prepare = ends
+    world.source.on_call["save_state"] = waits
+    with pytest.raises(MigrationError, match="QEMU ended"):
+        world.move()
+    assert world.made[0].calls == ["release"]
+
+
+def test_a_failed_announcement_is_a_note(world: World) -> None:
+    def fails() -> None:
+        raise OSError("no such command")
+
+    world.prepare = lambda guest: setattr(guest, "announcing", fails)
+    world.move()
+    received = world.listener.wait_for_guest(5)
+    assert [note for note in received.fallbacks if "no such command" in note]
+
+
+def test_a_guest_that_arrives_paused_announces_nothing(world: World) -> None:
+    world.source.pause()
+    world.move()
+    assert not world.listener.wait_for_guest(5).was_running
+    assert world.made[0].calls == ["load_state"]
