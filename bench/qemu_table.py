@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from qemu_guest import Walk
-from qemu_world import Machine, World, build, free_port
+from qemu_world import Machine, World, build
 from waiting import wait_until
 
 MIB = 1 << 20
@@ -131,6 +132,13 @@ class BenchWorld(World):
         return self._start(name, build("SRC"), [*arguments, *start, "-incoming", "defer"])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 Way = Callable[[BenchWorld, Machine, str, Idle], tuple[Machine, Run]]
 
 
@@ -182,7 +190,7 @@ def by_vmth(land: str) -> Way:
         destination = world.waiting(name, stopped=True)
         set_events(source)
         set_events(destination)
-        uri, receiver = world.receive(destination, land, tcp=True)
+        uri, receiver = world.receive(destination, land, uri="tcp:127.0.0.1:0")
         before = cpu_s(source.process.pid), cpu_s(destination.process.pid)
         there = Meter(receiver.process.pid)
         migration = world.migrate(source, uri, "--on-success", "keep")

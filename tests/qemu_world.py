@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -101,22 +101,6 @@ def common_machine(builds: Sequence[Build]) -> str:
     common = frozenset.intersection(*(one.machines for one in builds))
     numbered = [name for name in common if name.startswith("pc-i440fx-") and name[-1].isdigit()]
     return max(numbered, key=lambda name: [int(part) for part in name.split("-")[-1].split(".")])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def listens(uri: str) -> bool:
-    """Found without a connection, which would count as one."""
-    if uri.startswith("unix:"):
-        return Path(uri.removeprefix("unix:")).exists()
-    wanted = f"{int(uri.rsplit(':', 1)[1]):04X}"
-    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return any(row[1].endswith(f":{wanted}") and row[3] == "0A" for row in rows)
 
 
 class Machine:
@@ -324,21 +308,20 @@ class World:
         return command
 
     def receive(
-        self, machine: Machine, land: str, *options: str, tcp: bool = False, **child: Any
+        self, machine: Machine, land: str, *options: str, uri: str = "", **child: Any
     ) -> tuple[str, Command]:
         """A receiver that listens; where."""
         self._count += 1
-        link = self.folder / f"link{self._count}"
-        uri = f"tcp:127.0.0.1:{free_port()}" if tcp else f"unix:{link}"
         command = self.vmth(
             machine,
-            *("receive", "--qmp", str(machine.qmp), uri, "--land", land),
-            *("--once", "--json", *options),
+            *("receive", "--qmp", str(machine.qmp), uri or f"unix:{self.folder}/link{self._count}"),
+            *("--land", land, "--json", *options),
             **child,
         )
-        wait_until(lambda: listens(uri) or command.ended)
-        assert not command.ended, f"vmth receive ended at once: {command.said()}"
-        return uri, command
+        wait_until(lambda: "listening at " in command.said() or command.ended)
+        found = re.search(r"^listening at (\S+)", command.said(), re.MULTILINE)
+        assert found, f"vmth receive ended at once: {command.said()}"
+        return found[1], command
 
     def migrate(self, machine: Machine, uri: str, *options: str, **child: Any) -> Command:
         return self.vmth(
