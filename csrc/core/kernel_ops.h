@@ -5,6 +5,7 @@
  *   bitmap    bitmap.c         bitmap_scalar.c      x86/bitmap_*.c   aarch64/bitmap_neon.c
  *   zero      zero_page.c      zero_scalar.c        x86/zero_*.c     aarch64/zero_neon.c
  *   hash      page_hash.c      hash_scalar.c        x86/hash_*.c     aarch64/hash_neon.c
+ *   delta     delta.c          delta_scalar.c       x86/delta_*.c    aarch64/delta_neon.c
  *
  * The scalar twin defines the answer. A public function checks arguments, asks for the selected
  * implementation once a call, and does everything that is not worth a vector itself. */
@@ -43,6 +44,16 @@ struct hash_ops {
                        size_t page_bytes, size_t zero_blocks);
 };
 
+#define DELTA_PIECE_BYTES ((size_t)4096)
+#define DELTA_PIECE_LINES 64
+
+struct delta_ops {
+    const char *name;
+    /* Compare two pieces of DELTA_PIECE_BYTES. Bit i of masks[l] is set exactly if byte i of cache line l
+     * differs; the result has bit l set exactly if masks[l] is not zero. */
+    uint64_t (*changed)(const uint8_t *base, const uint8_t *now, uint64_t masks[DELTA_PIECE_LINES]);
+};
+
 /* Each is defined only where it is built: kernel_table.c asks. */
 extern const struct bitmap_ops bitmap_scalar;
 extern const struct bitmap_ops bitmap_avx2;
@@ -56,10 +67,15 @@ extern const struct hash_ops hash_scalar;
 extern const struct hash_ops hash_avx2;
 extern const struct hash_ops hash_avx512;
 extern const struct hash_ops hash_neon;
+extern const struct delta_ops delta_scalar;
+extern const struct delta_ops delta_avx2;
+extern const struct delta_ops delta_avx512;
+extern const struct delta_ops delta_neon;
 
 /* The selected implementation; resolved to the default at the first use. Never NULL. */
 const struct bitmap_ops *kernel_bitmap(void);
 const struct zero_ops *kernel_zero(void);
 const struct hash_ops *kernel_hash(void);
+const struct delta_ops *kernel_delta(void);
 
 #endif

@@ -56,7 +56,7 @@ struct family {
     struct implementation implementations[MAX_IMPLEMENTATIONS]; /* best first; scalar runs anywhere */
 };
 
-enum family_index { FAMILY_BITMAP, FAMILY_ZERO, FAMILY_HASH, NFAMILIES };
+enum family_index { FAMILY_BITMAP, FAMILY_ZERO, FAMILY_HASH, FAMILY_DELTA, NFAMILIES };
 
 /* Why each order, measured with bench/kernels_table.py (CPU time, interleaved, medians; one core of an
  * "Intel(R) Xeon(R) Processor" of model 6.167 that others kept busy; speed relative to what is named):
@@ -86,6 +86,11 @@ static const struct family families[NFAMILIES] = {
                       {"avx2", ON_X86(hash_avx2), cpu_avx2},
                       {"neon", ON_AARCH64(hash_neon), cpu_any},
                       {"scalar", &hash_scalar, cpu_any}}},
+    [FAMILY_DELTA] = {"delta",
+                      {{"avx512", ON_X86(delta_avx512), cpu_avx512},
+                       {"avx2", ON_X86(delta_avx2), cpu_avx2},
+                       {"neon", ON_AARCH64(delta_neon), cpu_any},
+                       {"scalar", &delta_scalar, cpu_any}}},
 };
 
 /* NULL until the first use or selection. Each holds one pointer to constant data and is read and
@@ -124,6 +129,11 @@ const struct zero_ops *kernel_zero(void)
 const struct hash_ops *kernel_hash(void)
 {
     return resolve(FAMILY_HASH)->ops;
+}
+
+const struct delta_ops *kernel_delta(void)
+{
+    return resolve(FAMILY_DELTA)->ops;
 }
 
 static enum family_index find_family(const char *name)
