@@ -23,7 +23,7 @@ NOT_BUILT = "neon" if platform.machine() == "x86_64" else "avx2"
 
 
 def test_every_family_ends_with_its_scalar_twin() -> None:
-    assert set(kernels.kernels()) == {"bitmap", "zero", "hash"}
+    assert set(kernels.kernels()) == {"bitmap", "zero", "hash", "delta"}
     for names in kernels.kernels().values():
         assert names[-1] == "scalar"
 
@@ -33,7 +33,7 @@ def test_every_family_ends_with_its_scalar_twin() -> None:
     [
         ("hash", "sse9", "no implementation of that name"),
         ("hash", NOT_BUILT, "not in this build"),
-        ("speed", "scalar", "known are bitmap, zero, hash"),
+        ("speed", "scalar", "known are bitmap, zero, hash, delta"),
     ],
 )
 def test_refusals_say_why_and_change_nothing(family: str, name: str, reason: str) -> None:

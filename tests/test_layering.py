@@ -22,6 +22,7 @@ IMPURE = set(
 )
 NATIVE_FACES = (
     "vmth.kernels",
+    "vmth.codec",
     "vmth.packet",
     "vmth.memory",
     "vmth.dirty",
@@ -35,7 +36,10 @@ NATIVE_FACES = (
 #: the package's root that stands in no layer is a coordinator, below the command line alone.
 LAYERS = [
     ("vmth.errors", "vmth.types", "vmth.units", "vmth.uri", "vmth.stats", "vmth._native"),
-    ("vmth.wire", "vmth.policy", "vmth.guest", "vmth.kernels", "vmth.packet", "vmth.memory"),
+    (
+        *("vmth.wire", "vmth.policy", "vmth.guest"),
+        *("vmth.kernels", "vmth.codec", "vmth.packet", "vmth.memory"),
+    ),
     ("vmth.dirty", "vmth.channel", "vmth.journal", "vmth.events", "vmth.tuning"),
     ("vmth.guests", "vmth.precopy", "vmth.memory_pass", "vmth.rounds"),
     ("vmth",),

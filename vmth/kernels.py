@@ -22,7 +22,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from vmth._native import _kernels, _xfer
+from vmth._native import _codec, _kernels, _xfer
 from vmth.errors import UsageError
 
 __all__ = [
@@ -154,7 +154,8 @@ def select(family: str, name: str) -> None:
     """
     try:
         _kernels.select(family, name)
-        # Its own copy of the same code on the same CPU: what went here goes there.
+        # Their own copies of the same code on the same CPU: what went here goes there.
+        _codec.select(family, name)
         _xfer.select_kernel(family, name)
     except (ValueError, _xfer.TransferError) as error:
         raise UsageError(str(error)) from None

@@ -166,3 +166,47 @@ cdef extern from "vmth/qemu_ram.h" nogil:
     void vmth_qemu_ram_encode(const vmth_qemu_blocks *blocks, uint32_t *block,
                               const vmth_qemu_run *runs, size_t nruns, const uint8_t *data,
                               uint8_t *out)
+
+
+cdef extern from "vmth/codec.h" nogil:
+    enum:
+        VMTH_CODEC_MIN_LEVEL
+        VMTH_CODEC_MAX_LEVEL
+        VMTH_CODEC_COMPRESS
+        VMTH_CODEC_DECOMPRESS
+
+    struct vmth_codec:
+        void *compressor
+        void *decompressor
+
+    int vmth_codec_create(vmth_codec *codec, unsigned uses)
+    void vmth_codec_destroy(vmth_codec *codec)
+    size_t vmth_codec_bytes(const vmth_codec *codec)
+    size_t vmth_codec_compress(vmth_codec *codec, int level, const uint8_t *data, size_t nbytes,
+                               uint8_t *out, size_t room)
+    int vmth_codec_decompress(vmth_codec *codec, const uint8_t *frame, size_t nbytes, uint8_t *out,
+                              size_t exactly)
+    bint vmth_codec_promising(const uint8_t *page, size_t page_bytes)
+
+
+cdef extern from "vmth/delta.h" nogil:
+    int vmth_delta_encode(const uint8_t *base, const uint8_t *now, size_t page_bytes, uint8_t *out,
+                          size_t room, size_t *nbytes)
+    int vmth_delta_apply(uint8_t *page, size_t page_bytes, const uint8_t *delta, size_t nbytes)
+
+
+cdef extern from "vmth/content_index.h" nogil:
+    enum:
+        VMTH_CONTENT_BUCKET_BYTES
+
+    struct vmth_content_index:
+        uint64_t *words
+        uint64_t bucket_mask
+
+    int vmth_content_index_init(vmth_content_index *index, void *memory, size_t nbytes)
+    void vmth_content_index_insert(vmth_content_index *index, const vmth_u128 *content,
+                                   uint16_t block, uint64_t page)
+    bint vmth_content_index_find(const vmth_content_index *index, const vmth_u128 *content,
+                                 uint16_t *block, uint64_t *page)
+    void vmth_content_index_forget(vmth_content_index *index, const vmth_u128 *content,
+                                   uint16_t block, uint64_t page)
