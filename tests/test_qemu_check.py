@@ -76,6 +76,7 @@ CASES: list[Case] = [
     ("version", {"version": [4, 2, 0]}, {}, Level.WARNING, "4.2.0 was never tried"),
     ("version", {"version": [8, 2, 0]}, {"version": [9, 2, 0]}, Level.WARNING, "before 9.0"),
     ("state", {"status": "postmigrate"}, {}, Level.REFUSED, "is in postmigrate"),
+    ("state", {"status": "postmigrate", "migration": "failed"}, {}, Level.REFUSED, "no more"),
     ("state", {"status": "inmigrate"}, {}, Level.REFUSED, "is in inmigrate"),
     ("state", {"status": "guest-panicked"}, {}, Level.WARNING, "stopped by guest-panicked"),
     ("state", {"status": "paused"}, {}, Level.OK, "the source is paused"),

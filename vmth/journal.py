@@ -55,6 +55,7 @@ __all__ = [
     "Side",
     "StateDirectory",
     "default_state_dir",
+    "note_path",
 ]
 
 MAGIC = b"VMTHJRN1"
@@ -275,6 +276,8 @@ class Journal:
         if not self._removed:
             with _as_journal_error(self.path):
                 self.path.unlink(missing_ok=True)
+                if self.side is Side.SOURCE:
+                    note_path(self.path.parent, self.session_id).unlink(missing_ok=True)
                 _fsync_directory(self.path.parent, self._ops)
             self._removed = True
             self.close()
@@ -442,6 +445,12 @@ class StateDirectory:
         if len(session_id) != ID_BYTES:
             raise UsageError(f"session id: {len(session_id)} bytes given, {ID_BYTES} needed")
         return self.path / f"{session_id.hex()}.{side.name.lower()}"
+
+
+def note_path(state_dir: Path, session_id: bytes) -> Path:
+    """Beside a source's journal: what an operator was told about the session, in words. It goes
+    with the journal."""
+    return state_dir / f"{session_id.hex()}.note"
 
 
 def default_state_dir(environ: Mapping[str, str] | None = None, euid: int | None = None) -> Path:

@@ -166,7 +166,13 @@ def _breaks_older(one: Facts, other: Facts) -> bool:
 
 
 def _states(source: Facts, destination: Facts) -> Iterator[_Row]:
-    if source.status in ("inmigrate", "postmigrate", "finish-migrate"):
+    if source.status == "postmigrate" and source.migration in ("failed", "cancelled"):
+        # What 7.2 does with a guest that was paused when its migration failed.
+        yield _refused(
+            "the source is in postmigrate after a migration that failed: QEMU migrates it no more",
+            "give its monitor `cont`, and `stop` if the guest shall stay paused",
+        )
+    elif source.status in ("inmigrate", "postmigrate", "finish-migrate"):
         yield _refused(
             f"the source is in {source.status}: its guest is not there, or went elsewhere",
             "name the monitor of the QEMU that has the guest; `cont` takes back one in postmigrate",
