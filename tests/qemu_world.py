@@ -348,6 +348,12 @@ class World:
         self.hosts.append(destination)
         return Moved(told, received)
 
+    def restore(self, machine: Machine, image: str) -> None:
+        """Load the file that ``vmth save`` wrote."""
+        told = self.vmth(machine, "restore", image, "--qmp", str(machine.qmp), "--json").answer()
+        assert told["exit_code"] == 0, told
+        self.hosts.append(machine)
+
     def qemu_moves(self, source: Machine, destination: Machine) -> None:
         """QEMU's own migration, without vmth: the checks are tried on it."""
         uri = f"unix:{self.folder}/direct"
