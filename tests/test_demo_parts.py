@@ -13,9 +13,7 @@ import pytest
 from vmth.demo.arrival import Arrival
 from vmth.demo.check import GuestCheckReport
 from vmth.demo.compare import compare_memories
-from vmth.demo.meter import MoverCost, MoverMeter
 from vmth.demo.outcome import Outcome
-from vmth.demo.progress import Console, round_line
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
 from vmth.demo.report import json_object, summary_lines
 from vmth.demo.run import account_for_signal
@@ -30,6 +28,8 @@ from vmth.errors import (
 )
 from vmth.events import RoundFinished
 from vmth.guest import StateStream
+from vmth.meter import MoverCost, MoverMeter
+from vmth.progress import Console, round_line
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, RoundStats, TransferCounters
 from vmth.types import Mapping, RamBlock
 

@@ -13,7 +13,6 @@ from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
 from vmth.cli.values import DURATION_MS, DURATION_S, JUMP, ON_OFF, RATE, SIZE
 from vmth.demo.outcome import Outcome
-from vmth.demo.progress import Console
 from vmth.demo.report import json_object, summary_lines
 from vmth.demo.run import run_local, run_receive, run_send
 from vmth.demo.settings import DIRTY_SOURCES, GUEST_KINDS, ArrivalSettings, DemoSettings, new_seed
@@ -22,6 +21,7 @@ from vmth.guests.content import DEFAULT_CONTENT
 from vmth.guests.schedule import WORKLOADS
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.policy.interface import OnStall
+from vmth.progress import Console
 from vmth.wire.messages import Mode
 
 __all__ = ["demo"]

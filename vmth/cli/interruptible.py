@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import click
 
-from vmth.demo.interrupts import Interrupts
 from vmth.errors import CancelledError, ExitCode, VmthError
+from vmth.interrupts import Interrupts
 
 __all__ = ["Line", "interruptible"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from vmth.cli.answers import answer
-from vmth.demo.interrupts import Interrupts
-from vmth.demo.progress import Console
 from vmth.errors import MigrationError
+from vmth.interrupts import Interrupts
 from vmth.options import ReceiveOptions
+from vmth.progress import Console
 from vmth.qemu.landing import Land
 from vmth.qemu.receive import (
     Arrival,

@@ -17,7 +17,6 @@ import msgspec
 
 from vmth.demo.check import GuestCheckReport, check_arrival
 from vmth.demo.guests import ArrivingGuest
-from vmth.demo.meter import MoverCost, MoverMeter
 from vmth.demo.record import TravelRecord
 from vmth.demo.settings import ArrivalSettings
 from vmth.destination_session import ReceiveResult
@@ -26,6 +25,7 @@ from vmth.guest import Guest
 from vmth.guests.spawn import ReadyHolder, choose_guest, spawn_destination
 from vmth.handshake import Incoming
 from vmth.listener import Listener
+from vmth.meter import MoverCost, MoverMeter
 from vmth.options import ReceiveOptions
 from vmth.uri import parse_endpoint
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from vmth.demo.arrival import Arrival
 from vmth.demo.check import GuestCheckReport
-from vmth.demo.meter import MoverCost
 from vmth.demo.record import TravelRecord
 from vmth.demo.settings import DemoSettings
 from vmth.errors import ExitCode, VmthError
 from vmth.guests.requests import Prepared
+from vmth.meter import MoverCost
 from vmth.stats import MigrationResult, RoundStats
 
 __all__ = ["Outcome"]

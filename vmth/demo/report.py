@@ -10,14 +10,19 @@ from typing import Any
 
 from vmth import __version__
 from vmth.demo.check import GuestCheckReport
-from vmth.demo.meter import MoverCost
 from vmth.demo.outcome import Outcome
-from vmth.stats import DowntimeParts, RoundStats
+from vmth.report import (
+    NS_PER_MS,
+    cost_values,
+    fact_line,
+    part_values,
+    round_values,
+    transfer_values,
+)
 from vmth.units import format_duration, format_rate, format_size
 
 __all__ = ["json_object", "summary_lines"]
 
-_NS_PER_MS = 1e6
 GAP_CLOCK = "CLOCK_REALTIME"
 
 
@@ -38,10 +43,10 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "guest_reason": outcome.guest_reason or None,
         "dirty_source": outcome.dirty_source or None,
         "mode": settings.migrate.mode.name.lower() if settings else None,
-        "rounds": [_round(stats) for stats in rounds],
-        "total_time_ms": result.total_ns / _NS_PER_MS if result else None,
-        "downtime_ms": result.downtime_ns / _NS_PER_MS if result else None,
-        "downtime_parts_ms": _parts(result.downtime_parts) if result else None,
+        "rounds": [round_values(stats) for stats in rounds],
+        "total_time_ms": result.total_ns / NS_PER_MS if result else None,
+        "downtime_ms": result.downtime_ns / NS_PER_MS if result else None,
+        "downtime_parts_ms": part_values(result.downtime_parts) if result else None,
         "heartbeat_gap_ms": _ms(arrival.heartbeat_gap_ns) if arrival else None,
         "heartbeat_gap_clock": GAP_CLOCK,
         "heartbeats_lost": check.heartbeats_lost if check else None,
@@ -62,10 +67,10 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         else None,
         "dirty_rate_asked_bps": _rate_asked(outcome),
         "dirty_rate_reached_bps": record.rate_reached_bps if record else None,
-        "transfer": _transfer(outcome),
+        "transfer": transfer_values(result.transfer) if result else None,
         "movers": {
-            "source": _cost(outcome.source_cost),
-            "destination": _cost(arrival.cost if arrival else None),
+            "source": cost_values(outcome.source_cost),
+            "destination": cost_values(arrival.cost if arrival else None),
         },
         "fallbacks": _fallbacks(outcome),
         "notes": outcome.notes,
@@ -79,53 +84,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
 
 
 def _ms(time_ns: int | None) -> float | None:
-    return None if time_ns is None else time_ns / _NS_PER_MS
-
-
-def _round(stats: RoundStats) -> dict[str, Any]:
-    return {
-        "round": stats.round,
-        "pages": stats.pages,
-        "normal_pages": stats.normal_pages,
-        "zero_pages": stats.zero_pages,
-        "hole_pages": stats.hole_pages,
-        "missed_pages": stats.missed_pages,
-        "bytes": stats.bytes,
-        "dirty_pages": stats.dirty_pages,
-        "duration_ns": stats.duration_ns,
-        "bandwidth_bps": stats.bandwidth_bps,
-        "dirty_rate_bps": stats.dirty_rate_bps,
-        "expected_downtime_ms": stats.expected_downtime_ns / _NS_PER_MS,
-        "paused": stats.paused,
-    }
-
-
-def _parts(parts: DowntimeParts) -> dict[str, float]:
-    return {
-        "pause": parts.pause_ns / _NS_PER_MS,
-        "last_pages": parts.last_pages_ns / _NS_PER_MS,
-        "state": parts.state_ns / _NS_PER_MS,
-        "seal": parts.seal_ns / _NS_PER_MS,
-        "grant": parts.grant_ns / _NS_PER_MS,
-        "resume": parts.resume_ns / _NS_PER_MS,
-    }
-
-
-def _cost(cost: MoverCost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    return {
-        "cpu_seconds": cost.cpu_seconds,
-        "peak_memory_bytes": cost.peak_memory_bytes,
-        "start_memory_bytes": cost.start_memory_bytes,
-    }
-
-
-def _transfer(outcome: Outcome) -> dict[str, int] | None:
-    if outcome.result is None:
-        return None
-    counters = outcome.result.transfer
-    return {name: getattr(counters, name) for name in counters.__slots__}
+    return None if time_ns is None else time_ns / NS_PER_MS
 
 
 def _verified_scope(outcome: Outcome) -> str:
@@ -175,21 +134,17 @@ def summary_lines(outcome: Outcome) -> list[str]:
     lines += _check_lines(outcome)
     lines += _cost_lines(outcome)
     for what in _fallbacks(outcome):
-        lines.append(_line("fell back", what))
+        lines.append(fact_line("fell back", what))
     for note in outcome.notes:
-        lines.append(_line("note", note))
+        lines.append(fact_line("note", note))
     if outcome.error:
-        lines.append(_line("failed", outcome.error))
-        lines.append(_line("source guest", _source_text(outcome)))
+        lines.append(fact_line("failed", outcome.error))
+        lines.append(fact_line("source guest", _source_text(outcome)))
     elif outcome.verified:
-        lines.append(_line("verified", f"yes, {_verified_scope(outcome)}"))
+        lines.append(fact_line("verified", f"yes, {_verified_scope(outcome)}"))
     else:
-        lines.append(_line("verified", "no: the digest is off"))
+        lines.append(fact_line("verified", "no: the digest is off"))
     return lines
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:<16} {text}"
 
 
 def _source_text(outcome: Outcome) -> str:
@@ -204,12 +159,12 @@ def _guest_lines(outcome: Outcome) -> list[str]:
     lines = []
     if outcome.guest:
         source = f", dirty pages by {outcome.dirty_source}" if outcome.dirty_source else ""
-        lines.append(_line("guest", f"{outcome.guest} ({outcome.guest_reason}){source}"))
+        lines.append(fact_line("guest", f"{outcome.guest} ({outcome.guest_reason}){source}"))
     record = outcome.record or (outcome.arrival.record if outcome.arrival else None)
     if record is not None:
         asked = _rate_asked(outcome)
         lines.append(
-            _line(
+            fact_line(
                 "workload",
                 f"{record.workload}, seed {record.seed}; dirty rate asked "
                 f"{format_rate(asked) if asked else 'none'}, "
@@ -225,51 +180,53 @@ def _time_lines(outcome: Outcome) -> list[str]:
     if result is not None:
         parts = ", ".join(
             f"{name.replace('_', ' ')} {ms:.2f}"
-            for name, ms in _parts(result.downtime_parts).items()
+            for name, ms in part_values(result.downtime_parts).items()
         )
-        lines.append(_line("total time", format_duration(result.total_ns)))
-        lines.append(_line("downtime", f"{format_duration(result.downtime_ns)} ({parts} ms)"))
+        lines.append(fact_line("total time", format_duration(result.total_ns)))
+        lines.append(fact_line("downtime", f"{format_duration(result.downtime_ns)} ({parts} ms)"))
     if arrival is not None and arrival.heartbeat_gap_ns is not None:
         where = "both ends' " if outcome.role != "local" else ""
         gap = max(0, arrival.heartbeat_gap_ns)
-        lines.append(_line("heartbeat gap", f"{format_duration(gap)} (by {where}{GAP_CLOCK})"))
+        lines.append(fact_line("heartbeat gap", f"{format_duration(gap)} (by {where}{GAP_CLOCK})"))
     if result is not None:
         share = 100 * result.wire_bytes / max(1, result.memory_bytes)
         lines.append(
-            _line(
+            fact_line(
                 "on the wire",
                 f"{format_size(result.wire_bytes)} for {format_size(result.memory_bytes)} of "
                 f"memory ({share:.1f} %)",
             )
         )
         if result.digest_source:
-            lines.append(_line("digest", f"source      {result.digest_source}"))
-            lines.append(_line("", f"destination {result.digest_destination}"))
+            lines.append(fact_line("digest", f"source      {result.digest_source}"))
+            lines.append(fact_line("", f"destination {result.digest_destination}"))
     elif arrival is not None:
         lines.append(
-            _line(
+            fact_line(
                 "on the wire",
                 f"{format_size(arrival.wire_bytes)} for {format_size(arrival.memory_bytes)} of "
                 "memory",
             )
         )
         if arrival.digest:
-            lines.append(_line("digest", f"{arrival.digest} (equal to the source's)"))
+            lines.append(fact_line("digest", f"{arrival.digest} (equal to the source's)"))
     return lines
 
 
 def _check_lines(outcome: Outcome) -> list[str]:
     lines = []
     if outcome.arrival is not None:
-        lines.append(_line("after the move", _check_text(outcome.arrival.check)))
+        lines.append(fact_line("after the move", _check_text(outcome.arrival.check)))
     if outcome.source_check is not None:
-        lines.append(_line("source guest", _check_text(outcome.source_check)))
+        lines.append(fact_line("source guest", _check_text(outcome.source_check)))
     if outcome.result is not None and outcome.result.audited:
-        lines.append(_line("audit", "both paused ends hashed all memory anew: every page equal"))
+        lines.append(
+            fact_line("audit", "both paused ends hashed all memory anew: every page equal")
+        )
     if outcome.arrival is not None and outcome.arrival.bytes_compared:
         nbytes = outcome.arrival.bytes_compared
         lines.append(
-            _line("byte comparison", f"{nbytes} bytes of both paused memories compared: equal")
+            fact_line("byte comparison", f"{nbytes} bytes of both paused memories compared: equal")
         )
     return lines
 
@@ -293,7 +250,7 @@ def _cost_lines(outcome: Outcome) -> list[str]:
         if cost is not None:
             above = max(0, cost.peak_memory_bytes - cost.start_memory_bytes)
             lines.append(
-                _line(
+                fact_line(
                     name,
                     f"{cost.cpu_seconds:.2f} s of CPU, {format_size(cost.peak_memory_bytes)} of "
                     f"memory at its peak ({format_size(above)} above idle)",

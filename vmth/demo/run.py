@@ -21,18 +21,18 @@ from vmth.api import start_migration
 from vmth.demo.arrival import receive_one
 from vmth.demo.check import check_at_home
 from vmth.demo.guests import DepartingGuest, duplicate_memory
-from vmth.demo.interrupts import Interrupted, Interrupts
-from vmth.demo.meter import MoverMeter
 from vmth.demo.mover import DestinationMover
 from vmth.demo.outcome import Outcome
-from vmth.demo.progress import Console
 from vmth.demo.settings import ArrivalSettings, DemoSettings
 from vmth.destination_session import ReceiveResult
 from vmth.errors import ExitCode, InDoubtError, UsageError, VerificationError, VmthError
 from vmth.events import RoundFinished
 from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
+from vmth.interrupts import Interrupted, Interrupts
 from vmth.listener import Listener
+from vmth.meter import MoverMeter
 from vmth.options import MigrateOptions, ReceiveOptions, check_plaintext
+from vmth.progress import Console
 from vmth.units import format_duration, format_size
 from vmth.uri import parse_endpoint
 

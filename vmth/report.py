@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain values of what is counted, as they stand in the JSON of every command. Pure: no I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmth.meter import MoverCost
+from vmth.stats import DowntimeParts, RoundStats, TransferCounters
+
+__all__ = [
+    "NS_PER_MS",
+    "cost_values",
+    "fact_line",
+    "part_values",
+    "round_values",
+    "transfer_values",
+]
+
+NS_PER_MS = 1e6
+
+
+def round_values(stats: RoundStats) -> dict[str, Any]:
+    return {
+        "round": stats.round,
+        "pages": stats.pages,
+        "normal_pages": stats.normal_pages,
+        "zero_pages": stats.zero_pages,
+        "hole_pages": stats.hole_pages,
+        "missed_pages": stats.missed_pages,
+        "bytes": stats.bytes,
+        "dirty_pages": stats.dirty_pages,
+        "duration_ns": stats.duration_ns,
+        "bandwidth_bps": stats.bandwidth_bps,
+        "dirty_rate_bps": stats.dirty_rate_bps,
+        "expected_downtime_ms": stats.expected_downtime_ns / NS_PER_MS,
+        "paused": stats.paused,
+    }
+
+
+def part_values(parts: DowntimeParts) -> dict[str, float]:
+    """Milliseconds."""
+    return {
+        "pause": parts.pause_ns / NS_PER_MS,
+        "last_pages": parts.last_pages_ns / NS_PER_MS,
+        "state": parts.state_ns / NS_PER_MS,
+        "seal": parts.seal_ns / NS_PER_MS,
+        "grant": parts.grant_ns / NS_PER_MS,
+        "resume": parts.resume_ns / NS_PER_MS,
+    }
+
+
+def cost_values(cost: MoverCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "cpu_seconds": cost.cpu_seconds,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+        "start_memory_bytes": cost.start_memory_bytes,
+    }
+
+
+def transfer_values(counters: TransferCounters) -> dict[str, int]:
+    return {name: getattr(counters, name) for name in counters.__slots__}
+
+
+def fact_line(name: str, text: str) -> str:
+    """One line of a summary for people."""
+    return f"{name:<16} {text}"
