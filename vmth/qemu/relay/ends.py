@@ -18,7 +18,6 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Sequence
 from typing import Protocol
 
 from vmth.errors import ChannelError
@@ -33,7 +32,7 @@ from vmth.qemu.relay.frames import (
     Totals,
 )
 
-__all__ = ["Breaker", "BrokenError", "End", "FramedEnd", "PlainEnd", "receive_exactly", "send_all"]
+__all__ = ["Breaker", "BrokenError", "End", "FramedEnd", "PlainEnd", "SourceLostError"]
 
 BUFFER_BYTES = MAX_FRAME_BYTES
 #: How long what was written before a reset may take to leave this machine.
@@ -46,6 +45,10 @@ TCP_NOTSENT_LOWAT = 25  # Python's socket does not name it
 
 class BrokenError(Exception):
     """The connection was broken elsewhere: leave."""
+
+
+class SourceLostError(ConnectionResetError):
+    """Who sent what waits to be written was reset: its bytes in flight go with it."""
 
 
 class Breaker:
@@ -65,12 +68,12 @@ class Breaker:
         poll.register(sock, event)
         return poll
 
-    def wait(self, poll: select.poll, timeout_s: float | None = None) -> bool:
-        """Until the socket is ready. False when the time is up; BrokenError when it fires."""
-        ready = poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
+    def wait(self, poll: select.poll) -> list[tuple[int, int]]:
+        """Until something is ready; what it is. BrokenError when it fires."""
+        ready = poll.poll()
         if self.fired:
             raise BrokenError
-        return bool(ready)
+        return ready
 
     def close(self) -> None:
         os.close(self._fd)
@@ -95,6 +98,10 @@ class End(Protocol):
         """What this side sent before its half-close has been handed on. Then what it has to say
         about that is awaited. Raises as ``receive()``."""
 
+    def heed(self, source: End) -> None:
+        """``send()`` carries what ``source`` says: while it waits it looks whether that one was
+        reset, and raises SourceLostError then."""
+
     def stop_reading(self) -> None:
         """Nobody takes what this side sends any more: let it know where that can be told."""
 
@@ -103,56 +110,6 @@ class End(Protocol):
 
     def close(self) -> None:
         """After both half-closes."""
-
-
-def receive_exactly(
-    sock: socket.socket,
-    breaker: Breaker,
-    poll: select.poll,
-    view: memoryview,
-    deadline: float | None = None,
-) -> int:
-    """Fill ``view``; fewer bytes only at the end of the stream. TimeoutError past ``deadline``."""
-    at = 0
-    while at < len(view):
-        try:
-            nbytes = sock.recv_into(view[at:])
-        except BlockingIOError:
-            left = None if deadline is None else deadline - time.monotonic()
-            if not breaker.wait(poll, left):
-                raise TimeoutError("no answer in time") from None
-            continue
-        if nbytes == 0:
-            break
-        at += nbytes
-        if breaker.fired:
-            raise BrokenError
-    return at
-
-
-def send_all(
-    sock: socket.socket,
-    breaker: Breaker,
-    poll: select.poll,
-    pieces: Sequence[memoryview | bytes],
-    deadline: float | None = None,
-) -> None:
-    """Every byte, in as few calls as the socket takes. TimeoutError past ``deadline``."""
-    left = [memoryview(piece) for piece in pieces if len(piece)]
-    while left:
-        try:
-            sent = sock.sendmsg(left)
-        except BlockingIOError:
-            rest = None if deadline is None else deadline - time.monotonic()
-            if not breaker.wait(poll, rest):
-                raise TimeoutError("not taken in time") from None
-            continue
-        while left and sent >= len(left[0]):
-            sent -= len(left.pop(0))
-        if left:
-            left[0] = left[0][sent:]
-        if breaker.fired:
-            raise BrokenError
 
 
 class _Socket:
@@ -168,8 +125,50 @@ class _Socket:
         self._readable = breaker.watch(sock, select.POLLIN)
         self._writable = breaker.watch(sock, select.POLLOUT)
 
+    def heed(self, source: End) -> None:
+        if isinstance(source, _Socket):
+            self._writable.register(source._sock, 0)  # errors are always told
+
     def close(self) -> None:
         self._sock.close()
+
+    def _fill(self, view: memoryview) -> int:
+        """Fewer bytes only at the end of the stream."""
+        at = 0
+        while at < len(view):
+            try:
+                nbytes = self._sock.recv_into(view[at:])
+            except BlockingIOError:
+                self._breaker.wait(self._readable)
+                continue
+            if nbytes == 0:
+                break
+            at += nbytes
+        return at
+
+    def _send_all(self, *pieces: memoryview | bytes) -> None:
+        """Every byte, in as few calls as the socket takes."""
+        left = [memoryview(piece) for piece in pieces if len(piece)]
+        while left:
+            try:
+                sent = self._sock.sendmsg(left)
+            except BlockingIOError:
+                self._wait_writable()
+                continue
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if left:
+                left[0] = left[0][sent:]
+            if self._breaker.fired:
+                raise BrokenError
+
+    def _wait_writable(self) -> None:
+        for fd, events in self._breaker.wait(self._writable):
+            if fd == self._sock.fileno():
+                continue
+            if events & select.POLLERR:
+                raise SourceLostError(errno.ECONNRESET, "reset while bytes waited to be taken")
+            self._writable.unregister(fd)  # it has closed; what it sent is still to be read
 
     def _reset(self) -> None:
         """RST on TCP, once what was written has left; a unix socket knows only its close."""
@@ -204,7 +203,7 @@ class PlainEnd(_Socket):
                 self._breaker.wait(self._readable)
 
     def send(self, data: memoryview | bytes) -> None:
-        send_all(self._sock, self._breaker, self._writable, (data,))
+        self._send_all(data)
 
     def finish(self) -> None:
         try:
@@ -297,17 +296,16 @@ class FramedEnd(_Socket):
             with contextlib.suppress(OSError):
                 self._sock.settimeout(FLUSH_S)
                 self._sock.sendall(b"".join(self._writer.reset(reason)))
-                self._flush()
-        self._sock.close()
+        self._reset()
 
     def _send(self, frame: tuple[bytes, memoryview | bytes]) -> None:
         self._cut = True
-        send_all(self._sock, self._breaker, self._writable, frame)
+        self._send_all(*frame)
         self._cut = False
 
     def _take(self, nbytes: int) -> memoryview:
         view = self._buffer[:nbytes]
-        got = receive_exactly(self._sock, self._breaker, self._readable, view)
+        got = self._fill(view)
         if got < nbytes:
             raise ChannelError(
                 "the other relay closed the connection without an end"

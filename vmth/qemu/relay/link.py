@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vmth.errors import StreamError, let_frames_go
-from vmth.qemu.relay.ends import Breaker, BrokenError, End
+from vmth.qemu.relay.ends import Breaker, BrokenError, End, SourceLostError
 from vmth.qemu.relay.frames import DamageError
 
 __all__ = ["DRAIN_S", "Direction", "Link", "LinkState", "LinkWatcher"]
@@ -100,6 +100,8 @@ class Link:
         self.reason = ""
         self.damaged = False
         self.near, self.far = near, far
+        near.heed(far)
+        far.heed(near)
         self._breaker = breaker
         self._watched = _Watched(watcher)
         self._on_closed = on_closed
@@ -161,6 +163,8 @@ class Link:
         while len(data := source.receive()):
             try:
                 target.send(data)
+            except SourceLostError:
+                raise
             except (OSError, StreamError) as error:
                 self._cannot_send(direction, source, target, error)
                 return
