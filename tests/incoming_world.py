@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class IncomingWorld:
         self.migration: dict[str, Any] = {}
         self.after_cont = "running"
         self.listens = True
+        self.on_connect: Callable[[], None] | None = None  #: in a thread of its own
         self.folder: Path | None = None
         self.modes: list[int] = []
         self._old = old
@@ -110,6 +112,10 @@ class IncomingWorld:
         self._listener.bind(str(path))
         self._listener.listen(1)
         self.migration = {"status": "setup"}
+        if self.on_connect is not None:
+            thread = threading.Thread(target=self.on_connect)
+            thread.start()
+            self._resources.callback(thread.join)
         return {}
 
     def _cont(self, _: Mapping[str, Any]) -> dict[str, Any]:
