@@ -67,8 +67,11 @@ _LOAD_S = 120.0  #: for QEMU to load the device state
 _RESUME_S = 30.0
 _QUIT_S = 10.0
 _LOOK_S = 0.005
-#: Run states of a guest that was let run; "suspended" is what the guest asked for.
-_RUNS = frozenset({"running", "suspended"})
+#: Run states of a loaded guest in which no vCPU has run yet. Any other means that it has: a guest
+#: may have stopped by itself since (shutdown, panic, an I/O error), and has been here all the same.
+_NOT_STARTED = frozenset(
+    {"inmigrate", "paused", "prelaunch", "postmigrate", "finish-migrate", "restore-vm"}
+)
 #: As QEMU announces a migrated guest by itself.
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -83,6 +86,7 @@ class HeldQemu:
         self.qmp = qmp
         self.process = process
         self._may_have_run = True
+        self._ran = False
         self._released = False
 
     @property
@@ -91,7 +95,7 @@ class HeldQemu:
 
     def pause(self) -> bool:
         """Stop the vCPUs. True if they ran."""
-        if not self.is_running():
+        if self.qmp.status() in _NOT_STARTED:
             return False
         self.qmp.execute("stop")
         return True
@@ -100,15 +104,16 @@ class HeldQemu:
         """Let it run. Raises GuestError with QEMU's reason, for example a disk image whose lock it
         does not get: it is paused then."""
         self.qmp.status()  # raises if QEMU is gone: no vCPU has run then
+        self.qmp.forget_events()
         self._may_have_run = True
         try:
             self.qmp.execute("cont", timeout_s=_RESUME_S)
         except QmpError as error:
             raise GuestError(f"QEMU does not resume: {error.description}") from error
         deadline = time.monotonic() + _RESUME_S
-        while (status := self.qmp.status()) not in _RUNS:
+        while not self.is_running():
             if time.monotonic() >= deadline:
-                raise GuestError(f"QEMU is {status!r} {_RESUME_S:g} s after cont, allowed running")
+                raise GuestError(f"QEMU lets no vCPU run {_RESUME_S:g} s after cont")
             time.sleep(_LOOK_S)
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
@@ -124,8 +129,13 @@ class HeldQemu:
             _quit(self.qmp, self.process)
 
     def is_running(self) -> bool:
+        """True also for a guest that ran here and stopped since, by itself or by somebody's order:
+        the source's copy is not to run then."""
         try:
-            return self.qmp.status() in _RUNS
+            if not self._ran:
+                resumed = self.qmp.wait_event(lambda event: event.name == "RESUME", 0)
+                self._ran = resumed is not None or self.qmp.status() not in _NOT_STARTED
+            return self._ran
         except ChannelError:
             if not self._may_have_run:
                 return False  # nobody ever let it run, and now it is gone
