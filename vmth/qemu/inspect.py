@@ -8,11 +8,12 @@ only the records between the pages are read. multifd takes the main stream and e
 
 from __future__ import annotations
 
+import datetime
 import mmap
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,14 @@ from vmth.qemu.stream import (
     device_sizes,
 )
 
-__all__ = ["Inspector", "Report", "inspect_files", "report_lines", "report_values"]
+__all__ = [
+    "ImageReport",
+    "Inspector",
+    "Report",
+    "inspect_files",
+    "report_lines",
+    "report_values",
+]
 
 FEED_BYTES = 4 << 20
 #: How far from the end a vmdescription is looked for.
@@ -89,6 +97,26 @@ class ChannelReport:
     compressions: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageReport:
+    """What only an image of a saved VM says (docs/images.md)."""
+
+    version: int
+    name: str
+    uuid: str
+    created_unix_ns: int
+    qemu_version: str
+    vmth_version: str
+    running: bool
+    live: bool
+    page_bytes: int
+    memory_bytes: int
+    frames: int
+    superseded_pages: int  #: stored, and stored again later
+    absent_pages: int  #: of the VM, not stored
+    digest: str
+
+
 @dataclass(slots=True)
 class Report:
     """What was found. ``faults``: no QEMU would load it; ``remarks``: what was not understood."""
@@ -112,6 +140,7 @@ class Report:
     passed_through_bytes: int = 0
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    image: ImageReport | None = None
 
 
 def inspect_files(paths: Sequence[Path]) -> Report:
@@ -405,12 +434,14 @@ def report_values(report: Report) -> dict[str, Any]:
         "passed_through_bytes": report.passed_through_bytes,
         "remarks": report.remarks,
         "faults": report.faults,
+        "image": None if report.image is None else asdict(report.image),
     }  # fmt: skip
 
 
 def report_lines(report: Report) -> Iterator[str]:
     """The report for people."""
     yield f"{report.file}: {report.nbytes} bytes, machine {report.machine or 'not said'}"
+    yield from _image_lines(report)
     for hint in report.hints:
         yield f"  hint: {hint}"
     for name, value in report.configuration.items():
@@ -441,6 +472,24 @@ def report_lines(report: Report) -> Iterator[str]:
         yield f"  remark: {remark}"
     for fault in report.faults:
         yield f"  FAULT: {fault}"
+
+
+def _image_lines(report: Report) -> Iterator[str]:
+    image = report.image
+    if image is None:
+        return
+    when = datetime.datetime.fromtimestamp(image.created_unix_ns // 10**9, datetime.UTC)
+    was = "running" if image.running else "paused"
+    how = "live" if image.live else "cold"
+    yield (
+        f"  saved: {when:%Y-%m-%d %H:%M:%S} UTC, {how}, the guest was {was}; QEMU "
+        f"{image.qemu_version}, vmth {image.vmth_version}, image version {image.version}"
+    )
+    yield f"  VM: name {image.name or 'not said'}, uuid {image.uuid or 'none'}"
+    yield (
+        f"  memory: {image.memory_bytes} bytes in {image.frames} frames, {image.superseded_pages} "
+        f"pages superseded, {image.absent_pages} not stored, digest {image.digest}"
+    )
 
 
 def _counts(pages: dict[str, int]) -> str:

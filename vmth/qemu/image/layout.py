@@ -36,6 +36,7 @@ __all__ = [
     "MAX_META_BYTES",
     "MAX_PAGES",
     "MAX_PAYLOAD_BYTES",
+    "MAX_STATE_BYTES",
     "RECORD_BYTES",
     "RUN16",
     "VERSION",
@@ -69,6 +70,8 @@ MAX_PAYLOAD_BYTES = (2 << 20) - RECORD_BYTES
 MAX_META_BYTES = 1 << 20
 #: The stream up to its first pages.
 MAX_HEAD_BYTES = 16 << 20
+#: The stream behind its last pages.
+MAX_STATE_BYTES = 1 << 30
 #: Kept by a reader for the whole file.
 MAX_FRAMES = (1 << 32) - 2
 MAX_BLOCKS = 4096

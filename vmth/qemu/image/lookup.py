@@ -38,7 +38,8 @@ class PageIndex:
         self._count = self._nruns = 0
         self._offsets: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
         self._first_run: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
-        self._runs: Runs16 = np.zeros(0, dtype=RUN16)
+        #: Of all frames, in the order of the file.
+        self.runs: Runs16 = np.zeros(0, dtype=RUN16)
         self._maps: dict[int, npt.NDArray[np.uint32]] = {}
         self._lock = threading.Lock()
 
@@ -78,7 +79,7 @@ class PageIndex:
         if self._count != end.frames:
             damaged(where, "frames", self._count, end.frames)
         frames = np.concatenate([np.zeros(0, dtype=INDEX_FRAME), *(f for f, _ in self._parts)])
-        self._runs = np.concatenate([self._runs, *(r for _, r in self._parts)])
+        self.runs = np.concatenate([self.runs, *(r for _, r in self._parts)])
         self._parts.clear()
         state = np.array([end.state_offset], dtype=np.uint64)
         self._offsets = np.concatenate([frames["offset"], state])
@@ -89,9 +90,9 @@ class PageIndex:
             damaged(where, "place of the first frame", int(self._offsets[0]), pages_offset)
         if not (self._offsets[1:] > self._offsets[:-1]).all():
             damaged(where, "places of frames", "not rising", "rising")
-        data = self._runs["kind"] == PAGE
-        normal = int(self._runs["npages"][data].sum(dtype=np.uint64))
-        zero = int(self._runs["npages"].sum(dtype=np.uint64)) - normal
+        data = self.runs["kind"] == PAGE
+        normal = int(self.runs["npages"][data].sum(dtype=np.uint64))
+        zero = int(self.runs["npages"].sum(dtype=np.uint64)) - normal
         if (normal, zero) != (end.normal_pages, end.zero_pages):
             damaged(
                 where, "normal and zero pages", (normal, zero), (end.normal_pages, end.zero_pages)
@@ -112,7 +113,7 @@ class PageIndex:
         return at, int(self._offsets[number + 1]) - at
 
     def runs_of(self, number: int) -> Runs16:
-        return self._runs[int(self._first_run[number]) : int(self._first_run[number + 1])]
+        return self.runs[int(self._first_run[number]) : int(self._first_run[number + 1])]
 
     def compare(self, number: int, frame: Frame, where: str) -> None:
         """Raises StreamError if a frame's runs are not those of the index."""
@@ -152,9 +153,9 @@ class PageIndex:
             table = np.zeros(npages, dtype=np.uint32)
         except MemoryError:
             raise RefusedError(f"no memory for a table of {4 * npages} bytes") from None
-        mine = np.flatnonzero(self._runs["block"] == block)
+        mine = np.flatnonzero(self.runs["block"] == block)
         numbers = np.searchsorted(self._first_run, mine, side="right")
-        runs = self._runs[mine]
+        runs = self.runs[mine]
         pages, counts = runs["page"].tolist(), runs["npages"].tolist()
         for number, page, count in zip(numbers.tolist(), pages, counts, strict=True):
             table[page : page + count] = number

@@ -29,6 +29,7 @@ from vmth.qemu.image.layout import (
     END_BYTES,
     HEADER_BYTES,
     MAX_HEAD_BYTES,
+    MAX_STATE_BYTES,
     RECORD_BYTES,
     End,
     Kind,
@@ -155,9 +156,13 @@ class Image:
     def state(self) -> Iterator[bytes]:
         """The stream behind the last pages, in pieces, checked."""
         sequence, at = self._first_sequence + self.end.frames, self.end.state_offset
+        nbytes = 0
         while at < self.end.index_offset:
             where = f"record at {at}"
             head, payload = self._record(at, self.end.index_offset, sequence, Kind.STATE)
+            nbytes += head.content_bytes
+            if nbytes > MAX_STATE_BYTES:
+                damaged(where, "bytes of the state", nbytes, f"at most {MAX_STATE_BYTES}")
             yield bytes(self._unpacker.unpack(head.codec, payload, head.content_bytes, where))
             at += head.size_bytes
             sequence += 1

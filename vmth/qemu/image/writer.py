@@ -28,6 +28,7 @@ from vmth.qemu.image.layout import (
     INDEX_HEAD,
     MAX_CONTENT_BYTES,
     MAX_HEAD_BYTES,
+    MAX_STATE_BYTES,
     End,
     Kind,
     RecordHead,
@@ -104,6 +105,7 @@ class ImageWriter:
         self._cap = 4 * workers
         self._index = _Index(self._packer)
         self._state_part = bytearray()
+        self._state_bytes = 0
         self._state_offset: int | None = None
         self.stats = WriterStats()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vmth-pack")
@@ -128,6 +130,11 @@ class ImageWriter:
     def state(self, data: bytes | bytearray | memoryview) -> None:
         """More of the stream behind the last pages: after the first call no pages may come."""
         self._end_pages()
+        self._state_bytes += len(data)
+        if self._state_bytes > MAX_STATE_BYTES:
+            raise RefusedError(
+                f"device state of {self._state_bytes} bytes, allowed {MAX_STATE_BYTES}"
+            )
         self._state_part += data
         while len(self._state_part) >= MAX_CONTENT_BYTES:
             self._record(Kind.STATE, bytes(self._state_part[:MAX_CONTENT_BYTES]))
