@@ -31,7 +31,12 @@ extract_packages() {
     suite=$1 backports=$2 names=$3
     [ "$(uname -m)" = x86_64 ] || die "$version can be fetched for x86_64 only, this is $(uname -m)"
     command -v apt-get >/dev/null || die "no apt-get here, and $version comes from Debian's packages"
-    command -v mmdebstrap >/dev/null || install_packages mmdebstrap
+    lacking=''
+    command -v mmdebstrap >/dev/null || lacking=mmdebstrap
+    [ -f /usr/share/keyrings/debian-archive-keyring.gpg ] \
+        || lacking="$lacking debian-archive-keyring" # Debian's derivatives come without
+    # shellcheck disable=SC2086 # names without spaces
+    [ -z "$lacking" ] || install_packages $lacking
     from=${VMTH_QEMU_MIRROR:-$(mirror)}
     from=${from:-http://deb.debian.org/debian}
 
@@ -52,6 +57,6 @@ extract_packages() {
         --setup-hook='mkdir -p "$1/etc/apt/preferences.d"' \
         --setup-hook="copy-in '$work/preferences' /etc/apt/preferences.d" \
         "$suite" "$work/root" "$work/sources.list" >&2 </dev/null \
-        || die "could not fetch $version from $from; is it a mirror with $suite $backports, and does /usr/share/keyrings have Debian's keys? VMTH_QEMU_MIRROR names another mirror"
+        || die "could not fetch $version from $from; is it a mirror with $suite $backports? VMTH_QEMU_MIRROR names another mirror"
     chmod 755 "$work"
 }

@@ -66,9 +66,10 @@ missing_packages() {
     compiler_finds zstd.h || printf 'libzstd-dev '
     python_has_venv "$python" || printf 'python3-venv '
     python_has_headers "$python" || printf 'python3-dev '
-    # Only the tests need it; they set this before vmth_setup.
-    [ -z "${VMTH_NEEDS_QEMU:-}" ] || command -v qemu-system-x86_64 >/dev/null \
-        || printf 'qemu-system-x86 '
+    # Only the tests need QEMU, and what fetches other versions; they set this before vmth_setup.
+    [ -n "${VMTH_NEEDS_QEMU:-}" ] || return 0
+    command -v qemu-system-x86_64 >/dev/null || printf 'qemu-system-x86 '
+    command -v mmdebstrap >/dev/null || printf 'mmdebstrap '
 }
 
 # Install the packages named, by apt as root or by sudo without a password.
