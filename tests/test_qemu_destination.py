@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_qmp import FakeError
+from fake_qmp import FakeError, HangUp
 from incoming_world import IncomingWorld
 from listener_world import open_files
 
@@ -207,8 +207,9 @@ def test_a_qemu_that_is_gone_never_ran_if_nobody_let_it(world: World) -> None:
 
 def test_a_qemu_that_is_gone_after_cont_may_have_run(world: World) -> None:
     guest = world.loaded()
-    guest.resume()
-    world.fake.hang_up()
+    world.fake.answers["cont"] = HangUp
+    with pytest.raises(ChannelError):
+        guest.resume()
     with pytest.raises(ChannelError):
         guest.is_running()
 
