@@ -426,7 +426,7 @@ def _capabilities(source: Facts, destination: Facts) -> Iterator[_Row]:
 
 
 def _landing(source: Facts, destination: Facts) -> Iterator[_Row]:
-    if destination.shared_backends and "x-ignore-shared" in destination.capabilities:
+    if destination.shared_backends:
         yield _ok(f"memory: {_some(destination.shared_backends)} is shared at the destination")
     else:
         yield _ok("stream: no memory backend at the destination is shared (share=on)")
