@@ -116,8 +116,11 @@ class Steering:
             try:
                 order()
             except ChannelError as error:
-                # Busy with its last pages, or gone, which the stream's reader sees.
+                # Gone, which the stream's reader sees; or busy, perhaps with its last pages: an
+                # order that it did not hear must still reach it.
                 log.info("steering the source QEMU: %s", error)
+                if self._qmp.lost is None:
+                    self._orders.put(order)
             except VmthError as error:
                 self._trouble = self._trouble or error
 

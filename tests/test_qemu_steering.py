@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders to a source QEMU, and what it tells, on a monitor that answers late, badly or never."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_qmp import FakeError, FakeQmp, HangUp, Silence
+from waiting import wait_until
+
+from vmth.errors import RefusedError
+from vmth.qemu.qmp import Qmp
+from vmth.qemu.settings import MigrationSettings
+from vmth.qemu.steering import MAX_DOWNTIME_LIMIT_MS, Steering
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeQmp]:
+    with FakeQmp(tmp_path / "qmp") as server:
+        yield server
+
+
+@pytest.fixture
+def steering(fake: FakeQmp) -> Iterator[Steering]:
+    with Qmp(fake.path) as qmp, Steering(qmp, MigrationSettings(qmp)) as helm:
+        qmp.timeout_s = 0.05
+        yield helm
+
+
+@pytest.mark.parametrize(
+    ("limit_ns", "limit_ms"),
+    [(250 * MS, 250), (1, 1), (0, MAX_DOWNTIME_LIMIT_MS), (1 << 62, MAX_DOWNTIME_LIMIT_MS)],
+)
+def test_a_downtime_is_allowed_in_qemus_unit(
+    fake: FakeQmp, steering: Steering, limit_ns: int, limit_ms: int
+) -> None:
+    steering.allow_downtime(limit_ns)
+    wait_until(lambda: fake.parameters["downtime-limit"] == limit_ms)
+    steering.check()
+
+
+def test_an_order_that_was_not_answered_is_given_again(fake: FakeQmp, steering: Steering) -> None:
+    unheard = iter([Silence(), Silence()])
+
+    def busy(arguments: Mapping[str, Any]) -> Any:
+        for silence in unheard:
+            raise silence
+        return fake._set_parameters(arguments)
+
+    fake.answers["migrate-set-parameters"] = busy
+    steering.allow_downtime(0)
+    wait_until(lambda: fake.parameters["downtime-limit"] == MAX_DOWNTIME_LIMIT_MS)
+    steering.check()
+
+
+def test_an_order_to_a_qemu_that_is_gone_is_not_repeated(fake: FakeQmp, steering: Steering) -> None:
+    fake.answers["query-migrate-parameters"] = HangUp
+    steering.allow_downtime(1)
+    wait_until(lambda: steering._qmp.lost is not None)
+    steering.close()
+    steering.check()
+    assert fake.commands() == ["query-migrate-parameters"]
+
+
+def test_a_refusal_is_told_at_the_next_check(fake: FakeQmp, steering: Steering) -> None:
+    fake.answers["migrate-set-parameters"] = FakeError("GenericError", "not now")
+    steering.allow_downtime(1)
+    steering.close()
+    with pytest.raises(RefusedError, match="not now"):
+        steering.check()
+
+
+def test_passes_stops_and_what_is_left_are_heard(fake: FakeQmp, steering: Steering) -> None:
+    fake.answers["query-migrate"] = {
+        "status": "active",
+        "ram": {"remaining": 4096},
+        "cpu-throttle-percentage": 30,
+    }
+    fake.emit("MIGRATION_PASS", **{"pass": 3})
+    wait_until(lambda: (steering.remaining_bytes, steering.throttle_percent) == (4096, 30))
+    assert steering.passes == 3 and steering.stopped_ns is None
+    fake.emit("STOP")
+    wait_until(lambda: steering.stopped_ns is not None)
+    fake.emit("RESUME")
+    wait_until(lambda: steering.stopped_ns is None)
