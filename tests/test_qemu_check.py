@@ -249,10 +249,10 @@ def test_bad_facts_of_a_peer_are_a_stream_error(entries: dict[str, str]) -> None
 
 # ---- the fake ------------------------------------------------------------------------------------
 
-RAMBLOCKS = """
+RAMBLOCKS = """\
               Block Name    PSize              Offset               Used              Total
                   pc.ram    4 KiB  0x0000000000000000 0x0000000040000000 0x0000000040000000
-      a name with spaces    2 MiB  0x0000000004080000 0x0000000000001000 0x0000000000200000 rw
+  a name with spaces 2 MiB  0x00000000040800 0x000000001000 0x000000200000 0x00007f4723e00000 rw
 garbage 0xzz
 """
 

@@ -20,6 +20,7 @@ import msgspec
 
 from vmth.errors import StreamError, UsageError
 from vmth.guests.spawn import available_memory_bytes
+from vmth.qemu.landing import listed_blocks
 from vmth.qemu.qmp import Qmp, QmpError
 
 __all__ = ["Cpu", "Device", "Disk", "Facts", "RamRow", "gather"]
@@ -206,21 +207,11 @@ def _family(qmp: Qmp, machine: str) -> list[str]:
 
 
 def _ram(qmp: Qmp) -> list[RamRow]:
-    """From the human monitor's table, which every version has: name, page size, offset, used size,
-    total size, and more columns in newer ones. Names may hold spaces."""
-    table = _ask(qmp, "human-monitor-command", **{"command-line": "info ramblock"})
-    rows = []
-    for line in str(table or "").splitlines():
-        fields = line.split()
-        at = next((i for i, field in enumerate(fields) if field.startswith("0x")), len(fields))
-        if at < 3 or len(fields) < at + 3:
-            continue
-        try:
-            used_bytes, max_bytes = int(fields[at + 1], 16), int(fields[at + 2], 16)
-        except ValueError:
-            continue
-        rows.append(RamRow(" ".join(fields[: at - 2]), used_bytes, max_bytes))
-    return sorted(rows, key=lambda row: row.idstr)
+    rows = (listed_blocks(qmp) or {}).values()
+    return sorted(
+        (RamRow(row.idstr, row.used_length, row.max_length) for row in rows),
+        key=lambda row: row.idstr,
+    )
 
 
 def _resident_bytes(pid: int) -> int:
