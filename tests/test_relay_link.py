@@ -194,6 +194,7 @@ def test_breaking_wakes_a_blocked_writer_and_an_idle_reader() -> None:
         assert links[1].state is LinkState.BROKEN
 
 
+@pytest.mark.slow
 @PEERS
 def test_reset_is_carried_past_a_reader_that_has_stopped(peers: bool) -> None:
     with carried(peers=peers, tcp=True) as world:

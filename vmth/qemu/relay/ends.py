@@ -159,8 +159,8 @@ class _Socket:
                 sent -= len(left.pop(0))
             if left:
                 left[0] = left[0][sent:]
-            if self._breaker.fired:
-                raise BrokenError
+                if self._breaker.fired:
+                    raise BrokenError
 
     def _wait_writable(self) -> None:
         for fd, events in self._breaker.wait(self._writable):

@@ -170,6 +170,8 @@ class Link:
                 return
             self._count(direction, len(data))
             self._watched.carried(direction, data)
+            if self._breaker.fired:
+                return
         try:
             target.finish()
         except (OSError, StreamError) as error:
@@ -201,8 +203,11 @@ class Link:
                 return
         # The last thread out; nobody else uses the ends any more.
         if self.reason:
+            # At once, each on its own: one that does not read must not keep the news from the other.
+            other = threading.Thread(target=self.far.abort, args=(self.reason,))
+            other.start()
             self.near.abort(self.reason)
-            self.far.abort(self.reason)
+            other.join()
         else:
             self.near.close()
             self.far.close()

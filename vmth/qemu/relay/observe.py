@@ -55,8 +55,7 @@ class ConnectionWatch:
         if self._overrun:
             return
         nbytes = len(data) + ENTRY_BYTES
-        waiting = sum(self._queued.values()) - sum(self._taken.values())
-        if waiting + nbytes > BACKLOG_BYTES:
+        if self.waiting_bytes + nbytes > BACKLOG_BYTES:
             self._overrun = True
             self._observer.put(lambda: self._lose("the observer did not keep up"))
             return
@@ -67,6 +66,11 @@ class ConnectionWatch:
         # What a connection begins with says what it is, before anything is answered.
         if first or self._staged_bytes[direction] >= BATCH_BYTES:
             self._hand_over(direction)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Copies that were not looked at yet; may be a little too high while they are."""
+        return sum(self._queued.values()) - sum(self._taken.values())
 
     def finished(self, direction: Direction) -> None:
         self._hand_over(direction)
