@@ -36,6 +36,7 @@ from qemu_guest import Walk, disk_beat, firmware, make_disk, read_beats
 from qemu_process import qemu_binary
 from waiting import wait_until
 
+from vmth.errors import ChannelError
 from vmth.qemu.qmp import Qmp
 
 __all__ = ["MEMORY_BYTES", "Build", "Command", "Machine", "Moved", "World", "build", "modern_build"]
@@ -144,9 +145,11 @@ class Machine:
 
     def status(self) -> str:
         """QEMU's run state; "gone" once its process has ended."""
-        if self.process.poll() is not None:
+        try:
+            return self.monitor.status()
+        except ChannelError:
+            self.process.wait(TIMEOUT_S)
             return "gone"
-        return self.monitor.status()
 
     def execute(self, command: str, **arguments: Any) -> Any:
         return self.monitor.execute(command, arguments)
@@ -362,7 +365,7 @@ class World:
         source.execute("migrate-set-capabilities", capabilities=wanted)
         source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
         source.execute("migrate", uri=uri)
-        source.monitor.wait_event(
+        assert source.monitor.wait_event(
             lambda event: event.name == "MIGRATION" and event.data["status"] == "completed",
             TIMEOUT_S,
         )

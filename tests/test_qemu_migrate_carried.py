@@ -59,7 +59,7 @@ def drive(source: Machine, destination: Machine, uri: str) -> None:
     source.execute("migrate-set-capabilities", capabilities=RETURN_PATH)
     source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
     source.execute("migrate", uri=uri)
-    source.monitor.wait_event(
+    assert source.monitor.wait_event(
         lambda event: event.name == "MIGRATION" and event.data["status"] == "completed", 60
     )
     wait_until(lambda: destination.status() in ("paused", "prelaunch"))
