@@ -23,6 +23,7 @@ from vmth.errors import MigrationError
 from vmth.handshake import Incoming, make_offer, read_exactly
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.source_session import SourceSession
 from vmth.uri import parse_endpoint
 from vmth.wire.framing import (
     PREAMBLE_REPLY_BYTES,
@@ -249,7 +250,9 @@ def test_pages_that_land_after_the_seal_are_found_at_the_grant(
 
     def sneak() -> None:
         ready.wait(5)
-        sender = jobs[0]._session._sender
+        session = jobs[0]._session
+        assert isinstance(session, SourceSession)
+        sender = session._sender
         assert sender is not None
         source.views[0][:8] = 99
         sender.send(0, 0, 1, np.array([1], dtype=np.uint64), 9)

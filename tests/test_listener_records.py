@@ -22,6 +22,7 @@ import vmth
 from vmth.destination_record import DestinationRecord
 from vmth.destination_session import ReceiveResult
 from vmth.errors import MigrationError
+from vmth.job import JobSession
 from vmth.journal import Side, StateDirectory
 from vmth.options import ReceiveOptions
 from vmth.source_session import SourceSession
@@ -162,8 +163,8 @@ def test_a_connection_lost_after_the_seal_is_given_back_on_another(world: World)
     source.resume()
     lost: list[str] = []
 
-    def lose(session: SourceSession) -> None:
-        assert session._control is not None
+    def lose(session: JobSession) -> None:
+        assert isinstance(session, SourceSession) and session._control is not None
         session._control._sock.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: "aborted" in listener.states().values())
         lost.append("the control connection")

@@ -8,16 +8,31 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vmth.errors import UsageError, let_frames_go
-from vmth.events import Completed, Event, Failed
+from vmth.events import Completed, Event, EventLog, Failed
 from vmth.stats import JobStats, MigrationResult
+from vmth.tuning import Tuning
 
-if TYPE_CHECKING:
-    from vmth.source_session import SourceSession
+__all__ = ["JobSession", "MigrationJob"]
 
-__all__ = ["MigrationJob"]
+
+class JobSession(Protocol):
+    """What a job runs: a ``SourceSession``, or one with something around it."""
+
+    @property
+    def session_id(self) -> bytes: ...
+    @property
+    def events(self) -> EventLog: ...
+    @property
+    def tuning(self) -> Tuning: ...
+    def cancel(self, reason: str) -> None: ...
+    def retune(
+        self, bandwidth_bps: int | None, downtime_limit_ns: int | None, timeout_ns: int | None
+    ) -> None: ...
+    def stats(self) -> JobStats: ...
+    def run(self) -> MigrationResult: ...
 
 
 class MigrationJob:
@@ -26,7 +41,7 @@ class MigrationJob:
     alone calls the guest.
     """
 
-    def __init__(self, session: SourceSession) -> None:
+    def __init__(self, session: JobSession) -> None:
         self._session = session
         self._result: MigrationResult | None = None
         self._error: BaseException | None = None

@@ -201,6 +201,7 @@ class SourceSession:
         """Returns when the guest runs at the destination and is released here. Raises
         MigrationError or a child; unless that is InDoubtError or
         NotResumedError the guest runs (or stays paused, as it was) here."""
+        self._started_ns = self._clock()
         try:
             try:
                 self._meet()

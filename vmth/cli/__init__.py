@@ -16,6 +16,7 @@ from vmth.cli.answers import fail
 from vmth.cli.check import check
 from vmth.cli.demo import demo
 from vmth.cli.inspect import inspect
+from vmth.cli.migrate import migrate
 from vmth.cli.probe import probe
 from vmth.cli.receive import receive
 from vmth.cli.recover import recover
@@ -50,6 +51,7 @@ def cli() -> None:
 cli.add_command(check)
 cli.add_command(demo)
 cli.add_command(inspect)
+cli.add_command(migrate)
 cli.add_command(probe)
 cli.add_command(receive)
 cli.add_command(recover)

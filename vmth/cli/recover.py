@@ -11,7 +11,7 @@ import click
 from vmth.cli.answers import answer
 from vmth.cli.values import DURATION_S
 from vmth.errors import ExitCode
-from vmth.guests.spawn import find
+from vmth.qemu.source import find_guest
 from vmth.recovery import recover as recover_sessions
 
 __all__ = ["recover"]
@@ -44,7 +44,7 @@ def recover(
     while that is not known: then the exit code is 7, and the command may be given again.
     """
     sessions = recover_sessions(
-        find, state_dir=state_dir, session_id=session_id, timeout_s=timeout / 1e9
+        find_guest, state_dir=state_dir, session_id=session_id, timeout_s=timeout / 1e9
     )
     code = ExitCode.IN_DOUBT if any(row.in_doubt for row in sessions) else ExitCode.OK
     if as_json:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vmth migrate``: move the guest of a QEMU to a ``vmth receive``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmth.channel.sockets import LinkOptions
+from vmth.cli.answers import answer
+from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE
+from vmth.errors import UsageError
+from vmth.policy.interface import OnStall
+from vmth.progress import Console
+from vmth.qemu.departure import depart, departure_lines, departure_values
+from vmth.qemu.migrate import ON_SUCCESS, QemuMigrateOptions
+
+__all__ = ["migrate"]
+
+
+@click.command()
+@click.argument("uri")
+@click.option(
+    "--qmp", required=True, metavar="PATH", help="Monitor of the QEMU that has the guest."
+)
+@click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
+@click.option(
+    "--bandwidth", type=RATE, default="0", help="Cap over all channels, as 1Gbit/s or 125MB/s."
+)
+@click.option(
+    "--downtime-limit",
+    type=DURATION_MS,
+    default="300ms",
+    show_default=True,
+    help="Switch over when the rest fits into this.",
+)
+@click.option("--timeout", type=DURATION_S, default="0", help="Of the whole move; 0: none.")
+@click.option(
+    "--on-stall",
+    type=click.Choice([choice.value for choice in OnStall]),
+    default=OnStall.PAUSE.value,
+    show_default=True,
+    help="When rounds stop shrinking or the timeout comes: pause the guest and send the rest, "
+    "cancel, or let --auto-converge throttle it and cancel if that does not help.",
+)
+@click.option("--auto-converge", is_flag=True, help="QEMU slows the guest's vCPUs down at need.")
+@click.option("--parallel", is_flag=True, help="QEMU sends over several connections (multifd).")
+@click.option(
+    "--parallel-connections",
+    type=click.IntRange(1, 64),
+    help="How many, and as many page channels; implies --parallel.  [default: 2]",
+)
+@click.option(
+    "--channels", type=int, help="Page channels, 1 to 64.  [default: 1, or as many as QEMU's]"
+)
+@click.option(
+    "--on-success",
+    type=click.Choice(ON_SUCCESS),
+    default="quit",
+    show_default=True,
+    help="What becomes of the QEMU here when its guest runs elsewhere; keep: it stays, paused.",
+)
+@click.option(
+    "--digest",
+    type=ON_OFF,
+    default="on",
+    show_default=True,
+    help="Digest of all memory, compared before the source is let go. Off: nothing is verified.",
+)
+@click.option("--postcopy", is_flag=True, help="Not supported yet.")
+@click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
+@click.option("--interface", default="", help="Local network interface to use.")
+@click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63.")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
+)
+@click.pass_context
+def migrate(
+    context: click.Context, /, uri: str, qmp: str, as_json: bool, postcopy: bool, **given: Any
+) -> None:
+    """Move the guest of a running QEMU to the vmth receive at URI.
+
+    QEMU is not changed: its settings for migrations are set for this one and put back. The guest
+    runs at the destination only when the digests of all its memory were equal there and this QEMU
+    has given it up; until then any failure leaves it running here. A paused guest arrives paused.
+
+    Ctrl-C cancels, the guest runs on here; a second Ctrl-C ends everything at once.
+
+    \b
+    Examples:
+      vmth migrate --qmp src.sock tcp:HOST:4444 --insecure
+      vmth migrate --qmp src.sock tcp:HOST:4444 --insecure --parallel-connections 4
+    """
+    if postcopy:
+        raise UsageError("--postcopy: not supported yet; allowed: a migration without it")
+    console = Console(sys.stderr if as_json else sys.stdout)
+    departure = depart(qmp, uri, _options(given), console)
+    if as_json:
+        answer(departure_values(departure))
+    if as_json and departure.error:
+        click.echo(f"vmth: error: {departure.error}", err=True)
+    for line in () if as_json else departure_lines(departure):
+        console.say(line)
+    context.exit(int(departure.exit_code))
+
+
+def _options(given: dict[str, Any]) -> QemuMigrateOptions:
+    connections = given["parallel_connections"] or (2 if given["parallel"] else 0)
+    return QemuMigrateOptions(
+        channels=given["channels"] or max(1, connections),
+        multifd_channels=connections,
+        bandwidth_bps=given["bandwidth"],
+        downtime_limit_ns=given["downtime_limit"],
+        timeout_ns=given["timeout"],
+        on_stall=OnStall(given["on_stall"]),
+        auto_converge=given["auto_converge"],
+        on_success=given["on_success"],
+        digest=given["digest"],
+        insecure=given["insecure"],
+        state_dir=given["state_dir"],
+        link=LinkOptions(
+            source_address=given["bind"], interface=given["interface"], dscp=given["dscp"]
+        ),
+    )
