@@ -19,7 +19,7 @@ from vmth.qemu.settings import MigrationSettings
 
 #: step -> (class, method, after which call of it; 0: before the first one)
 STEPS: dict[str, tuple[type, str, int]] = {
-    "settings": (MigrationSettings, "saved", 1),
+    "settings": (MigrationSettings, "apply", 1),
     "pages": (ImageWriter, "pages", 20),
     "checked": (Image, "check", 1),
     "shut": (OutgoingStream, "shut", 0),

@@ -51,18 +51,25 @@ class IncomingStream:
     """One load. Not thread-safe but for ``trouble()``. A context manager: leaving it closes.
 
     ``timeout_s``: how long QEMU may take nothing of what is written. ``log``: the end of what QEMU
-    printed, for whoever has that: QEMU says there what was wrong with a stream. ``close()`` before
+    printed, for whoever has that: QEMU says there what was wrong with a stream. ``lock_late``:
+    image locks are taken when the guest is resumed, not when it is loaded. ``close()`` before
     everything was loaded makes the load fail: that QEMU is of no further use and should be quit.
     Every method may raise ChannelError when QEMU's monitor is gone.
     """
 
     def __init__(
-        self, qmp: Qmp, *, timeout_s: float = 60.0, log: Callable[[], str] | None = None
+        self,
+        qmp: Qmp,
+        *,
+        timeout_s: float = 60.0,
+        log: Callable[[], str] | None = None,
+        lock_late: bool = True,
     ) -> None:
         self.notes: list[str] = []  #: what is weaker with this QEMU than with others
         self._qmp = qmp
         self._timeout_s = timeout_s
         self._log = log
+        self._lock_late = lock_late
         self._settings = MigrationSettings(qmp)
         self._writer = StreamWriter()
         self._returned = ReturnPathReader()
@@ -76,8 +83,9 @@ class IncomingStream:
         self._check_waits()
         self._execute("stop", {})  # it shall not run by itself once loaded, even without -S
         try:
-            unknown = self._settings.apply(CAPABILITIES, {})
-            if "late-block-activate" in unknown:
+            late = {"late-block-activate": self._lock_late}
+            unknown = self._settings.apply({**CAPABILITIES, **late}, {})
+            if "late-block-activate" in unknown and self._lock_late:
                 self.notes.append(
                     "this QEMU has no late-block-activate: it takes the locks of its disk images "
                     "as soon as it has loaded"

@@ -154,8 +154,8 @@ class _Restore:
         self._check_file()
         verify_ns = time.monotonic_ns() - began
         self._check_fits()
-        status = self._load(head)
         running = image.meta.running if self._options.run is None else self._options.run
+        status = self._load(head, running)
         if running:
             status = self._resume()
         end = image.end
@@ -203,10 +203,11 @@ class _Restore:
 
     # ---- the stream ----------------------------------------------------------------------------
 
-    def _load(self, head: _Head) -> str:
+    def _load(self, head: _Head, running: bool) -> str:
         """All of it; QEMU's run state then. A failure ends that QEMU, which has a part of a guest
         and could not take in another."""
-        stream = IncomingStream(self._qmp, timeout_s=self._options.timeout_s)
+        # QEMU before 10.0 aborts when a guest that was loaded so and never resumed moves on.
+        stream = IncomingStream(self._qmp, timeout_s=self._options.timeout_s, lock_late=running)
         stream.start()
         try:
             with stream:

@@ -49,7 +49,13 @@ from vmth.qemu.image.intake import Intake, StreamHead
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.save_guard import SaveGuard, put_vm_back
-from vmth.qemu.settings import MigrationSettings, is_over, migration_status
+from vmth.qemu.settings import (
+    MigrationSettings,
+    capabilities_of,
+    is_over,
+    migration_status,
+    parameters_of,
+)
 from vmth.qemu.stream import StreamFinished
 
 __all__ = ["OnSuccess", "SaveOptions", "SaveProgress", "SaveResult", "save"]
@@ -242,6 +248,7 @@ class _Save:
         if status not in MAY_BE_SAVED:
             raise RefusedError(
                 f"the VM at {self._qmp.path} is {status!r}, allowed: {', '.join(MAY_BE_SAVED)}"
+                + (": QEMU lets it move again only after cont" if status == "postmigrate" else "")
             )
         migration = migration_status(self._qmp)
         if not is_over(migration):
@@ -254,8 +261,7 @@ class _Save:
     def _save(self, guard: SaveGuard, stack: contextlib.ExitStack) -> tuple[End, int]:
         """Everything up to the file's name. What raises leaves the VM to ``_back``."""
         options = self._options
-        self._apply_settings()
-        guard.begin(self._settings.saved())
+        self._apply_settings(guard)
         stack.callback(self._qmp.on_event(self._passes.take))
         if self._ran and not options.live:
             self._qmp.execute("stop")
@@ -271,15 +277,21 @@ class _Save:
         self._file.publish()
         return end, verify_ns
 
-    def _apply_settings(self) -> None:
+    def _apply_settings(self, guard: SaveGuard) -> None:
+        """The guard is told first what is there."""
         options = self._options
-        unknown = self._settings.apply(
-            CAPABILITIES,
+        wanted = {
+            "max-bandwidth": options.bandwidth_bps or UNBOUNDED_BPS,
+            "downtime-limit": max(1, options.downtime_limit_ns // 1_000_000),
+        }
+        have, values = capabilities_of(self._qmp), parameters_of(self._qmp)
+        guard.begin(
             {
-                "max-bandwidth": options.bandwidth_bps or UNBOUNDED_BPS,
-                "downtime-limit": max(1, options.downtime_limit_ns // 1_000_000),
-            },
+                "capabilities": {name: have[name] for name in CAPABILITIES if name in have},
+                "parameters": {name: values[name] for name in wanted if name in values},
+            }
         )
+        unknown = self._settings.apply(CAPABILITIES, wanted)
         missing = {name for name, state in CAPABILITIES.items() if state} & {*unknown}
         if missing:
             raise RefusedError(f"this QEMU has no {', '.join(sorted(missing))}: 2.10 or later has")

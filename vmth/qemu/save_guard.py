@@ -143,7 +143,7 @@ def _act(order: Mapping[str, Any]) -> str:
         status = qmp.status()
     if published:
         return f"the file is whole, and the guest is {status!r}"
-    return f"there is no file, and the guest is {status!r}, as it was"
+    return f"there is no file, and the guest is {status!r}"
 
 
 def _monitor(path: str) -> Qmp:
