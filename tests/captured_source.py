@@ -30,6 +30,7 @@ class CapturedSource:
     def __init__(self, data: bytes, *, was_running: bool = True) -> None:
         self.running = self.was_running = was_running
         self.released = False
+        self.before_state: Callable[[], None] = lambda: None  #: all pages have landed
         self.memory: dict[str, mmap.mmap] = {}
         self.head = b""
         self.devices = b""
@@ -88,6 +89,7 @@ class CapturedSource:
         self.running = True
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
+        self.before_state()
         write(StateStream(DEVICE_STREAM, 1, self.devices))
 
     def load_state(self, streams: Iterable[StateStream]) -> None:

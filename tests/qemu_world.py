@@ -233,6 +233,11 @@ class Command:
         assert told["exit_code"] == code
         return told
 
+    def answers(self) -> list[dict[str, Any]]:
+        """Of a command that answers several times, once it has ended."""
+        self.wait()
+        return [json.loads(line) for line in self._out.read_text().splitlines()]
+
     def kill(self) -> None:
         if not self.ended:
             self.process.send_signal(signal.SIGKILL)

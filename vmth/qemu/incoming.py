@@ -136,9 +136,11 @@ class IncomingStream:
                 raise self._failure(f"it shut the stream with status {message.status}")
 
     def await_loaded(self, timeout_s: float) -> str:
-        """Return when QEMU has loaded everything and holds the guest, paused: its run state. Raises
-        MigrationError with QEMU's reason; QEMU then runs nothing."""
+        """Everything was written. Return when QEMU has loaded it and holds the guest, paused: its
+        run state. Raises MigrationError with QEMU's reason; QEMU then runs nothing."""
         self._ending = True  # QEMU may close from now on
+        with contextlib.suppress(OSError):  # it has closed: what it said is read below
+            self._connection.shutdown(socket.SHUT_WR)  # it shall not wait for what is missing
         deadline = time.monotonic() + timeout_s
         while not isinstance(message := self._next_message(deadline, timeout_s), Shut):
             pass
