@@ -53,7 +53,7 @@ class Arrivals(World):
         source.kill()
         return bytes(data)
 
-    def move(self, source: CapturedSource, uri: str) -> MigrationResult:
+    def departs(self, source: CapturedSource, uri: str) -> MigrationResult:
         assert self.facts is not None
         told = source.entries() | self.facts.entries() | self.entries
         return source.move(uri, cold(state_dir=self.folder / "source.state", guest_info=told))
@@ -88,7 +88,7 @@ def source(world: Arrivals) -> Iterator[CapturedSource]:
 def arrives(world: Arrivals, source: CapturedSource, land: str, shared: bool) -> dict[str, Any]:
     there = world.await_guest("there", build("DST"), shared=shared)
     uri, receiver = world.receive(there, land)
-    result = world.move(source, uri)
+    result = world.departs(source, uri)
     told = receiver.answer()
     assert told["verified"] and result.verified
     assert told["verified_scope"] == result.verified_scope == told["landing"]
@@ -140,7 +140,7 @@ def test_state_that_qemu_does_not_load_leaves_the_source(
     there = world.await_guest("there", build("DST"))
     uri, receiver = world.receive(there, "auto")
     with pytest.raises(MigrationError, match=r"could not load|ended while it loaded"):
-        world.move(source, uri)
+        world.departs(source, uri)
     told = receiver.answer()
     assert told["exit_code"] == 1 and told["source_runs"] and told["error"]
     assert source.running and not source.released
@@ -155,18 +155,18 @@ def test_another_machine_is_refused_and_the_waiting_qemu_stays(
     assert world.facts is not None
     facts, world.facts = world.facts, replace_facts(world.facts, memory_bytes=1 << 30)
     with pytest.raises(RefusedError, match="memory"):
-        world.move(source, uri)
+        world.departs(source, uri)
     assert receiver.answer()["exit_code"] == 3
     assert there.status() == "inmigrate"
     world.facts = facts
     uri, receiver = world.receive(there, "auto")
-    world.move(source, uri)
+    world.departs(source, uri)
     assert receiver.answer()["status"] == "running"
 
 
 def test_a_qemu_that_vmth_starts_lives_on(world: Arrivals, source: CapturedSource) -> None:
     uri, receiver = world.receive_command("there")
-    world.move(source, uri)
+    world.departs(source, uri)
     told = receiver.answer()
     assert told["started"] and told["status"] == "running" and told["landing"] == "memory"
     with Qmp(told["qmp"]) as qmp:
@@ -181,7 +181,7 @@ def test_a_qemu_that_vmth_starts_ends_with_a_failure(
     source.devices = source.devices[:3000]
     uri, receiver = world.receive_command("there")
     with pytest.raises(MigrationError, match="load of migration failed"):  # of QEMU's own log
-        world.move(source, uri)
+        world.departs(source, uri)
     assert receiver.answer()["exit_code"] == 1
     assert not list(world.machines[0].state_dir.glob("qemu-*"))
     assert source.running
@@ -192,7 +192,7 @@ def test_a_command_line_that_qemu_refuses_is_told_to_the_source(
 ) -> None:
     uri, receiver = world.receive_command("there", "--land", "stream", more=("-device", "nonsense"))
     with pytest.raises(RefusedError, match="nonsense"):
-        world.move(source, uri)
+        world.departs(source, uri)
     assert receiver.answer()["exit_code"] == 3
     assert not list(world.machines[0].state_dir.glob("qemu-*"))
 
@@ -204,11 +204,11 @@ def test_a_killed_receiver_leaves_nothing_that_the_next_does_not_end(
     uri, receiver = world.receive_command("there")
     source.before_state = receiver.kill
     with pytest.raises(MigrationError):
-        world.move(source, uri)
+        world.departs(source, uri)
     assert source.running
     source.before_state = lambda: None
     uri, receiver = world.receive_command("there")
-    world.move(source, uri)
+    world.departs(source, uri)
     told = receiver.answer()
     assert told["status"] == "running"
     (folder,) = world.machines[0].state_dir.glob("qemu-*")
@@ -230,7 +230,7 @@ def test_sigterm_ends_it_and_the_qemu_that_was_loading(
 
     source.before_state = terminate
     with pytest.raises(MigrationError):
-        world.move(source, uri)
+        world.departs(source, uri)
     assert source.running
     assert there.process.wait(10) in (0, 1)
 
@@ -239,9 +239,9 @@ def test_it_keeps_listening_when_told_to(world: Arrivals, source: CapturedSource
     uri, receiver = world.receive_command("there", "--keep-listening")
     source.devices, whole = source.devices[:3000], source.devices
     with pytest.raises(MigrationError):
-        world.move(source, uri)
+        world.departs(source, uri)
     source.devices = whole
-    world.move(source, uri)
+    world.departs(source, uri)
     wait_until(lambda: " is here: " in receiver.said())
     receiver.process.send_signal(signal.SIGINT)
     assert receiver.wait() == 130
