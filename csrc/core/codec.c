@@ -88,33 +88,33 @@ int vmth_codec_decompress(struct vmth_codec *codec, const uint8_t *in, size_t nb
 /* ---- promise ----------------------------------------------------------------------------------- */
 
 enum {
-    SAMPLE_WORDS = 32, /* of 8 bytes each, spread evenly over the page */
-    SAMPLE_BYTES = SAMPLE_WORDS * 8,
-    /* Sum of the squared counts of 256 samples: 511 on average, with deviation 22, where all 256 values
-     * are as likely; 700 where the bytes carry 7.2 bits. */
-    UNEVEN_SQUARES = 700,
-    PROBE_BYTES = 4096, /* looked at for repeats */
-    REPEAT_SLOTS = 1024,
-    REPEATS_IN = 32 /* one word of so many must have been seen before */
+    SAMPLE_WORDS = 16, /* of 8 bytes each, spread evenly over the page */
+    /* Sum of the squared counts of the sampled bytes: 192 on average, with deviation 11, where all 256
+     * values are as likely; 260 where the bytes carry 7 bits. */
+    UNEVEN_SQUARES = 260,
+    /* Repeats: the first KNOWN_WORDS set their bits, then every seventh word behind them is asked for. By
+     * chance one of these 64 has its bit set. */
+    PROBE_WORDS = 512,
+    KNOWN_WORDS = 64,
+    PROBE_STEP = 7, /* odd: records of a power of two would else show the same field */
+    FILTER_BITS = 4096,
+    REPEATS = 7
 };
 
 static bool bytes_are_uneven(const uint8_t *page, size_t page_bytes)
 {
-    uint16_t counts[256];
+    uint8_t counts[256];
     uint32_t squares = 0;
     const size_t stride = page_bytes / SAMPLE_WORDS;
 
     memset(counts, 0, sizeof(counts));
-    for (size_t at = 0; at < page_bytes; at += stride) {
+    for (unsigned i = 0; i < SAMPLE_WORDS && squares <= UNEVEN_SQUARES; i++) {
         /* Another place of the cache line each time, so that records of one size show all fields. */
-        const uint8_t *from = page + at + at / stride % 8 * 8;
+        const uint8_t *from = page + i * stride + i % 8 * 8;
 
-        for (size_t i = 0; i < 8; i++) {
-            counts[from[i]]++;
+        for (unsigned k = 0; k < 8; k++) {
+            squares += 2u * counts[from[k]]++ + 1; /* (n + 1)^2 - n^2 */
         }
-    }
-    for (size_t value = 0; value < 256; value++) {
-        squares += (uint32_t)counts[value] * counts[value];
     }
     return squares > UNEVEN_SQUARES;
 }
@@ -122,21 +122,21 @@ static bool bytes_are_uneven(const uint8_t *page, size_t page_bytes)
 /* Content that is even in its bytes may still repeat itself. */
 static bool words_repeat(const uint8_t *page)
 {
-    const size_t nwords = PROBE_BYTES / 8;
-    uint16_t seen[REPEAT_SLOTS]; /* index of the last word of a slot, plus one */
-    size_t repeats = 0;
+    uint64_t filter[FILTER_BITS / 64];
+    unsigned repeats = 0;
 
-    memset(seen, 0, sizeof(seen));
-    for (size_t i = 0; i < nwords; i++) {
-        const uint64_t word = load_le64(page + 8 * i);
-        uint16_t *slot = &seen[(word * 0x9e3779b97f4a7c15u) >> 54];
+    memset(filter, 0, sizeof(filter));
+    for (unsigned i = 0; i < PROBE_WORDS; i += i < KNOWN_WORDS ? 1 : PROBE_STEP) {
+        const uint64_t bit = (load_le64(page + 8 * i) * 0x9e3779b97f4a7c15u) >> 52;
+        const uint64_t before = filter[bit / 64] >> (bit % 64) & 1;
 
-        if (*slot != 0 && load_le64(page + 8 * (size_t)(*slot - 1)) == word) {
-            repeats++;
+        if (i < KNOWN_WORDS) {
+            filter[bit / 64] |= UINT64_C(1) << (bit % 64);
+        } else {
+            repeats += (unsigned)before;
         }
-        *slot = (uint16_t)(i + 1);
     }
-    return repeats >= nwords / REPEATS_IN;
+    return repeats >= REPEATS;
 }
 
 bool vmth_codec_promising(const uint8_t *page, size_t page_bytes)

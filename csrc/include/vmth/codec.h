@@ -62,7 +62,7 @@ VMTH_MUST_CHECK int vmth_codec_decompress(struct vmth_codec *codec, const uint8_
 /* Is one page (page_bytes a multiple of 4096) worth a try? A byte here and there shows whether some
  * values are more frequent than others (text, code, random letters); if none is, whole words are looked
  * at for repeats. False means that zstd would very likely not make it smaller by an eighth: encrypted or
- * compressed content. Costs one to two hundredths of compressing a page that compresses. */
+ * compressed content. Costs about a hundredth of compressing the page. */
 bool vmth_codec_promising(const uint8_t *page, size_t page_bytes);
 
 VMTH_END_DECLS
