@@ -107,9 +107,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
         "guest": "qemu",
         "qmp": departure.qmp,
         "mode": "live",
-        "rounds": [
-            round_values(stats) for stats in (result.rounds if result else departure.rounds)
-        ],
+        "rounds": [round_values(stats) for stats in rounds],
         "total_time_ms": result.total_ns / NS_PER_MS if result else None,
         "downtime_ms": result.downtime_ns / NS_PER_MS if result else None,
         "downtime_parts_ms": part_values(result.downtime_parts) if result else None,

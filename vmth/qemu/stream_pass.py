@@ -108,7 +108,7 @@ class StreamPass:
         while not self._take(self.stream.next_event(LOOK_S)):
             self._look()
         self.was_running = self.tools.pause_guest()
-        self._finish_round(paused=True)
+        self._finish_round()
         stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
         return FinalPass(
             tuple(self.rounds), self.was_running, stopped_ns, self._ended_ns, self.tools.clock()
@@ -212,13 +212,14 @@ class StreamPass:
         self.tools.emit(RoundStarted(self._round_started_ns, self._round, expected_pages))
 
     def _next_round(self) -> None:
-        self._finish_round(paused=bool(self._ended_ns))
+        self._finish_round()
         self._round += 1
         self._begin_round()
 
-    def _finish_round(self, *, paused: bool) -> None:
+    def _finish_round(self) -> None:
         """Everything so far has landed. While the guest runs, the policy is asked."""
         sender, tools = self.tools.sender, self.tools
+        stopped = bool(self._ended_ns)
         while not sender.barrier(self._round, LOOK_NS):
             self._check_late()
         self._ahead.clear()
@@ -230,14 +231,14 @@ class StreamPass:
             self._before,
             sender.counters(),
             tools.clock() - self._round_started_ns,
-            0 if paused else self.helm.remaining_bytes // tools.page_bytes,
+            0 if stopped else self.helm.remaining_bytes // tools.page_bytes,
             tools.page_bytes,
-            paused,
+            stopped and self._round_started_ns >= self._ended_ns,
         )
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
             del self.rounds[1]
-        if paused:
+        if stopped:
             tools.emit(RoundFinished(tools.clock(), stats, None))
             return
         decision = tools.policy.decide(self._view())
