@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,6 +155,23 @@ def read_to_break(sock: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return bytes(received)
+
+
+@contextmanager
+def relay_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``vmth relay --json`` as a process of its own, and the address that it listens on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmth", "relay", "--json", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        yield process, process.stderr.readline().split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def frames_of(data: bytes) -> list[bytes]:

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import qemu_streams as qs
-from relay_world import TIMEOUT_S, read_to_break, read_to_end
+from relay_world import TIMEOUT_S, read_to_break, read_to_end, relay_process
 
 from vmth.errors import ChannelError, ExitCode, UsageError
 from vmth.qemu.relay import Peer, Relay, RelayOptions, RelayReport, report_lines, report_values
@@ -447,28 +445,11 @@ def test_a_connection_that_may_belong_to_several_says_so() -> None:
 # ---- the command -------------------------------------------------------------------------------
 
 
-@contextmanager
-def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and the address that it listens on."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vmth", "relay", "--json", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stderr is not None
-        yield process, process.stderr.readline().split()[-1]
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.slow
 def test_the_first_signal_drains_and_the_second_breaks(tmp_path: Path) -> None:
     with (
         listening(tmp_path / "out") as listener,
-        command("--listen", "tcp:127.0.0.1:0", "--connect", f"unix:{tmp_path}/out") as (
+        relay_process("--listen", "tcp:127.0.0.1:0", "--connect", f"unix:{tmp_path}/out") as (
             process,
             at,
         ),
@@ -493,7 +474,7 @@ def test_the_first_signal_drains_and_the_second_breaks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_ends_an_idle_relay_cleanly(tmp_path: Path) -> None:
     path = tmp_path / "in"
-    with command("--listen", f"unix:{path}", "--connect", "unix:/nowhere") as (process, _):
+    with relay_process("--listen", f"unix:{path}", "--connect", "unix:/nowhere") as (process, _):
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0 and "Traceback" not in stderr

@@ -203,7 +203,7 @@ class Link:
                 return
         # The last thread out; nobody else uses the ends any more.
         if self.reason:
-            # At once, each on its own: one that does not read must not keep the news from the other.
+            # Each on its own: one that does not read must not keep the news from the other.
             other = threading.Thread(target=self.far.abort, args=(self.reason,))
             other.start()
             self.near.abort(self.reason)
