@@ -113,6 +113,8 @@ class _Connection:
             n = self.sock.recv_into(view[self._filled :], most, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # it closed without having read all that it was answered
+            n = 0
         except OSError as error:
             raise ChannelError(f"the source QEMU's stream: {error}") from error
         self.ended = n == 0

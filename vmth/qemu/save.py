@@ -43,6 +43,7 @@ from vmth.qemu.image import (
     ImageWriter,
     Meta,
     WriterStats,
+    check_level,
     digest_text,
 )
 from vmth.qemu.image.intake import Intake, StreamHead
@@ -165,6 +166,7 @@ def save(
     """
     options = options or SaveOptions()
     target = Path(os.path.abspath(path))
+    check_level(options.level)
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(AtomicFile(target, replace=options.replace))

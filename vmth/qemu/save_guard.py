@@ -22,7 +22,7 @@ from vmth.errors import ChannelError, NotResumedError, RefusedError, VmthError
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import is_over, migration_status, put_back
 
-__all__ = ["SaveGuard", "put_vm_back"]
+__all__ = ["SaveGuard", "act", "put_vm_back"]
 
 #: For a QEMU to notice that its stream is gone; then it is told to cancel.
 NOTICES_S = 10.0
@@ -130,12 +130,14 @@ def main() -> None:
         return
     order = json.loads(first)
     try:
-        print(f"vmth: the save to {order['path']} was killed; {_act(order)}", file=sys.stderr)
+        print(f"vmth: the save to {order['path']} was killed; {act(order)}", file=sys.stderr)
     except VmthError as error:
         print(f"vmth: error: the save to {order['path']} was killed: {error}", file=sys.stderr)
 
 
-def _act(order: Mapping[str, Any]) -> str:
+def act(order: Mapping[str, Any]) -> str:
+    """Do what is left to do for a save that was killed; what was done, for people. Raises as
+    ``put_vm_back``."""
     published = _identity(order["path"]) == tuple(order["identity"])
     run = bool(order["ran"] and (order["resume"] or not published))
     with _monitor(order["qmp"]) as qmp:

@@ -2,7 +2,7 @@
 """Saved VMs as files: format, writer, reader (docs/images.md)."""
 
 from vmth.qemu.image.atomic import AtomicFile
-from vmth.qemu.image.codec import DEFAULT_LEVEL, MAX_LEVEL
+from vmth.qemu.image.codec import DEFAULT_LEVEL, MAX_LEVEL, check_level
 from vmth.qemu.image.digest import FrameDigest, digest_text
 from vmth.qemu.image.frames import Frame
 from vmth.qemu.image.layout import End, is_image
@@ -22,6 +22,7 @@ __all__ = [
     "Meta",
     "SavedBlock",
     "WriterStats",
+    "check_level",
     "digest_text",
     "is_image",
 ]

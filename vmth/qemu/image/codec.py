@@ -18,7 +18,7 @@ try:
 except ImportError:
     zstandard = None
 
-__all__ = ["DEFAULT_LEVEL", "MAX_LEVEL", "Packer", "Unpacker"]
+__all__ = ["DEFAULT_LEVEL", "MAX_LEVEL", "Packer", "Unpacker", "check_level"]
 
 #: Level 3 saves 5 % more of ordinary files and takes 1.5 times as long.
 DEFAULT_LEVEL = 1
@@ -27,15 +27,21 @@ MAX_LEVEL = 19
 WORTH_IT = 15 / 16
 
 
+def check_level(level: int) -> None:
+    """Raises UsageError for a level that there is not, or that zstandard would be needed for."""
+    if not 0 <= level <= MAX_LEVEL:
+        raise UsageError(f"compression level: received {level}, allowed 0 to {MAX_LEVEL}")
+    if level:
+        _need_zstandard("saving with compression")
+
+
 class Packer:
-    """One thread's. ``level`` 0: nothing is packed."""
+    """One thread's. ``level`` 0: nothing is packed. Raises as ``check_level``."""
 
     def __init__(self, level: int) -> None:
-        if not 0 <= level <= MAX_LEVEL:
-            raise UsageError(f"compression level: received {level}, allowed 0 to {MAX_LEVEL}")
+        check_level(level)
         self._zstd: Any = None
         if level:
-            _need_zstandard("saving with compression")
             # The record's checksum covers the frame.
             self._zstd = zstandard.ZstdCompressor(
                 level=level, write_checksum=False, write_content_size=True
