@@ -19,7 +19,14 @@ from qmp_qemu import QmpQemu
 
 from vmth.cli import cli, main
 from vmth.errors import RefusedError, StreamError, UsageError
-from vmth.qemu.check import Finding, Level, compare, finding_lines, raise_if_refused
+from vmth.qemu.check import (
+    Finding,
+    Level,
+    check_source,
+    compare,
+    finding_lines,
+    raise_if_refused,
+)
 from vmth.qemu.facts import MAX_JSON_BYTES, Cpu, Device, Disk, Facts, RamRow, gather
 from vmth.qemu.qmp import Qmp
 
@@ -187,6 +194,21 @@ def test_a_ramblock_must_fit_its_twin(
 def test_landing_in_memory_needs_a_shared_backend() -> None:
     (finding,) = judged(SOURCE, changed(DESTINATION, shared_backends=["pc.ram"]), "landing")
     assert finding.detail == "memory: pc.ram is shared at the destination"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ({"status": "postmigrate", "migration": "failed"}, "state: .*give its monitor `cont`"),
+        ({"status": "postmigrate", "migration": "completed"}, "state: .*went elsewhere"),
+        ({"migration": "a-status-of-later"}, "state: .*migrates already"),
+        ({"blocked": ["a", "b"]}, "blockers: .*says: a.*blockers: .*says: b"),
+    ],
+)
+def test_the_source_alone_can_be_refused(source: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RefusedError, match=reason):
+        raise_if_refused(check_source(changed(SOURCE, **source)))
+    raise_if_refused(check_source(SOURCE))
 
 
 def test_a_refusal_names_every_reason_and_way_out() -> None:

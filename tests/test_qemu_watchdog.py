@@ -163,7 +163,7 @@ def test_a_qemu_that_went_too_is_told_as_gone(tmp_path: Path) -> None:
             qemu.kill()
             killed.kill()
             killed.await_watchdog()
-    assert "its QEMU is gone, and the guest with it" in killed.said
+    assert "its QEMU is gone too" in killed.said and "next: vmth recover" in killed.said
 
 
 # ---- on the fake, in this process ----------------------------------------------------------------

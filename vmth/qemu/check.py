@@ -21,12 +21,14 @@ import msgspec
 from vmth.errors import RefusedError
 from vmth.qemu.facts import Disk, Facts, gather
 from vmth.qemu.qmp import Qmp
+from vmth.qemu.settings import is_over
 from vmth.units import format_size
 
 __all__ = [
     "Finding",
     "Level",
     "check_pair",
+    "check_source",
     "check_values",
     "compare",
     "finding_lines",
@@ -90,6 +92,15 @@ def compare(source: Facts, destination: Facts) -> list[Finding]:
         Finding(level, subject, _printable(detail), _printable(way_out))
         for subject, judge in _JUDGES
         for level, detail, way_out in judge(source, destination)
+    ]
+
+
+def check_source(source: Facts) -> list[Finding]:
+    """What can be said of the source alone, before anybody is asked. Pure."""
+    return [
+        Finding(level, subject, _printable(detail), _printable(way_out))
+        for subject, judge in (("state", _source_states), ("blockers", _blockers))
+        for level, detail, way_out in judge(source)
     ]
 
 
@@ -166,6 +177,17 @@ def _breaks_older(one: Facts, other: Facts) -> bool:
 
 
 def _states(source: Facts, destination: Facts) -> Iterator[_Row]:
+    yield from _source_states(source)
+    if destination.status == "inmigrate":
+        yield _ok("the destination waits for a guest")
+    else:
+        yield _refused(
+            f"the destination is {destination.status} and waits for no guest",
+            "start it with -S -incoming defer; each takes one guest only",
+        )
+
+
+def _source_states(source: Facts) -> Iterator[_Row]:
     if source.status == "postmigrate" and source.migration in ("failed", "cancelled"):
         # What 7.2 does with a guest that was paused when its migration failed.
         yield _refused(
@@ -183,20 +205,17 @@ def _states(source: Facts, destination: Facts) -> Iterator[_Row]:
         )
     else:
         yield _ok(f"the source is {source.status}")
-    if source.migration in ("setup", "active", "device", "pre-switchover", "postcopy-active"):
+    if not is_over(source.migration):
         yield _refused(
             f"the source migrates already ({source.migration})", "wait for it, or migrate_cancel"
-        )
-    if destination.status == "inmigrate":
-        yield _ok("the destination waits for a guest")
-    else:
-        yield _refused(
-            f"the destination is {destination.status} and waits for no guest",
-            "start it with -S -incoming defer; each takes one guest only",
         )
 
 
 def _blocked(source: Facts, destination: Facts) -> Iterator[_Row]:
+    yield from _blockers(source)
+
+
+def _blockers(source: Facts) -> Iterator[_Row]:
     for reason in source.blocked:
         yield _refused(f"the source's QEMU says: {reason}", "remove what blocks, by hot-unplug")
     if not source.blocked:

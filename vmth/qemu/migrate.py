@@ -33,10 +33,11 @@ from vmth.job import MigrationJob
 from vmth.journal import default_state_dir
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.interface import OnStall
+from vmth.qemu.check import check_source, raise_if_refused
 from vmth.qemu.facts import gather
 from vmth.qemu.outgoing import MAX_CHANNELS
 from vmth.qemu.qmp import Qmp
-from vmth.qemu.settings import MigrationSettings, is_over, parameters_of
+from vmth.qemu.settings import MigrationSettings, parameters_of
 from vmth.qemu.source import QemuSource
 from vmth.qemu.steering import Steering
 from vmth.qemu.watchdog import Watchdog
@@ -228,17 +229,7 @@ class QemuMigration:
     def _look_at_qemu(self) -> None:
         """Raises RefusedError for a QEMU that cannot migrate now; nothing is touched yet."""
         facts = gather(self._qmp)
-        if not is_over(facts.migration):
-            raise RefusedError(
-                f"{self._qmp.path}: a migration goes on already: {facts.migration!r}"
-            )
-        if facts.status in ("inmigrate", "postmigrate", "finish-migrate"):
-            raise RefusedError(
-                f"{self._qmp.path}: the guest is {facts.status!r}, allowed one that runs or is "
-                "paused"
-            )
-        if facts.blocked:
-            raise RefusedError(f"{self._qmp.path}: QEMU cannot migrate: {'; '.join(facts.blocked)}")
+        raise_if_refused(check_source(facts))
         if facts.capabilities.get("dirty-bitmaps"):
             self._notes.append("dirty-bitmaps switched off: block dirty bitmaps stay behind")
         try:

@@ -200,7 +200,8 @@ def _monitor(path: str, deadline_s: float) -> Qmp:
         try:
             return Qmp(path)
         except UsageError as error:
-            raise GuestError(f"its QEMU is gone, and the guest with it ({error})") from None
+            # After a grant that is how it should be: the journal tells.
+            raise GuestError(f"its QEMU is gone too ({error})") from None
         except (RefusedError, ChannelError) as error:
             if time.monotonic() > deadline_s:
                 raise _OutOfTimeError(f"its QEMU does not talk to us: {error}") from None
