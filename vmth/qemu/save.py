@@ -209,11 +209,11 @@ class _Save:
     def run(self) -> SaveResult:
         began = time.monotonic_ns()
         self._ran = self._check_may_be_saved()
-        self._facts = gather(self._qmp)
         resume = self._options.on_success is OnSuccess.RESUME
         with SaveGuard(
             self._qmp, str(self._file.path), self._file.identity, ran=self._ran, resume=resume
         ) as guard:
+            self._facts = gather(self._qmp)
             with contextlib.ExitStack() as stack:
                 try:
                     end, verify_ns = self._save(guard, stack)

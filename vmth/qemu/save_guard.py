@@ -10,15 +10,18 @@ unless the file has got its name: then the file is the VM, and the guest stays p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from vmth.errors import ChannelError, NotResumedError, RefusedError, VmthError
+from vmth.errors import ChannelError, GuestError, NotResumedError, RefusedError, VmthError
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import is_over, migration_status, put_back
 
@@ -29,6 +32,7 @@ NOTICES_S = 10.0
 GIVES_UP_S = 60.0
 LOOK_S = 0.02
 DONE = b"done\n"
+READY = b"ready\n"
 
 
 def put_vm_back(qmp: Qmp, saved: Mapping[str, Any], *, run: bool) -> list[str]:
@@ -76,8 +80,8 @@ def _run(qmp: Qmp, began: float) -> None:
 
 
 class SaveGuard:
-    """The process; a context manager. ``settings`` is called with what to put back as soon as that
-    is known. Leaving the context without ``done()`` lets it act."""
+    """The process; a context manager. From ``begin()`` on it acts when this process ends without
+    ``done()``, which leaving the context is. Raises GuestError when it cannot be started."""
 
     def __init__(
         self, qmp: Qmp, path: str, identity: tuple[int, int], *, ran: bool, resume: bool
@@ -89,24 +93,36 @@ class SaveGuard:
             "ran": ran,
             "resume": resume,
         }
+        environment = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [root, environment.get("PYTHONPATH", "")])
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # the terminal's Ctrl-C is the save's
         )
 
     def begin(self, saved: Mapping[str, Any]) -> None:
-        """From now on it acts; ``saved`` is that of MigrationSettings."""
+        """It is ready when this returns. ``saved`` are the settings that it shall put back."""
         self._tell(json.dumps({**self._order, "saved": saved}).encode() + b"\n")
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != READY:
+            raise GuestError("the process that guards the save ended; its reason is on stderr")
 
     def done(self) -> None:
         """It has nothing to do any more. Idempotent."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
+        if self._process.returncode is not None:
+            return
+        with contextlib.suppress(GuestError):  # it has ended, which is what is asked for
             self._tell(DONE)
-            self._process.stdin.close()
-            self._process.wait(GIVES_UP_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait(GIVES_UP_S)
 
     def _tell(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -114,7 +130,7 @@ class SaveGuard:
             self._process.stdin.write(line)
             self._process.stdin.flush()
         except OSError as error:
-            raise RefusedError(f"the process that guards the save has ended: {error}") from error
+            raise GuestError(f"the process that guards the save has ended: {error}") from error
 
     def __enter__(self) -> SaveGuard:
         return self
@@ -125,10 +141,15 @@ class SaveGuard:
 
 def main() -> None:
     """The process's whole life."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the pipe's end is what ends it
     first = sys.stdin.buffer.readline()
-    if not first.endswith(b"\n") or sys.stdin.buffer.readline() == DONE:
+    if first == DONE or not first.endswith(b"\n"):
         return
     order = json.loads(first)
+    os.write(sys.stdout.fileno(), READY)
+    if sys.stdin.buffer.readline() == DONE:
+        return
     try:
         print(f"vmth: the save to {order['path']} was killed; {act(order)}", file=sys.stderr)
     except VmthError as error:
@@ -157,6 +178,7 @@ def _monitor(path: str) -> Qmp:
         except (RefusedError, ChannelError):
             if time.monotonic() - began > GIVES_UP_S:
                 raise
+        time.sleep(LOOK_S)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
