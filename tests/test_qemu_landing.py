@@ -140,6 +140,7 @@ def test_two_candidates_are_not_guessed_between(world: World) -> None:
     world.backend("pc.ram")
     world.memfd()
     world.memfd()
+    world.memfd(4 * MIB)  # no candidate: another size
     landing = world.choose(Land.AUTO)
     assert landing.kind is Land.STREAM and "2 files" in landing.reason
     assert [landing.reason in note for note in landing.notes] == [True]

@@ -213,7 +213,7 @@ class _Search:
         if len(different) != 1:
             raise _NotFoundError(
                 f"{len(different)} files that process {self._qmp.pid} has open could be it, "
-                "allowed 1"
+                "allowed 1; a memory-backend-file with mem-path is certain"
             )
         fd = os.open(candidates[0].path, os.O_RDWR | os.O_CLOEXEC)
         self._opened.callback(os.close, fd)
@@ -231,7 +231,7 @@ class _Search:
             return [
                 file
                 for file in self._open_files
-                if file.target.startswith(("/memfd:", "/dev/shm/")) and file.status.st_size >= size
+                if file.target.startswith(("/memfd:", "/dev/shm/")) and file.status.st_size == size
             ]
         status = os.stat(f"{self._process}/root{os.path.abspath(mem_path)}")
         if stat.S_ISDIR(status.st_mode):  # QEMU made a file there and removed its name
