@@ -28,7 +28,7 @@ from vmth.errors import (
 from vmth.guest import DirtySource, Guest, StateStream
 from vmth.handshake import Incoming
 from vmth.qemu.check import Level, compare, raise_if_refused
-from vmth.qemu.facts import Facts, gather
+from vmth.qemu.facts import Facts, gather, refreshed
 from vmth.qemu.incoming import IncomingStream
 from vmth.qemu.landing import Land, Landing, choose_landing
 from vmth.qemu.launch import QemuProcess, wait_for_exit
@@ -256,9 +256,14 @@ class QemuDestination(HeldQemu):
 
 
 def make_destination(
-    qmp: Qmp, incoming: Incoming, land: Land, process: QemuProcess | None = None
+    qmp: Qmp,
+    incoming: Incoming,
+    land: Land,
+    process: QemuProcess | None = None,
+    facts: Facts | None = None,
 ) -> QemuDestination:
-    """Prepare the QEMU behind ``qmp`` for the guest that a source offers; takes both over. Raises
+    """Prepare the QEMU behind ``qmp`` for the guest that a source offers; takes both over.
+    ``facts``: of that QEMU since it waits, which saves asking while a source waits. Raises
     RefusedError: a ``process`` was ended then, another QEMU is as it was, or was quit if it had
     begun to take the migration in."""
     begun = False
@@ -274,7 +279,7 @@ def make_destination(
     with contextlib.ExitStack() as undo:
         undo.callback(give_back)
         head = source_head(incoming.guest)
-        notes = _compare(qmp, incoming)
+        notes = _compare(qmp, incoming, facts)
         landing = choose_landing(qmp, incoming.blocks, land)
         undo.callback(landing.close)
         stream = IncomingStream(qmp, log=process.last_words if process else None)
@@ -337,12 +342,12 @@ def _ram_section(kind: SectionKind) -> list[Event]:
     ]
 
 
-def _compare(qmp: Qmp, incoming: Incoming) -> list[str]:
+def _compare(qmp: Qmp, incoming: Incoming, facts: Facts | None) -> list[str]:
     """The warnings. Raises RefusedError for what cannot work."""
     source = Facts.from_entries(incoming.guest)
     if source is None:
         return ["the source told nothing of its QEMU: the two were not compared"]
-    findings = compare(source, gather(qmp))
+    findings = compare(source, gather(qmp) if facts is None else refreshed(qmp, facts))
     raise_if_refused(findings)
     return [
         f"{finding.subject}: {finding.detail}"

@@ -23,7 +23,7 @@ from vmth.guests.spawn import available_memory_bytes
 from vmth.qemu.landing import listed_blocks
 from vmth.qemu.qmp import Qmp, QmpError
 
-__all__ = ["Cpu", "Device", "Disk", "Facts", "RamRow", "gather"]
+__all__ = ["Cpu", "Device", "Disk", "Facts", "RamRow", "gather", "refreshed"]
 
 #: Pieces in the offer, whose values hold at most 1024 bytes.
 PIECE_CHARACTERS = 1000
@@ -170,6 +170,18 @@ def gather(qmp: Qmp) -> Facts:
         uuid=str((_ask(qmp, "query-uuid") or {}).get("UUID", "")),
         migration=str(migration.get("status", "")),
         blocked=[str(reason) for reason in migration.get("blocked-reasons", [])],
+    )
+
+
+def refreshed(qmp: Qmp, facts: Facts) -> Facts:
+    """Facts that were gathered of this QEMU while nobody had given it a guest: what may be another
+    now is asked again, which takes a millisecond. Raises ChannelError when QEMU is gone."""
+    free_bytes, _ = available_memory_bytes()
+    return msgspec.structs.replace(
+        facts,
+        status=qmp.status(),
+        free_bytes=free_bytes,
+        resident_bytes=_resident_bytes(qmp.pid),
     )
 
 

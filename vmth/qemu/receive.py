@@ -28,6 +28,7 @@ from vmth.journal import default_state_dir
 from vmth.listener import Listener
 from vmth.options import ReceiveOptions
 from vmth.qemu.destination import HeldQemu, QemuDestination, find_qemu, make_destination
+from vmth.qemu.facts import Facts, gather
 from vmth.qemu.landing import Land
 from vmth.qemu.launch import QemuProcess, check_command, sweep
 from vmth.qemu.qmp import Qmp
@@ -109,7 +110,7 @@ class QemuReceiver:
         self._state_dir = self._options.state_dir or default_state_dir()
         endpoint = parse_endpoint(uri, listening=True)
         if target.qmp:
-            _check_waits(target.qmp)
+            self._waiting = _waiting(target.qmp)
             self._options = replace(self._options, max_sessions=1)
         else:
             check_command(target.command)
@@ -182,7 +183,11 @@ class QemuReceiver:
     def _make_guest(self, incoming: Incoming) -> Guest:
         """On the session's thread."""
         if self._target.qmp:
-            return make_destination(Qmp(self._target.qmp), incoming, self._land)
+            qmp = Qmp(self._target.qmp)
+            pid, facts = self._waiting
+            return make_destination(
+                qmp, incoming, self._land, facts=facts if qmp.pid == pid else None
+            )
         process = QemuProcess(self._target.command, self._state_dir)
         try:
             qmp = process.connect()
@@ -271,14 +276,16 @@ def outcome_lines(outcome: Arrival | MigrationError) -> list[str]:
     ]
 
 
-def _check_waits(path: str) -> None:
-    """Better now than when a source comes."""
+def _waiting(path: str) -> tuple[int, Facts]:
+    """(process, facts) of a QEMU that waits; better now than when a source waits for us."""
     with Qmp(path) as qmp:
         status = qmp.status()
-    if status != "inmigrate":
-        raise RefusedError(
-            f"the QEMU at {path} is {status!r}, allowed 'inmigrate': start it with -incoming defer"
-        )
+        if status != "inmigrate":
+            raise RefusedError(
+                f"the QEMU at {path} is {status!r}, allowed 'inmigrate': start it with "
+                "-incoming defer"
+            )
+        return qmp.pid, gather(qmp)
 
 
 def _arrival(result: ReceiveResult, guest: HeldQemu, notes: Sequence[str]) -> Arrival:
