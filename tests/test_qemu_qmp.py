@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_qmp import FakeError, FakeQmp, HangUp, Silence
@@ -53,6 +54,33 @@ def test_an_error_keeps_the_words_and_the_class_of_qemu(fake: FakeQmp) -> None:
             qmp.execute("fly")
         assert unknown.value.kind == "CommandNotFound"
         assert qmp.status() == "running", "an error ended the connection"
+
+
+def test_many_commands_are_answered_in_order_errors_among_them(fake: FakeQmp) -> None:
+    def odd_fail(arguments: Any) -> Any:
+        if arguments["value"] % 2:
+            raise FakeError("GenericError", "odd")
+        return arguments["value"]
+
+    fake.answers["echo"] = odd_fail
+    with Qmp(fake.path) as qmp:
+        answers = qmp.execute_many(("echo", {"value": value}) for value in range(50))
+    assert [answer for answer in answers if isinstance(answer, int)] == list(range(0, 50, 2))
+    assert all(isinstance(answer, QmpError) for answer in answers[1::2])
+
+
+def test_many_commands_to_a_qemu_that_ends_are_one_error_and_no_noise(
+    fake: FakeQmp, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.answers["echo"] = lambda arguments: arguments if arguments["value"] < 20 else hang_up()
+
+    def hang_up() -> Any:
+        raise HangUp
+
+    with Qmp(fake.path) as qmp:
+        with pytest.raises(ChannelError, match=r"closed the monitor|did it end"):
+            qmp.execute_many(("echo", {"value": value}) for value in range(200))
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_many_threads_share_one_monitor(fake: FakeQmp) -> None:

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 #: Events kept for ``wait_event``; the oldest goes first.
 MAX_EVENTS = 1024
 THREAD = "vmth-qmp"
+#: Commands in flight at once. asyncio complains on stderr of the fifth write to a QEMU that ended.
+PIPELINED = 4
 _PEER = struct.Struct("iII")
 _LOOK_AGAIN_S = 0.01
 
@@ -131,16 +133,20 @@ class Qmp:
     ) -> list[Any | QmpError]:
         """The answers in the same order, errors of QEMU among them; asked without waiting for one
         before the next, which for hundreds of questions is several times faster."""
-        futures = [
-            self._submit(command, arguments, self.timeout_s, False)
-            for command, arguments in commands
-        ]
+        flying: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
         answers: list[Any | QmpError] = []
-        for future in futures:
-            try:
-                answers.append(future.result())
-            except QmpError as error:
-                answers.append(error)
+
+        def land(until: int) -> None:
+            while len(flying) > until:
+                try:
+                    answers.append(flying.popleft().result())
+                except QmpError as error:
+                    answers.append(error)
+
+        for command, arguments in commands:
+            flying.append(self._submit(command, arguments, self.timeout_s, False))
+            land(PIPELINED - 1)
+        land(0)
         return answers
 
     def on_event(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
