@@ -279,10 +279,15 @@ def make_destination(
     with contextlib.ExitStack() as undo:
         undo.callback(give_back)
         head = source_head(incoming.guest)
-        notes = _compare(qmp, incoming, facts)
+        source = Facts.from_entries(incoming.guest)
+        notes = _compare(qmp, source, facts)
         landing = choose_landing(qmp, incoming.blocks, land)
         undo.callback(landing.close)
-        stream = IncomingStream(qmp, log=process.last_words if process else None)
+        # QEMU before 10.0 aborts when a guest that was loaded so and never resumed moves on.
+        lock_late = source is None or source.status in ("running", "suspended")
+        stream = IncomingStream(
+            qmp, log=process.last_words if process else None, lock_late=lock_late
+        )
         undo.callback(stream.close)
         try:
             stream.start()
@@ -342,9 +347,8 @@ def _ram_section(kind: SectionKind) -> list[Event]:
     ]
 
 
-def _compare(qmp: Qmp, incoming: Incoming, facts: Facts | None) -> list[str]:
+def _compare(qmp: Qmp, source: Facts | None, facts: Facts | None) -> list[str]:
     """The warnings. Raises RefusedError for what cannot work."""
-    source = Facts.from_entries(incoming.guest)
     if source is None:
         return ["the source told nothing of its QEMU: the two were not compared"]
     findings = compare(source, gather(qmp) if facts is None else refreshed(qmp, facts))
