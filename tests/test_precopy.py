@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vmth.channel.fake import FakeLink
@@ -339,6 +339,13 @@ writes = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
+@example(  # a write between the fetch and re-arming, which nobody was told of
+    before=[],
+    moments=[[]] * 10 + [[(1, 0, 1)], [(1, 1, 1)]],
+    fetch_clears=False,
+    rounds=2,
+    grows=0,
+)
 @given(
     before=writes,
     moments=st.lists(writes, min_size=1, max_size=12),

@@ -42,8 +42,9 @@ class FakeDirtySource:
         self._fetch_clears = fetch_clears
         self._script = deque(script)
         self._failures: dict[str, Exception] = {}
-        self._lock = threading.Lock()  # guards _dirty and started
+        self._lock = threading.Lock()  # guards _dirty, _reported and started
         self._dirty = new_bitmaps(blocks)
+        self._reported = new_bitmaps(blocks)  # by a fetch: rearm clears no others
 
     def write(self, block: int, page: int, npages: int = 1) -> None:
         """The guest writes these pages; seen only while the source is started."""
@@ -66,6 +67,7 @@ class FakeDirtySource:
             raise UsageError("the fake source is started already")
         with self._lock:
             self._dirty = new_bitmaps(self._blocks)
+            self._reported = new_bitmaps(self._blocks)
             self.started = True
 
     def fetch(self, bitmaps: Bitmaps) -> None:
@@ -74,8 +76,9 @@ class FakeDirtySource:
         for write in self._script.popleft() if self._script else ():
             self.write(*write)
         with self._lock:
-            for into, dirty in zip(bitmaps, self._dirty, strict=True):
+            for into, dirty, reported in zip(bitmaps, self._dirty, self._reported, strict=True):
                 np.bitwise_or(into, dirty, out=into)
+                np.bitwise_or(reported, dirty, out=reported)
                 if self._fetch_clears:
                     dirty[:] = 0
 
@@ -84,7 +87,10 @@ class FakeDirtySource:
         self._require_started()
         if not self._fetch_clears:
             with self._lock:
-                _kernels.bitmap_clear_range(self._dirty[block], page, npages)
+                kept = self._reported[block].copy()
+                _kernels.bitmap_clear_range(kept, page, npages)
+                self._dirty[block] &= ~(self._reported[block] ^ kept)
+                self._reported[block] = kept
 
     def stop(self) -> None:
         self._called("stop")
