@@ -9,12 +9,25 @@ from typing import Any
 
 __all__ = [
     "DowntimeParts",
+    "FormCounters",
     "JobStats",
     "MigrationResult",
     "RoundStats",
     "TransferCounters",
     "round_stats",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class FormCounters:
+    """Cumulative counters of one cheaper form (same, zstd, ...) at one end. The destination counts
+    pages, wire bytes and the CPU time of undoing it."""
+
+    pages: int = 0  #: that took this form
+    tried_pages: int = 0  #: given to its encoder; those it declined took another form
+    content_bytes: int = 0  #: of the pages that took it
+    wire_bytes: int = 0  #: that they took on the wire: descriptors and payload
+    cpu_ns: int = 0  #: of encoding, declined pages included
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,13 @@ class TransferCounters:
     rtt_ns: int = 0  #: smoothed round trip of the slowest channel (TCP_INFO); 0 where there is none
     retransmits: int = 0
     path_mtu: int = 0
+    cpu_ns: int = 0  #: of the threads that send
+    forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: by the form's name
+
+    @property
+    def formed_pages(self) -> int:
+        """Pages that took a cheaper form: neither normal nor zero, hole or free."""
+        return sum(form.pages for form in self.forms.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +62,7 @@ class RoundStats:
     """One round. Round 0 is the full pass; the last is the one sent while the guest is paused."""
 
     round: int
-    pages: int  #: handled in this round, all forms
+    pages: int  #: handled in this round, all forms; those not named below took a cheaper one
     normal_pages: int
     zero_pages: int
     hole_pages: int
@@ -141,7 +161,7 @@ def round_stats(
     hole = after.hole_pages - before.hole_pages
     return RoundStats(
         round=number,
-        pages=normal + zero + hole,
+        pages=normal + zero + hole + after.formed_pages - before.formed_pages,
         normal_pages=normal,
         zero_pages=zero,
         hole_pages=hole,

@@ -256,6 +256,20 @@ void test_lying_acks()
              return acks({{1, {0, 0}, VMTH_ACK_LANDED, 0}, {1, {0, 0}, VMTH_ACK_LANDED, 0}});
          }},
         {"ack.status 3", [](const Packet &) { return acks({{1, {0, 0}, 3, 0}}); }},
+        {"missed pages 1",
+         [](const Packet &) { return acks({{1, {0, 0}, VMTH_ACK_MISSED, 0}}, {{3, 1}}); }},
+        {"missed pages 2",
+         [](const Packet &) { return acks({{1, {0, 0}, VMTH_ACK_MISSED, 0}}, {{2, 1}, {2, 1}}); }},
+        {"desc.page", [](const Packet &) {
+             return acks({{1, {0, 0}, VMTH_ACK_MISSED, 0}}, {{npages, 1}});
+         }},
+        {"desc_bytes 48",
+         [](const Packet &) { return acks({{1, {0, 0}, VMTH_ACK_LANDED, 0}}, {{2, 1}}); }},
+        {"ack.status 2",
+         [](const Packet &) {
+             return acks({{1, {0, 0}, VMTH_ACK_MISSED, 0}, {2, {0, 0}, VMTH_ACK_MISSED, 0}},
+                         {{2, 1}});
+         }},
         {"kind 2", [](const Packet &) { return control(VMTH_PACKET_BARRIER, 1); }},
         {"checksum",
          [](const Packet &) {
@@ -278,8 +292,18 @@ void test_lying_acks()
 
 void test_other_digest_and_missed_are_sent_again()
 {
-    for (uint32_t status : {uint32_t{VMTH_ACK_LANDED}, uint32_t{VMTH_ACK_MISSED}}) {
-        Liar liar([&](const Packet &) { return acks({{1, {1, 2}, status, 0}}); });
+    struct Answer {
+        vmth_ack ack;
+        std::vector<vmth_run> missed;
+        uint64_t torn;  // packets
+    };
+    const std::vector<Answer> table = {
+        {{1, {1, 2}, VMTH_ACK_LANDED, 0}, {}, 1},
+        {{1, {0, 0}, VMTH_ACK_MISSED, 0}, {{2, 1}}, 0},  // nothing else was in the packet
+        {{1, {1, 2}, VMTH_ACK_MISSED, 0}, {}, 1},
+    };
+    for (const Answer &answer : table) {
+        Liar liar([&](const Packet &) { return acks({answer.ack}, answer.missed); });
         std::thread peer([&] {
             Packet barrier = read_packet(liar.fds.second.get(), npages);
             T_EQUAL(barrier.header.kind, VMTH_PACKET_BARRIER);
@@ -291,7 +315,7 @@ void test_other_digest_and_missed_are_sent_again()
         T_EQUAL(liar.sender->take_missed({missed.data()}, {1}), 1);
         T_EQUAL(missed[0], 1u << 2);
         T_EQUAL(liar.sender->take_missed({missed.data()}, {1}), 0);
-        T_EQUAL(liar.sender->counters().torn_packets.get(), status == VMTH_ACK_LANDED ? 1 : 0);
+        T_EQUAL(liar.sender->counters().torn_packets.get(), answer.torn);
         T_EQUAL(liar.sender->in_flight(), 0);
     }
 }

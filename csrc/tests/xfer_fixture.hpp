@@ -255,13 +255,19 @@ inline vmth_desc desc(vmth_page_form form, uint64_t page, uint32_t npages)
     return one;
 }
 
-inline Bytes acks(const std::vector<vmth_ack> &list)
+inline Bytes acks(const std::vector<vmth_ack> &list, const std::vector<vmth_run> &missed = {})
 {
-    Bytes body(list.size() * VMTH_ACK_BYTES);
+    Bytes body((list.size() * VMTH_ACK_BYTES) + missed.size() * VMTH_DESC_BYTES);
     for (size_t i = 0; i < list.size(); i++) {
         vmth_ack_encode(&list[i], body.data() + i * VMTH_ACK_BYTES);
     }
     vmth_packet_header header = {};
+    uint8_t *at = body.data() + list.size() * VMTH_ACK_BYTES;
+    for (const vmth_run &run : missed) {
+        vmth_desc one = desc(VMTH_FORM_SAME, run.page, static_cast<uint32_t>(run.npages));
+        at += vmth_desc_encode(&one, at, VMTH_DESC_BYTES);
+        header.npages += run.npages;
+    }
     header.kind = VMTH_PACKET_ACK;
     header.seq = list.back().seq;
     header.ndesc = static_cast<uint32_t>(list.size());

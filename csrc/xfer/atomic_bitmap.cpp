@@ -100,6 +100,32 @@ bool AtomicBitmap::claim_range(uint64_t page, uint64_t npages) noexcept
     return taken == 0;
 }
 
+void AtomicBitmap::clear_range(uint64_t page, uint64_t npages) noexcept
+{
+    const uint64_t end = page + npages;
+    while (page < end) {
+        uint64_t word_end = std::min(end, (page / 64 + 1) * 64);
+        uint64_t bits = mask(page % 64, word_end - page / 64 * 64);
+        if ((words_[page / 64].load(relaxed) & bits) != 0) {  // what was never set costs no memory
+            words_[page / 64].fetch_and(~bits, relaxed);
+        }
+        page = word_end;
+    }
+}
+
+uint64_t AtomicBitmap::bits(uint64_t page, uint64_t npages) const noexcept
+{
+    if (npages == 0) {
+        return 0;
+    }
+    const uint64_t shift = page % 64;
+    uint64_t word = words_[page / 64].load(relaxed) >> shift;
+    if (shift + npages > 64) {
+        word |= words_[page / 64 + 1].load(relaxed) << (64 - shift);
+    }
+    return word & mask(0, npages);
+}
+
 bool AtomicBitmap::claim_words(uint64_t base, const uint64_t *words, size_t nwords) noexcept
 {
     const size_t first = static_cast<size_t>(base / 64);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A bit a page of one ramblock, set and read by several threads; and the claims of one round.
+// A bit a page of one ramblock, set, cleared and read by several threads; and the claims of one round.
 //
 // Words live in an anonymous mapping, so that what is never set costs no memory. All operations are
 // relaxed: a bit publishes nothing but itself. What a claimed page's bytes and entry need is ordered by
@@ -31,6 +31,9 @@ public:
     void set_range(uint64_t page, uint64_t npages) noexcept;
     // Set the range; returns false if any bit of it was set already (the rest is set all the same).
     bool claim_range(uint64_t page, uint64_t npages) noexcept;
+    void clear_range(uint64_t page, uint64_t npages) noexcept;
+    // The bits of [page, page + npages), the first of them in bit 0; npages at most 64.
+    uint64_t bits(uint64_t page, uint64_t npages) const noexcept;
     // Claim every bit set in `words`, which start at page `base` (a multiple of 64); claims nothing and
     // returns false if one of them is set already. For a single claiming thread.
     bool claim_words(uint64_t base, const uint64_t *words, size_t nwords) noexcept;

@@ -3,8 +3,11 @@
 #ifndef VMTH_XFER_COUNTERS_HPP
 #define VMTH_XFER_COUNTERS_HPP
 
+#include <array>
 #include <atomic>
 #include <cstdint>
+
+#include "vmth/packet.h"
 
 namespace vmth {
 
@@ -15,6 +18,15 @@ public:
 
 private:
     std::atomic<uint64_t> value_{0};
+};
+
+// Of one form that was agreed on, at the sender; the receiver counts pages and wire_bytes.
+struct FormCounters {
+    Counter pages;          // that took this form
+    Counter tried_pages;    // given to its encoder; those it declined took another form
+    Counter content_bytes;  // of the pages that took it
+    Counter wire_bytes;     // they took: descriptors and payload
+    Counter cpu_ns;         // of encoding, declined pages included
 };
 
 // What is live. Each counter stands alone; no order between two of them is promised.
@@ -30,6 +42,8 @@ struct Counters {
     Counter torn_packets;
     Counter zerocopy_sends;
     Counter zerocopy_copied;
+    Counter cpu_ns;  // of the threads that send
+    std::array<FormCounters, VMTH_FORM_ZSTD + 1> forms;  // by vmth_page_form, from SAME on
 };
 
 // Of the slowest channel; zeros where no channel is TCP.

@@ -93,6 +93,24 @@ void HashTable::invalidate(unsigned part, uint32_t block, uint64_t first, uint64
     }
 }
 
+void HashTable::entries(uint32_t block, uint64_t first, size_t n, vmth_u128 *out) const
+{
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    std::copy_n(tables_[block] + first, n, out);
+}
+
+vmth_u128 HashTable::sum(uint32_t block, const std::vector<vmth_run> &runs) const
+{
+    vmth_digest total = {};
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    for (const vmth_run &run : runs) {
+        const vmth_digest part =
+            vmth_digest_of(block, run.page, static_cast<size_t>(run.npages), tables_[block]);
+        vmth_digest_merge(&total, &part);
+    }
+    return total.sum;
+}
+
 vmth_digest HashTable::total() const
 {
     std::unique_lock<std::shared_mutex> lock(mutex_);

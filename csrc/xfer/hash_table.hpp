@@ -38,6 +38,10 @@ public:
                  vmth_digest *fresh);
     void fill_zero(unsigned part, uint32_t block, uint64_t first, uint64_t n, vmth_digest *fresh);
     void invalidate(unsigned part, uint32_t block, uint64_t first, uint64_t n);
+    // The entries of pages whose writer the caller is, or that have none now.
+    void entries(uint32_t block, uint64_t first, size_t n, vmth_u128 *out) const;
+    // The sum of the terms of such pages, as it is in a packet's digest.
+    vmth_u128 sum(uint32_t block, const std::vector<vmth_run> &runs) const;
 
     // Readers; the range is checked (usage).
     vmth_digest total() const;

@@ -24,6 +24,7 @@ struct SentPacket {
     uint64_t bytes = 0;          // on the wire
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
     std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear
+    std::vector<vmth_run> zero_runs;  // told to be zero, where it matters what is known landed
 };
 
 class Ledger {

@@ -21,6 +21,10 @@
 
 namespace vmth {
 
+// Take `missed` out of `runs`; false, with `runs` of no meaning, if a page of it is not in them, or is
+// named twice.
+bool remove_runs(std::vector<vmth_run> &runs, std::vector<vmth_run> missed);
+
 class MissedPages {
 public:
     explicit MissedPages(const GuestMemory &memory) : memory_(memory), bitmaps_(memory.nblocks()) {}

@@ -3,6 +3,7 @@
 #include "xfer/packet_builder.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "vmth/zero_page.h"
 
@@ -14,6 +15,9 @@ namespace {
 constexpr size_t piece_bytes = 256 * 1024;
 constexpr size_t max_piece_pages = 64;
 
+constexpr uint32_t forms_of_content =
+    form_bit(VMTH_FORM_DEDUP) | form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD);
+
 void check(int result)
 {
     if (result != 0) {
@@ -21,12 +25,51 @@ void check(int result)
     }
 }
 
+bool bit(uint64_t word, size_t i)
+{
+    return (word >> i & 1) != 0;
+}
+
+bool equal(const vmth_u128 &a, const vmth_u128 &b)
+{
+    return a.lo == b.lo && a.hi == b.hi;
+}
+
+// Calls body(first, end, set) for each stretch of [0, n) in which bits of `word` are alike.
+template <typename Body> void for_stretches(uint64_t word, size_t n, Body body)
+{
+    for (size_t first = 0; first < n;) {
+        size_t end = first + 1;
+        while (end < n && bit(word, end) == bit(word, first)) {
+            end++;
+        }
+        body(first, end, bit(word, first));
+        first = end;
+    }
+}
+
 }  // namespace
 
-PacketBuilder::PacketBuilder(const GuestMemory &memory, HashTable &hashes, Prefault &prefault,
-                             unsigned channel)
-    : memory_(memory), hashes_(hashes), prefault_(prefault), channel_(channel),
-      piece_pages_(std::clamp<size_t>(piece_bytes / memory.page_bytes(), 1, max_piece_pages))
+// Up to 64 pages that are read together; bit i of a word is page i.
+struct PacketBuilder::Piece {
+    uint64_t page = 0;
+    size_t npages = 0;
+    LentRun content = {};  // what is hashed
+    LentRun origin = {};   // what is sent if it goes raw
+    uint64_t zero = 0;
+    uint64_t known = 0;
+    uint64_t same = 0;
+    // Filled with a digest, and `landed` where something is known:
+    vmth_u128 hashes[max_piece_pages];
+    vmth_u128 landed[max_piece_pages];
+};
+
+PacketBuilder::PacketBuilder(const BuilderContext &context, unsigned channel)
+    : context_(context), channel_(channel),
+      piece_pages_(std::clamp<size_t>(piece_bytes / context.memory.page_bytes(), 1,
+                                      max_piece_pages)),
+      parts_(context.memory.page_bytes(), context.packet_bytes),
+      zstd_(context.memory.page_bytes(), context.counters.forms[VMTH_FORM_ZSTD])
 {
 }
 
@@ -34,154 +77,197 @@ void PacketBuilder::begin(uint32_t block, uint32_t round)
 {
     block_ = block;
     round_ = round;
-    payload_bytes_ = 0;
-    npages_ = 0;
+    forms_ = context_.forms.get();
+    pages_read_ = 0;
     fresh_ = {};
-    counts_ = {};
-    descs_.clear();
-    runs_.clear();
-    payload_.clear();
+    parts_.begin();
 }
 
 void PacketBuilder::add(const Batch &batch)
 {
     for (const LentRun &run : batch.lent) {
         if (run.at != nullptr) {
-            read_run(run);
-        } else {
-            hashes_.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
-            append(VMTH_FORM_ZERO, run.page, run.npages);
+            read_run(run, true);
+            continue;
         }
+        pages_read_ += run.npages;
+        context_.known.forget(block_, run.page, run.npages);
+        context_.hashes.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
+        parts_.told(VMTH_FORM_ZERO, run.page, run.npages);
     }
     for (const vmth_run &run : batch.runs) {
         if (batch.form == VMTH_FORM_NORMAL) {
-            prefault_.read(block_, run);
-            read_run({run.page, run.npages, memory_.host(block_, run.page), memory_.page_bytes()});
+            context_.prefault.read(block_, run);
+            read_run({run.page, run.npages, context_.memory.host(block_, run.page),
+                      context_.memory.page_bytes()},
+                     false);
             continue;
         }
+        context_.known.forget(block_, run.page, run.npages);
         if (batch.form == VMTH_FORM_HOLE) {
-            hashes_.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
+            context_.hashes.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
         } else {
-            hashes_.invalidate(channel_, block_, run.page, run.npages);
+            context_.hashes.invalidate(channel_, block_, run.page, run.npages);
         }
-        append(batch.form, run.page, run.npages);
+        parts_.told(batch.form, run.page, run.npages);
     }
 }
 
-void PacketBuilder::read_run(const LentRun &run)
+// ---- pieces -----------------------------------------------------------------------------------------
+
+// `stable`: nobody writes to the pages until they are sent.
+void PacketBuilder::read_run(const LentRun &run, bool stable)
 {
     for (uint64_t done = 0; done < run.npages;) {
         const uint64_t take = std::min<uint64_t>(piece_pages_, run.npages - done);
-        classify({run.page + done, take, run.at + done * run.stride, run.stride});
+        read_piece({run.page + done, take, run.at + done * run.stride, run.stride}, stable);
         done += take;
     }
+    pages_read_ += run.npages;
 }
 
-// Bit i of *zero_word: page i holds zero bytes only. Without a digest the hashes are not filled.
-void PacketBuilder::hash(const LentRun &piece, vmth_u128 *hashes, uint64_t *zero_word) const
+void PacketBuilder::read_piece(const LentRun &run, bool stable)
 {
-    const size_t page_bytes = memory_.page_bytes();
-    const bool together = piece.stride == page_bytes;
-    const size_t at_once = together ? static_cast<size_t>(piece.npages) : 1;
-    *zero_word = 0;
+    const size_t page_bytes = context_.memory.page_bytes();
+    Piece piece;
+    piece.page = run.page;
+    piece.npages = static_cast<size_t>(run.npages);
+    piece.content = run;
+    piece.origin = run;
+    if (!stable && (forms_.mask & forms_of_content) != 0) {
+        staging_.resize(piece_pages_ * page_bytes);
+        memcpy(staging_.data(), run.at, piece.npages * page_bytes);  // stride is a page
+        piece.content.at = staging_.data();
+    }
+    hash(piece);
+    find_same(piece);
+    replace_hashes(piece);
+    emit(piece);
+}
+
+void PacketBuilder::hash(Piece &piece) const
+{
+    const size_t page_bytes = context_.memory.page_bytes();
+    const HashTable &table = context_.hashes;
+    const bool together = piece.content.stride == page_bytes;
+    const size_t at_once = together ? piece.npages : 1;
     for (size_t i = 0; i < piece.npages; i += at_once) {
-        const uint8_t *at = piece.at + i * piece.stride;
+        const uint8_t *at = piece.content.at + i * piece.content.stride;
         uint64_t zero = 0;
         size_t nzero = 0;
-        check(hashes_.enabled()
-                  ? vmth_page_hash_zero(&hashes_.key(), at, page_bytes, at_once, hashes + i, &zero,
-                                        &nzero)
-                  : vmth_zero_scan(at, page_bytes, at_once, &zero, &nzero));
-        *zero_word |= zero << i;
+        check(table.enabled() ? vmth_page_hash_zero(&table.key(), at, page_bytes, at_once,
+                                                    piece.hashes + i, &zero, &nzero)
+                              : vmth_zero_scan(at, page_bytes, at_once, &zero, &nzero));
+        piece.zero |= zero << i;
     }
 }
 
-void PacketBuilder::classify(const LentRun &piece)
+// What the destination is known to hold, and which pages hold that still.
+void PacketBuilder::find_same(Piece &piece) const
 {
-    uint64_t zero_word = 0;
-    vmth_u128 hashes[max_piece_pages];
-    const size_t npages = static_cast<size_t>(piece.npages);
-    hash(piece, hashes, &zero_word);
-    hashes_.replace(channel_, block_, piece.page, npages, hashes, &fresh_);
-    for (size_t at = 0; at < npages;) {
-        bool zero = ((zero_word >> at) & 1) != 0;
-        size_t end = at + 1;
-        while (end < npages && (((zero_word >> end) & 1) != 0) == zero) {
-            end++;
+    if ((forms_.mask & hashing_forms) == 0) {
+        return;
+    }
+    piece.known = context_.known.known(block_, piece.page, piece.npages);
+    if (piece.known == 0) {
+        return;
+    }
+    context_.hashes.entries(block_, piece.page, piece.npages, piece.landed);
+    for (size_t i = 0; forms_.on(VMTH_FORM_SAME) && i < piece.npages; i++) {
+        if (bit(piece.known, i) && equal(piece.hashes[i], piece.landed[i])) {
+            piece.same |= uint64_t{1} << i;
         }
-        append(zero ? VMTH_FORM_ZERO : VMTH_FORM_NORMAL, piece.page + at, end - at);
-        if (!zero) {
-            append_payload({piece.page + at, end - at, piece.at + at * piece.stride, piece.stride});
-        }
-        at = end;
     }
 }
 
-void PacketBuilder::append(vmth_page_form form, uint64_t page, uint64_t npages)
+// Before the pages are sent: what is sent again is not known landed until it is acknowledged.
+void PacketBuilder::replace_hashes(const Piece &piece)
 {
-    npages_ += npages;
-    bool joins = !descs_.empty() && descs_.back().form == form &&
-                 descs_.back().page + descs_.back().npages == page &&
-                 descs_.back().npages + npages <= UINT32_MAX;
-    if (joins) {
-        descs_.back().npages += static_cast<uint32_t>(npages);
-    } else {
-        vmth_desc desc = {};
-        desc.page = page;
-        desc.npages = static_cast<uint32_t>(npages);
-        desc.form = static_cast<uint8_t>(form);
-        descs_.push_back(desc);
-    }
-    switch (form) {
-    case VMTH_FORM_NORMAL:
-        counts_.normal += npages;
-        if (joins) {
-            runs_.back().npages += npages;
-        } else {
-            runs_.push_back({page, npages});
+    for_stretches(piece.same, piece.npages, [&](size_t first, size_t end, bool same) {
+        if (!same) {
+            context_.known.forget(block_, piece.page + first, end - first);
+            context_.hashes.replace(channel_, block_, piece.page + first, end - first,
+                                    piece.hashes + first, &fresh_);
         }
-        break;
-    case VMTH_FORM_ZERO:
-        counts_.zero += npages;
-        break;
-    case VMTH_FORM_HOLE:
-        counts_.hole += npages;
-        break;
-    default:
-        counts_.free += npages;
-        break;
-    }
+    });
 }
 
-void PacketBuilder::append_payload(const LentRun &run)
+// ---- forms ------------------------------------------------------------------------------------------
+
+void PacketBuilder::emit(const Piece &piece)
 {
-    const size_t page_bytes = memory_.page_bytes();
-    const bool together = run.stride == page_bytes;
-    const uint64_t at_once = together ? run.npages : 1;
-    for (uint64_t i = 0; i < run.npages; i += at_once) {
-        // sendmsg does not write through it
-        auto *at = const_cast<uint8_t *>(run.at + i * run.stride);
-        const size_t nbytes = static_cast<size_t>(at_once) * page_bytes;
-        const bool joins = !payload_.empty() && static_cast<uint8_t *>(payload_.back().iov_base) +
-                                                        payload_.back().iov_len ==
-                                                    at;
-        if (joins) {
-            payload_.back().iov_len += nbytes;
-        } else {
-            payload_.push_back({at, nbytes});
+    for_stretches(piece.same, piece.npages, [&](size_t first, size_t end, bool same) {
+        if (same) {
+            FormCounters &counters = context_.counters.forms[VMTH_FORM_SAME];
+            counters.pages.add(end - first);
+            counters.content_bytes.add((end - first) * context_.memory.page_bytes());
+            return;
         }
-        payload_bytes_ += nbytes;
+        for_stretches(piece.zero >> first, end - first, [&](size_t from, size_t to, bool zero) {
+            if (zero) {
+                parts_.told(VMTH_FORM_ZERO, piece.page + first + from, to - from);
+            } else {
+                emit_content(piece, first + from, first + to);
+            }
+        });
+    });
+}
+
+// Pages [first, end) of the piece: neither the same nor zero.
+void PacketBuilder::emit_content(const Piece &piece, size_t first, size_t end)
+{
+    const bool coded = (forms_.mask & forms_of_content) != 0;
+    size_t raw = first;  // from here on nothing was emitted
+    auto flush_raw = [&](size_t to) {
+        if (raw < to) {
+            const LentRun &origin = piece.origin;
+            parts_.raw({piece.page + raw, to - raw, origin.at + raw * origin.stride,
+                        origin.stride});
+        }
+    };
+    for (size_t i = first; coded && i < end; i++) {
+        StagedPage page = {};
+        page.block = block_;
+        page.page = piece.page + i;
+        page.content = piece.content.at + i * piece.content.stride;
+        page.origin = piece.origin.at + i * piece.origin.stride;
+        page.known = bit(piece.known, i);
+        if (context_.hashes.enabled()) {
+            page.hash = piece.hashes[i];
+        }
+        if (page.known) {
+            page.landed = piece.landed[i];
+        }
+        if (encode(page)) {
+            flush_raw(i);
+            raw = i + 1;
+        }
     }
+    flush_raw(end);
+}
+
+// The first encoder that takes the page, cheapest on the wire first; false: it goes raw.
+bool PacketBuilder::encode(const StagedPage &page)
+{
+    return forms_.on(VMTH_FORM_ZSTD) && zstd_.take(page, forms_.zstd_level, parts_);
+}
+
+// ---- the packet -------------------------------------------------------------------------------------
+
+uint64_t PacketBuilder::payload_bytes() const noexcept
+{
+    return parts_.payload_bytes() + zstd_.pending_bytes();
+}
+
+void PacketBuilder::end()
+{
+    zstd_.flush(parts_);
 }
 
 SentPacket PacketBuilder::finish(uint64_t seq)
 {
-    const size_t desc_bytes = descs_.size() * VMTH_DESC_BYTES;
-    head_.resize(VMTH_PACKET_HEADER_BYTES + desc_bytes);
-    uint8_t *desc_out = head_.data() + VMTH_PACKET_HEADER_BYTES;
-    for (const vmth_desc &desc : descs_) {
-        desc_out += vmth_desc_encode(&desc, desc_out, VMTH_DESC_BYTES);
-    }
+    head_.assign(VMTH_PACKET_HEADER_BYTES, 0);
+    const size_t desc_bytes = parts_.encode(head_);
     vmth_packet_header header = {};
     header.kind = VMTH_PACKET_PAGES;
     header.block = static_cast<uint16_t>(block_);
@@ -189,19 +275,22 @@ SentPacket PacketBuilder::finish(uint64_t seq)
     header.channel = static_cast<uint16_t>(channel_);
     header.seq = seq;
     header.desc_bytes = static_cast<uint32_t>(desc_bytes);
-    header.payload_bytes = static_cast<uint32_t>(payload_bytes_);
-    header.ndesc = static_cast<uint32_t>(descs_.size());
-    header.npages = npages_;
+    header.payload_bytes = static_cast<uint32_t>(parts_.payload_bytes());
+    header.ndesc = static_cast<uint32_t>(parts_.ndesc());
+    header.npages = parts_.npages();
     vmth_packet_encode_header(&header, head_.data() + VMTH_PACKET_HEADER_BYTES,
-                              hashes_.key().seed, head_.data());
+                              context_.hashes.key().seed, head_.data());
     head_iov_ = {head_.data(), head_.size()};
     SentPacket sent;
     sent.seq = seq;
     sent.kind = VMTH_PACKET_PAGES;
     sent.block = block_;
-    sent.bytes = head_.size() + payload_bytes_;
+    sent.bytes = head_.size() + parts_.payload_bytes();
     sent.digest = fresh_.sum;
-    sent.runs = runs_;
+    sent.runs = parts_.content_runs();
+    if (context_.known.enabled()) {
+        sent.zero_runs = parts_.zero_runs();
+    }
     return sent;
 }
 

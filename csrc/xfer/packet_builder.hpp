@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Turns batches into one packet: reads each page once (zero test and hash together), then lists what to
-// send, straight from guest memory or from a lent buffer.
+// Turns batches into one packet: reads each page once (zero test and hash together), then gives it the
+// cheapest form that is on.
 //
-//   head    | header, 64 | desc | desc | ...     one buffer, reused
-//   iov     head, then one entry a stretch of normal pages that lie back to back
+//   piece, 64 pages   hash -> same as what landed? -> nothing
+//                          -> zero                 -> told
+//                          -> else                 -> an encoder takes it, or it goes raw
 //
-// Order per page: hash, entry in the table, and only later the send. Belongs to one worker thread.
+// Where a form works on content, the piece is copied first and all that is said of it is said of the
+// copy, so that an encoded page is never torn. Raw pages are sent from where they lie. Order per page:
+// hash, entry in the table, and only later the send. Belongs to one worker thread.
 #ifndef VMTH_XFER_PACKET_BUILDER_HPP
 #define VMTH_XFER_PACKET_BUILDER_HPP
 
@@ -14,63 +17,78 @@
 #include <cstdint>
 #include <vector>
 
+#include "xfer/counters.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
+#include "xfer/known_landed.hpp"
 #include "xfer/ledger.hpp"
+#include "xfer/packet_parts.hpp"
+#include "xfer/page_forms.hpp"
 #include "xfer/prefault.hpp"
+#include "xfer/zstd_encoder.hpp"
 
 namespace vmth {
 
-struct FormCounts {
-    uint64_t normal = 0;
-    uint64_t zero = 0;
-    uint64_t hole = 0;
-    uint64_t free = 0;
+// What the builders of all channels share.
+struct BuilderContext {
+    const GuestMemory &memory;
+    HashTable &hashes;
+    Prefault &prefault;
+    KnownLanded &known;
+    const FormsSwitch &forms;
+    Counters &counters;
+    size_t packet_bytes;
 };
 
 class PacketBuilder {
 public:
-    PacketBuilder(const GuestMemory &memory, HashTable &hashes, Prefault &prefault,
-                  unsigned channel);
+    PacketBuilder(const BuilderContext &context, unsigned channel);
 
     void begin(uint32_t block, uint32_t round);
     void add(const Batch &batch);
-    // Encode the header and return what the ledger keeps.
+    // Encode the header and return what the ledger keeps. Not for an empty packet.
     SentPacket finish(uint64_t seq);
 
-    uint64_t payload_bytes() const noexcept { return payload_bytes_; }
-    uint64_t npages() const noexcept { return npages_; }
-    size_t ndesc() const noexcept { return descs_.size(); }
-    const FormCounts &counts() const noexcept { return counts_; }
+    // Every page so far turned out to be the same, after end().
+    bool empty() const noexcept { return parts_.ndesc() == 0; }
+    // No page is added any more: what encoders still hold goes into the packet.
+    void end();
+    // At most, once end() was called.
+    uint64_t payload_bytes() const noexcept;
+    uint64_t pages_read() const noexcept { return pages_read_; }
+    size_t ndesc() const noexcept { return parts_.ndesc(); }
+    const PacketParts &parts() const noexcept { return parts_; }
 
     // After finish(), until begin(): the vectors may be consumed.
     iovec &head() noexcept { return head_iov_; }
-    std::vector<iovec> &payload() noexcept { return payload_; }
+    std::vector<iovec> &payload() noexcept { return parts_.payload(); }
 
 private:
-    // Pages wherever they lie: the first at `at`, one every `stride` bytes.
-    void read_run(const LentRun &run);
-    void classify(const LentRun &piece);
-    void hash(const LentRun &piece, vmth_u128 *hashes, uint64_t *zero_word) const;
-    void append(vmth_page_form form, uint64_t page, uint64_t npages);
-    void append_payload(const LentRun &run);
+    struct Piece;
 
-    const GuestMemory &memory_;
-    HashTable &hashes_;
-    Prefault &prefault_;
+    // Pages wherever they lie: the first at `at`, one every `stride` bytes.
+    void read_run(const LentRun &run, bool stable);
+    void read_piece(const LentRun &run, bool stable);
+    void hash(Piece &piece) const;
+    void find_same(Piece &piece) const;
+    void replace_hashes(const Piece &piece);
+    void emit(const Piece &piece);
+    void emit_content(const Piece &piece, size_t first, size_t end);
+    bool encode(const StagedPage &page);
+
+    const BuilderContext context_;
     const unsigned channel_;
     const size_t piece_pages_;
+    FormsSetting forms_;  // of this packet
     uint32_t block_ = 0;
     uint32_t round_ = 0;
-    uint64_t payload_bytes_ = 0;
-    uint64_t npages_ = 0;
+    uint64_t pages_read_ = 0;
     vmth_digest fresh_ = {};
-    FormCounts counts_;
-    std::vector<vmth_desc> descs_;
-    std::vector<vmth_run> runs_;  // of the NORMAL pages
+    PacketParts parts_;
+    ZstdEncoder zstd_;
+    std::vector<uint8_t> staging_;  // a piece, where a form works on content
     std::vector<uint8_t> head_;
-    std::vector<iovec> payload_;
     iovec head_iov_ = {};
 };
 

@@ -21,6 +21,7 @@ ReceiverOptions checked(ReceiverOptions options)
     if (options.ops == nullptr) {
         options.ops = vmth_sock_system_ops();
     }
+    (void)FormsSwitch(options.forms, options.digest);  // throws for what no session agrees on
     return options;
 }
 

@@ -4,6 +4,7 @@
 //   socket k --> header, descriptors: all checked --> claim pages --> invalidate their hashes
 //            --> payload into guest memory, piece by piece --> hash what landed --> acknowledge
 //            --> hostless block: into a scratch buffer, hash, hand on to the sink
+//            --> a form that cannot be undone here: the page is missed, the acknowledgement says so
 //
 // The peer is not trusted: nothing is written before a packet's every number was checked. The first
 // failure ends all channels. Calls come from any thread, attach() also while close() runs: then it throws.
@@ -23,6 +24,7 @@
 #include "xfer/counters.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
+#include "xfer/page_forms.hpp"
 #include "xfer/prefault.hpp"
 #include "xfer/round_gate.hpp"
 #include "xfer/stream_sink.hpp"
@@ -35,6 +37,7 @@ struct ReceiverOptions {
     uint64_t hash_seed = 0;
     bool digest = true;
     unsigned channels = 1;
+    uint32_t forms = 0;                           // bits of the cheaper forms that both ends agreed on
     StreamSinkOptions sink;                       // needed where a block is hostless
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
     const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's

@@ -5,18 +5,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "vmth/zero_page.h"
+#include "xfer/thread_clock.hpp"
 #include "xfer/worker_thread.hpp"
 
 namespace vmth {
 
 namespace {
 
-constexpr uint32_t forms = 1u << VMTH_FORM_NORMAL | 1u << VMTH_FORM_ZERO | 1u << VMTH_FORM_HOLE |
-                           1u << VMTH_FORM_FREE;
-// What landed is hashed while it is in the cache.
-constexpr size_t piece_bytes = 256 * 1024;
-constexpr size_t max_piece_pages = 64;
 // Acknowledgements are held while more packets are there to read, within these.
 constexpr size_t max_held_acks = 16;
 constexpr std::chrono::milliseconds max_held_time{20};
@@ -27,8 +22,7 @@ using Clock = std::chrono::steady_clock;
 
 ReceiverChannel::ReceiverChannel(ReceiverShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
-      piece_pages_(std::clamp<size_t>(piece_bytes / shared.memory.page_bytes(), 1,
-                                      max_piece_pages)),
+      forms_(plain_forms | (shared.options.forms & ~form_bit(VMTH_FORM_SAME))), lander_(shared, index),
       flush_([this] { flush_acks(); })
 {
 }
@@ -94,7 +88,7 @@ void ReceiverChannel::read_header(vmth_packet_header &header, uint8_t *raw)
                                                    ": the peer closed the connection after packet " +
                                                    std::to_string(seq_) + ", without END");
     }
-    const vmth_packet_limits limits = shared_.memory.limits(channel_.index(), forms);
+    const vmth_packet_limits limits = shared_.memory.limits(channel_.index(), forms_);
     vmth_packet_error error = {};
     if (vmth_packet_decode_header(raw, &limits, &header, &error) != 0) {
         throw packet_error(channel_.name(), error);
@@ -122,7 +116,7 @@ bool ReceiverChannel::step()
     }
     if (header.kind == VMTH_PACKET_BARRIER) {
         shared_.gate.pass(channel_.index());
-        acknowledge(header.seq, {0, 0});
+        acknowledge(header.seq, 0, {0, 0});
         flush_acks();
         return true;
     }
@@ -136,7 +130,7 @@ void ReceiverChannel::read_descs(const vmth_packet_header &header, const uint8_t
     desc_bytes_.resize(header.desc_bytes);
     iovec iov = {desc_bytes_.data(), desc_bytes_.size()};
     read_inside(&iov, 1);
-    const vmth_packet_limits limits = shared_.memory.limits(channel_.index(), forms);
+    const vmth_packet_limits limits = shared_.memory.limits(channel_.index(), forms_);
     vmth_packet_error error = {};
     if (vmth_packet_verify(raw, desc_bytes_.data(), desc_bytes_.size(), shared_.hashes.key().seed,
                            &error) != 0) {
@@ -171,148 +165,110 @@ void ReceiverChannel::land(const vmth_packet_header &header)
     }
     vmth_digest fresh = {};
     for (const vmth_desc &desc : descs_) {
-        if (desc.form == VMTH_FORM_NORMAL) {
-            // Out of the digest before the first byte is overwritten.
-            shared_.hashes.invalidate(channel_.index(), block, desc.page, desc.npages);
-            shared_.counters.normal_pages.add(desc.npages);
+        count(desc);
+        if (desc.form == VMTH_FORM_ZERO || desc.form == VMTH_FORM_HOLE) {
+            lander_.zeros(block, {desc.page, desc.npages}, &fresh);
         } else {
-            land_told(block, desc, &fresh);
+            // Out of the digest before the first byte is overwritten.
+            lander_.invalidate(block, {desc.page, desc.npages});
         }
     }
     land_payload(block, &fresh);
     shared_.counters.packets.add(1);
     shared_.counters.acked_bytes.add(VMTH_PACKET_HEADER_BYTES + header.desc_bytes +
                                      header.payload_bytes);
-    acknowledge(header.seq, fresh.sum);
+    acknowledge(header.seq, block, fresh.sum);
 }
 
-void ReceiverChannel::land_told(uint32_t block, const vmth_desc &desc, vmth_digest *fresh)
+void ReceiverChannel::count(const vmth_desc &desc)
 {
-    if (desc.form == VMTH_FORM_FREE) {
-        shared_.hashes.invalidate(channel_.index(), block, desc.page, desc.npages);
-        shared_.counters.free_pages.add(desc.npages);
-        return;
-    }
-    write_zeros(block, {desc.page, desc.npages});
-    shared_.hashes.fill_zero(channel_.index(), block, desc.page, desc.npages, fresh);
-    Counter &counter =
-        desc.form == VMTH_FORM_ZERO ? shared_.counters.zero_pages : shared_.counters.hole_pages;
-    counter.add(desc.npages);
-}
-
-// In memory only where not already zero: reading does not populate a hole of private memory. What
-// another program holds is not known: it is told of every zero page.
-void ReceiverChannel::write_zeros(uint32_t block, const vmth_run &zeros)
-{
-    if (shared_.memory.hostless(block)) {
-        shared_.hashes.invalidate(channel_.index(), block, zeros.page, zeros.npages);
-        shared_.sink->write_zeros(block, zeros);
-        return;
-    }
-    const size_t page_bytes = shared_.memory.page_bytes();
-    const uint64_t end = zeros.page + zeros.npages;
-    for (uint64_t page = zeros.page; page < end;) {
-        std::optional<vmth_run> run = shared_.maybe_nonzero[block].first_run(page, end - page);
-        if (!run) {
-            break;
-        }
-        shared_.hashes.invalidate(channel_.index(), block, run->page, run->npages);
-        for (uint64_t i = 0; i < run->npages; i++) {
-            uint8_t *host = shared_.memory.host(block, run->page + i);
-            if (!vmth_is_zero(host, page_bytes)) {
-                memset(host, 0, page_bytes);
-            }
-        }
-        page = run->page + run->npages;
+    Counters &counters = shared_.counters;
+    switch (desc.form) {
+    case VMTH_FORM_NORMAL:
+        counters.normal_pages.add(desc.npages);
+        break;
+    case VMTH_FORM_ZERO:
+        counters.zero_pages.add(desc.npages);
+        break;
+    case VMTH_FORM_HOLE:
+        counters.hole_pages.add(desc.npages);
+        break;
+    case VMTH_FORM_FREE:
+        counters.free_pages.add(desc.npages);
+        break;
+    default:
+        counters.forms[desc.form].pages.add(desc.npages);
+        counters.forms[desc.form].wire_bytes.add(vmth_desc_bytes(desc.form) + desc.payload_bytes);
+        break;
     }
 }
 
+// The payload lies in the order of the descriptors.
 void ReceiverChannel::land_payload(uint32_t block, vmth_digest *fresh)
 {
-    piece_.clear();
-    size_t room = piece_pages_;
+    frame_runs_.clear();
     for (const vmth_desc &desc : descs_) {
-        if (desc.form != VMTH_FORM_NORMAL) {
-            continue;
-        }
-        for (uint64_t done = 0; done < desc.npages;) {
-            uint64_t take = std::min<uint64_t>(room, desc.npages - done);
-            piece_.push_back({desc.page + done, take});
-            done += take;
-            room -= static_cast<size_t>(take);
-            if (room == 0) {
-                land_piece(block, piece_, fresh);
-                piece_.clear();
-                room = piece_pages_;
+        if (desc.form == VMTH_FORM_NORMAL) {
+            add_normal(block, desc, fresh);
+        } else if (desc.form == VMTH_FORM_ZSTD) {
+            frame_runs_.push_back({desc.page, desc.npages});
+            if (desc.payload_bytes > 0) {
+                land_piece(block, fresh);
+                land_frame(block, desc, fresh);
+                frame_runs_.clear();
             }
         }
     }
-    land_piece(block, piece_, fresh);
+    land_piece(block, fresh);
 }
 
-void ReceiverChannel::land_piece(uint32_t block, const std::vector<vmth_run> &piece,
-                                 vmth_digest *fresh)
+void ReceiverChannel::add_normal(uint32_t block, const vmth_desc &desc, vmth_digest *fresh)
 {
-    if (shared_.memory.hostless(block)) {
-        hand_on_piece(block, piece, fresh);
-        return;
-    }
-    const size_t page_bytes = shared_.memory.page_bytes();
-    iov_.clear();
-    for (const vmth_run &run : piece) {
-        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
-        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
-        iov_.push_back({shared_.memory.host(block, run.page),
-                        static_cast<size_t>(run.npages) * page_bytes});
-    }
-    read_inside(iov_.data(), iov_.size());
-    for (const vmth_run &run : piece) {
-        set_hashes(block, run, shared_.memory.host(block, run.page), fresh);
+    for (uint64_t done = 0; done < desc.npages;) {
+        const uint64_t room = lander_.piece_pages() - piece_npages_;
+        const uint64_t take = std::min<uint64_t>(room, desc.npages - done);
+        piece_.push_back({desc.page + done, take});
+        piece_npages_ += static_cast<size_t>(take);
+        done += take;
+        if (piece_npages_ == lander_.piece_pages()) {
+            land_piece(block, fresh);
+        }
     }
 }
 
-// What is hashed is what is handed on: both come from the scratch buffer. An entry is set only after.
-void ReceiverChannel::hand_on_piece(uint32_t block, const std::vector<vmth_run> &piece,
-                                    vmth_digest *fresh)
+void ReceiverChannel::land_piece(uint32_t block, vmth_digest *fresh)
 {
-    const size_t page_bytes = shared_.memory.page_bytes();
+    std::vector<iovec> &iov = lander_.direct(block, piece_);
+    read_inside(iov.data(), iov.size());
+    lander_.landed(block, piece_, fresh);
+    piece_.clear();
+    piece_npages_ = 0;
+}
+
+// A frame that does not decode was damaged on the way: nobody knows its pages' content.
+void ReceiverChannel::land_frame(uint32_t block, const vmth_desc &desc, vmth_digest *fresh)
+{
     uint64_t npages = 0;
-    for (const vmth_run &run : piece) {
+    for (const vmth_run &run : frame_runs_) {
         npages += run.npages;
     }
-    if (npages == 0) {
-        return;
-    }
-    scratch_.resize(piece_pages_ * page_bytes);
-    iovec iov = {scratch_.data(), static_cast<size_t>(npages) * page_bytes};
+    iovec iov = {frames_.room(desc.payload_bytes), desc.payload_bytes};
     read_inside(&iov, 1);
-    shared_.sink->write_pages(block, piece, scratch_.data());
-    const uint8_t *content = scratch_.data();
-    for (const vmth_run &run : piece) {
-        set_hashes(block, run, content, fresh);
-        content += run.npages * page_bytes;
-    }
-}
-
-// Of what landed, at `content`: at most a piece.
-void ReceiverChannel::set_hashes(uint32_t block, const vmth_run &run, const uint8_t *content,
-                                 vmth_digest *fresh)
-{
-    if (!shared_.hashes.enabled()) {
+    const uint64_t started_ns = thread_cpu_ns();
+    const uint8_t *content = frames_.decode(
+        desc.payload_bytes, static_cast<size_t>(npages) * shared_.memory.page_bytes());
+    shared_.counters.forms[VMTH_FORM_ZSTD].cpu_ns.add(thread_cpu_ns() - started_ns);
+    if (content == nullptr) {
+        missed_.insert(missed_.end(), frame_runs_.begin(), frame_runs_.end());
         return;
     }
-    vmth_u128 hashes[max_piece_pages];
-    const size_t npages = static_cast<size_t>(run.npages);
-    if (vmth_page_hash(&shared_.hashes.key(), content, shared_.memory.page_bytes(), npages,
-                       hashes) != 0) {
-        throw TransferError(ErrorKind::usage, "page kernel refused its arguments");
-    }
-    shared_.hashes.replace(channel_.index(), block, run.page, npages, hashes, fresh);
+    lander_.from_buffer(block, frame_runs_, content, fresh);
 }
 
 // ---- acknowledging --------------------------------------------------------------------------------
 
-void ReceiverChannel::acknowledge(uint64_t seq, const vmth_u128 &digest)
+// An ACK packet has room for the missed pages of one packet, so it goes out at once.
+void ReceiverChannel::acknowledge(uint64_t seq, uint32_t block, const vmth_u128 &digest)
 {
     const Clock::time_point now = Clock::now();
     if (acks_.empty()) {
@@ -321,9 +277,12 @@ void ReceiverChannel::acknowledge(uint64_t seq, const vmth_u128 &digest)
     vmth_ack ack = {};
     ack.seq = seq;
     ack.digest = digest;
-    ack.status = VMTH_ACK_LANDED;
+    ack.status = missed_.empty() ? VMTH_ACK_LANDED : VMTH_ACK_MISSED;
+    ack.block = missed_.empty() ? 0 : block;
     acks_.push_back(ack);
-    if (acks_.size() >= max_held_acks || now - oldest_ack_ >= max_held_time) {
+    told_missed_.swap(missed_);
+    missed_.clear();
+    if (!told_missed_.empty() || acks_.size() >= max_held_acks || now - oldest_ack_ >= max_held_time) {
         flush_acks();
     }
 }
@@ -333,21 +292,34 @@ void ReceiverChannel::flush_acks()
     if (acks_.empty()) {
         return;
     }
-    uint8_t raw[VMTH_PACKET_HEADER_BYTES + max_held_acks * VMTH_ACK_BYTES];
-    uint8_t *desc = raw + VMTH_PACKET_HEADER_BYTES;
-    for (size_t i = 0; i < acks_.size(); i++) {
-        vmth_ack_encode(&acks_[i], desc + i * VMTH_ACK_BYTES);
+    ack_bytes_.resize(VMTH_PACKET_HEADER_BYTES + acks_.size() * VMTH_ACK_BYTES +
+                      told_missed_.size() * VMTH_DESC_BYTES);
+    uint8_t *const desc = ack_bytes_.data() + VMTH_PACKET_HEADER_BYTES;
+    uint8_t *at = desc;
+    for (const vmth_ack &ack : acks_) {
+        vmth_ack_encode(&ack, at);
+        at += VMTH_ACK_BYTES;
     }
     vmth_packet_header header = {};
+    for (const vmth_run &run : told_missed_) {
+        vmth_desc missed = {};
+        missed.page = run.page;
+        missed.npages = static_cast<uint32_t>(run.npages);
+        missed.form = VMTH_FORM_SAME;
+        at += vmth_desc_encode(&missed, at, VMTH_DESC_BYTES);
+        header.npages += run.npages;
+        shared_.counters.missed_pages.add(run.npages);
+    }
     header.kind = VMTH_PACKET_ACK;
     header.round = round_;
     header.channel = static_cast<uint16_t>(channel_.index());
     header.seq = acks_.back().seq;
-    header.desc_bytes = static_cast<uint32_t>(acks_.size() * VMTH_ACK_BYTES);
+    header.desc_bytes = static_cast<uint32_t>(at - desc);
     header.ndesc = static_cast<uint32_t>(acks_.size());
-    vmth_packet_encode_header(&header, desc, shared_.hashes.key().seed, raw);
-    iovec iov = {raw, VMTH_PACKET_HEADER_BYTES + header.desc_bytes};
+    vmth_packet_encode_header(&header, desc, shared_.hashes.key().seed, ack_bytes_.data());
+    iovec iov = {ack_bytes_.data(), ack_bytes_.size()};
     acks_.clear();
+    told_missed_.clear();
     channel_.write_vec(&iov, 1);
 }
 

@@ -43,8 +43,8 @@ TransferError sent_twice(uint32_t block)
 SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
                            const SenderOptions &given)
     : options(checked(given, page_bytes)), memory(std::move(blocks), page_bytes),
-      hashes(memory, options.hash_seed, options.digest), prefault(memory, options.populate),
-      flow(options.packet_bytes, page_bytes),
+      hashes(memory, options.hash_seed, options.digest), forms(options.forms, options.digest),
+      known(memory, forms.hashing()), prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }
@@ -390,6 +390,12 @@ uint64_t Sender::take_missed(const std::vector<uint64_t *> &bitmaps,
     const uint64_t taken = shared_.missed.take(bitmaps);
     shared_.counters.missed_pages.add(taken);
     return taken;
+}
+
+void Sender::forget(uint32_t block, uint64_t page, uint64_t npages)
+{
+    shared_.memory.check_range(block, page, npages);
+    shared_.known.forget(block, page, npages);
 }
 
 PathInfo Sender::path_info() const

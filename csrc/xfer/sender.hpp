@@ -26,8 +26,10 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
+#include "xfer/known_landed.hpp"
 #include "xfer/lent_pages.hpp"
 #include "xfer/missed_pages.hpp"
+#include "xfer/page_forms.hpp"
 #include "xfer/prefault.hpp"
 
 namespace vmth {
@@ -38,6 +40,7 @@ struct SenderOptions {
     uint64_t hash_seed = 0;
     bool digest = true;
     bool zerocopy = true;
+    uint32_t forms = 0;                      // bits of the cheaper forms that both ends agreed on
     uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
     unsigned queue_jobs = 2;                 // send() calls that may wait unfinished
     uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
@@ -62,6 +65,8 @@ public:
     const SenderOptions options;
     const GuestMemory memory;
     HashTable hashes;
+    FormsSwitch forms;
+    KnownLanded known;
     Prefault prefault;
     FlowControl flow;
     JobQueue queue;
@@ -119,6 +124,11 @@ public:
     const Counters &counters() const noexcept { return shared_.counters; }
     PathInfo path_info() const;
     void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
+    // Obeyed from the next packet of each channel on; see FormsSwitch. Any thread.
+    void set_forms(const FormsSetting &setting) { shared_.forms.set(setting); }
+    // The destination may hold something else in these pages than is known: they are sent again even if
+    // they are the same. Called before they are queued; the range is checked (usage).
+    void forget(uint32_t block, uint64_t page, uint64_t npages);
     void set_window(uint64_t nbytes) { shared_.flow.set_window(nbytes); }
     uint64_t in_flight() const { return shared_.flow.in_flight(); }
     std::vector<std::string> fallbacks() const;

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "xfer/thread_clock.hpp"
 #include "xfer/worker_thread.hpp"
 
 namespace vmth {
@@ -21,9 +22,9 @@ constexpr int completion_poll_ms = 50;
 
 using Clock = std::chrono::steady_clock;
 
-uint64_t most_bytes(uint64_t payload_bytes, uint64_t ndesc)
+uint64_t most_bytes(uint64_t payload_bytes, uint64_t ndesc, uint64_t desc_bytes)
 {
-    return VMTH_PACKET_HEADER_BYTES + ndesc * VMTH_DESC_BYTES + payload_bytes;
+    return VMTH_PACKET_HEADER_BYTES + ndesc * desc_bytes + payload_bytes;
 }
 
 template <typename Body> void guarded(SenderShared &shared, const std::string &where, Body body)
@@ -41,7 +42,9 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
-      builder_(shared.memory, shared.hashes, shared.prefault, index)
+      builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.forms,
+                shared.counters, shared.options.packet_bytes},
+               index)
 {
     if (!shared.options.zerocopy) {
         return;
@@ -110,26 +113,36 @@ void SenderChannel::send_batch(Batch &batch)
     const bool read = batch.form == VMTH_FORM_NORMAL;
     const uint64_t limit =
         std::max(shared_.flow.packet_payload(), read ? batch.npages * page_bytes : 0);
-    const uint64_t reserved =
-        read ? most_bytes(limit, limit / page_bytes) : most_bytes(0, batch.runs.size());
+    const uint64_t desc_bytes =
+        shared_.forms.get().mask == 0 ? VMTH_DESC_BYTES : VMTH_DESC_REF_BYTES;
+    const uint64_t reserved = read ? most_bytes(limit, limit / page_bytes, desc_bytes)
+                                   : most_bytes(0, batch.runs.size(), VMTH_DESC_BYTES);
     if (!shared_.flow.reserve(reserved)) {
         return;
     }
     round_ = batch.round;
     builder_.begin(batch.block, batch.round);
     add(batch);
-    while (read && builder_.npages() < grow_pages && builder_.ndesc() < grow_descs) {
-        // Zero pages take no room: fill up, but only from what is there now.
+    while (read && builder_.pages_read() < grow_pages && builder_.ndesc() < grow_descs) {
+        // Pages in cheap forms take little room: fill up, but only from what is there now.
         uint64_t room = (limit - builder_.payload_bytes()) / page_bytes;
         if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(batch, room)) {
             break;
         }
         add(batch);
     }
-    SentPacket sent = builder_.finish(++seq_);
-    shared_.flow.settle(reserved, sent.bytes);
-    ledger_.push(std::move(sent));
-    send_packet();
+    builder_.end();
+    if (builder_.empty()) {
+        shared_.flow.settle(reserved, 0);
+    } else {
+        SentPacket sent = builder_.finish(++seq_);
+        shared_.flow.settle(reserved, sent.bytes);
+        ledger_.push(std::move(sent));
+        send_packet();
+    }
+    const uint64_t now_ns = thread_cpu_ns();
+    shared_.counters.cpu_ns.add(now_ns - cpu_ns_);
+    cpu_ns_ = now_ns;
     for (const auto &[ticket, npages] : lent_) {
         shared_.tickets.give_back(ticket, npages);
     }
@@ -150,7 +163,8 @@ void SenderChannel::send_packet()
         reap();  // of earlier packets, also after zero-copy was switched off
     }
     std::vector<iovec> &payload = builder_.payload();
-    if (worth_zerocopy(builder_.payload_bytes())) {
+    const PacketParts &parts = builder_.parts();
+    if (worth_zerocopy(parts)) {
         // The header's buffer is reused at once, so it goes by copy.
         write_packet(&builder_.head(), 1, MSG_MORE);
         write_packet(payload.data(), payload.size(), MSG_ZEROCOPY);
@@ -160,10 +174,10 @@ void SenderChannel::send_packet()
     }
     Counters &counters = shared_.counters;
     counters.packets.add(1);
-    counters.normal_pages.add(builder_.counts().normal);
-    counters.zero_pages.add(builder_.counts().zero);
-    counters.hole_pages.add(builder_.counts().hole);
-    counters.free_pages.add(builder_.counts().free);
+    counters.normal_pages.add(parts.pages(VMTH_FORM_NORMAL));
+    counters.zero_pages.add(parts.pages(VMTH_FORM_ZERO));
+    counters.hole_pages.add(parts.pages(VMTH_FORM_HOLE));
+    counters.free_pages.add(parts.pages(VMTH_FORM_FREE));
 }
 
 void SenderChannel::send_control(vmth_packet_kind kind, uint32_t round)
@@ -203,10 +217,13 @@ void SenderChannel::write_packet(iovec *iov, size_t count, int flags)
 
 // ---- zero copy ------------------------------------------------------------------------------------
 
-bool SenderChannel::worth_zerocopy(uint64_t payload_bytes) const noexcept
+bool SenderChannel::worth_zerocopy(const PacketParts &parts) const noexcept
 {
-    // A lent buffer must be free once it was sent, not when the peer has it.
-    return zerocopy_ && lent_.empty() && payload_bytes >= zerocopy_min_bytes;
+    // A lent buffer must be free once it was sent, not when the peer has it; and the builder's own is
+    // used for the next packet.
+    const uint64_t raw_bytes = parts.pages(VMTH_FORM_NORMAL) * shared_.memory.page_bytes();
+    return zerocopy_ && lent_.empty() && raw_bytes == parts.payload_bytes() &&
+           raw_bytes >= zerocopy_min_bytes;
 }
 
 void SenderChannel::write_zerocopy(iovec *iov, size_t count)
@@ -345,32 +362,34 @@ void SenderChannel::read_packet(const uint8_t *raw)
     if (header.seq != acks.back().seq) {
         throw packet_error(channel_.name(), {"seq", header.seq, acks.back().seq});
     }
-    check_missed(header, acks);
+    const std::vector<vmth_run> missed = read_missed(header, acks);
     for (const vmth_ack &ack : acks) {
-        take_ack(ack);
+        take_ack(ack, missed);
     }
     if (drained()) {
         shared_.ledger_drained();
     }
 }
 
-// The list of missed pages must be well formed and belong to acknowledgements with that status; which of
-// a packet's pages it names does not matter here, because all with content are sent again.
-void SenderChannel::check_missed(const vmth_packet_header &header, const std::vector<vmth_ack> &acks)
+// The list of missed pages belongs to the one acknowledgement with that status.
+std::vector<vmth_run> SenderChannel::read_missed(const vmth_packet_header &header,
+                                                 const std::vector<vmth_ack> &acks)
 {
     const vmth_packet_limits limits =
-        shared_.memory.limits(channel_.index(), 1u << VMTH_FORM_SAME);
+        shared_.memory.limits(channel_.index(), form_bit(VMTH_FORM_SAME));
     const vmth_ack *missed = nullptr;
     for (const vmth_ack &ack : acks) {
-        if (ack.status == VMTH_ACK_MISSED) {
-            missed = &ack;
+        if (ack.status == VMTH_ACK_MISSED && missed != nullptr) {
+            throw packet_error(channel_.name(), {"ack.status", ack.status, VMTH_ACK_LANDED});
         }
+        missed = ack.status == VMTH_ACK_MISSED ? &ack : missed;
     }
     const size_t start = acks.size() * VMTH_ACK_BYTES;
     if (missed == nullptr && start != desc_.size()) {
         throw packet_error(channel_.name(), {"desc_bytes", desc_.size(), start});
     }
     uint64_t npages = 0;
+    std::vector<vmth_run> runs;
     for (size_t at = start; at < desc_.size();) {
         vmth_desc desc;
         size_t used = 0;
@@ -381,14 +400,16 @@ void SenderChannel::check_missed(const vmth_packet_header &header, const std::ve
             throw packet_error(channel_.name(), error);
         }
         npages += desc.npages;
+        runs.push_back({desc.page, desc.npages});
         at += used;
     }
     if (npages != header.npages) {
         throw packet_error(channel_.name(), {"npages", header.npages, npages});
     }
+    return runs;
 }
 
-void SenderChannel::take_ack(const vmth_ack &ack)
+void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &missed)
 {
     std::optional<SentPacket> sent = ledger_.pop(ack.seq);
     if (!sent) {
@@ -400,15 +421,34 @@ void SenderChannel::take_ack(const vmth_ack &ack)
         shared_.barrier_part_done();
         return;
     }
-    const bool same = ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi;
-    if (ack.status == VMTH_ACK_LANDED && same) {
+    if (ack.status == VMTH_ACK_MISSED) {
+        take_missed(*sent, ack, missed);
+    }
+    if (ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi) {
+        shared_.known.landed(sent->block, sent->runs);
+        shared_.known.landed(sent->block, sent->zero_runs);
         return;
     }
-    if (ack.status == VMTH_ACK_LANDED) {
-        shared_.counters.torn_packets.add(1);
-        shared_.missed.add_differing(sent->block, std::move(sent->runs));
-    } else {
-        shared_.missed.add(sent->block, sent->runs);
+    shared_.counters.torn_packets.add(1);
+    shared_.missed.add_differing(sent->block, std::move(sent->runs));
+}
+
+// The missed pages go again; what is left of the packet is judged as if it had been all of it.
+void SenderChannel::take_missed(SentPacket &sent, const vmth_ack &ack,
+                                const std::vector<vmth_run> &missed)
+{
+    if (ack.block != sent.block) {
+        throw packet_error(channel_.name(), {"ack.block", ack.block, sent.block});
+    }
+    if (!remove_runs(sent.runs, missed)) {
+        throw packet_error(channel_.name(), {"missed pages", missed.size(), sent.runs.size()});
+    }
+    shared_.missed.add(sent.block, missed);
+    if (shared_.hashes.enabled()) {
+        const vmth_u128 sum = shared_.hashes.sum(sent.block, missed);
+        const bool borrow = sent.digest.lo < sum.lo;
+        sent.digest.lo -= sum.lo;
+        sent.digest.hi -= sum.hi + (borrow ? 1 : 0);
     }
 }
 

@@ -36,7 +36,7 @@ private:
     void send_control(vmth_packet_kind kind, uint32_t round);
     void write_packet(iovec *iov, size_t count, int flags);
     void write_zerocopy(iovec *iov, size_t count);
-    bool worth_zerocopy(uint64_t payload_bytes) const noexcept;
+    bool worth_zerocopy(const PacketParts &parts) const noexcept;
     void reap();
     void wait_completions();
     void stop_zerocopy(const std::string &why);
@@ -44,8 +44,10 @@ private:
     // Reader thread.
     void read_acks();
     void read_packet(const uint8_t *raw);
-    void take_ack(const vmth_ack &ack);
-    void check_missed(const vmth_packet_header &header, const std::vector<vmth_ack> &acks);
+    std::vector<vmth_run> read_missed(const vmth_packet_header &header,
+                                      const std::vector<vmth_ack> &acks);
+    void take_ack(const vmth_ack &ack, const std::vector<vmth_run> &missed);
+    void take_missed(SentPacket &sent, const vmth_ack &ack, const std::vector<vmth_run> &missed);
 
     SenderShared &shared_;
     Channel channel_;
@@ -58,6 +60,7 @@ private:
     uint64_t seq_ = 0;
     uint32_t round_ = 0;
     std::vector<std::pair<uint64_t, uint64_t>> lent_;  // (ticket, pages) of the packet being built
+    uint64_t cpu_ns_ = 0;  // of the thread, when it last counted
     bool zerocopy_ = false;
     vmth_zerocopy completions_ = {};
     // Reader:

@@ -147,6 +147,21 @@ Words subdigests(const vmth::HashTable &hashes, uint32_t block, uint64_t page, u
     return array_of(std::move(sums));
 }
 
+// Of the forms that a session may agree on: (pages, tried, content bytes, wire bytes, CPU ns)
+py::dict forms_of(const vmth::Counters &counters)
+{
+    py::dict forms;
+    for (unsigned form = 0; form < counters.forms.size(); form++) {
+        if ((vmth::cheaper_forms >> form & 1) != 0) {
+            const vmth::FormCounters &of = counters.forms[form];
+            forms[vmth::form_name(form)] =
+                py::make_tuple(of.pages.get(), of.tried_pages.get(), of.content_bytes.get(),
+                               of.wire_bytes.get(), of.cpu_ns.get());
+        }
+    }
+    return forms;
+}
+
 py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
 {
     using namespace pybind11::literals;
@@ -157,13 +172,14 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "acked_bytes"_a = counters.acked_bytes.get(), "packets"_a = counters.packets.get(),
         "torn_packets"_a = counters.torn_packets.get(),
         "zerocopy_sends"_a = counters.zerocopy_sends.get(),
-        "zerocopy_copied"_a = counters.zerocopy_copied.get(), "rtt_ns"_a = path.rtt_ns,
+        "zerocopy_copied"_a = counters.zerocopy_copied.get(), "cpu_ns"_a = counters.cpu_ns.get(),
+        "forms"_a = forms_of(counters), "rtt_ns"_a = path.rtt_ns,
         "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
 }
 
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
-            uint32_t packet_bytes, unsigned queue_jobs)
+            uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms)
 {
     vmth::SenderOptions options;
     options.hash_seed = hash_seed;
@@ -171,6 +187,7 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     options.zerocopy = zerocopy;
     options.packet_bytes = packet_bytes;
     options.queue_jobs = queue_jobs;
+    options.forms = forms;
     return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
 }
 
@@ -179,12 +196,14 @@ using Sink = std::optional<std::tuple<int, uint32_t, std::vector<std::string>>>;
 
 std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
 make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest,
-              const py::sequence &maybe_nonzero, unsigned channels, const Sink &sink)
+              const py::sequence &maybe_nonzero, unsigned channels, const Sink &sink,
+              uint32_t forms)
 {
     vmth::ReceiverOptions options;
     options.hash_seed = hash_seed;
     options.digest = digest;
     options.channels = channels;
+    options.forms = forms;
     if (sink) {
         std::tie(options.sink.fd, options.sink.section_id, options.sink.idstrs) = *sink;
     }
@@ -295,7 +314,7 @@ void bind_sender(py::module_ &module)
     py::class_<Sender, Holder<Sender>>(module, "Sender")
         .def(py::init(&make_sender), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
-             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2)
+             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0)
         .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"), Release())
         .def(
             "send",
@@ -342,6 +361,12 @@ void bind_sender(py::module_ &module)
         .def("counters",
              [](const Sender &self) { return counters_of(self.counters(), self.path_info()); })
         .def("set_bandwidth", &Sender::set_bandwidth, py::arg("bytes_per_second"), Release())
+        .def(
+            "set_forms",
+            [](Sender &self, uint32_t mask, int zstd_level) { self.set_forms({mask, zstd_level}); },
+            py::arg("mask"), py::arg("zstd_level"), Release())
+        .def("forget", &Sender::forget, py::arg("block"), py::arg("page"), py::arg("npages"),
+             Release())
         .def("set_window", &Sender::set_window, py::arg("nbytes"), Release())
         .def("in_flight", &Sender::in_flight, Release())
         .def("fallbacks", &Sender::fallbacks)
@@ -357,7 +382,7 @@ void bind_receiver(py::module_ &module)
     py::class_<Receiver, Holder<Receiver>>(module, "Receiver")
         .def(py::init(&make_receiver), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("maybe_nonzero"),
-             py::arg("channels"), py::arg("sink") = py::none())
+             py::arg("channels"), py::arg("sink") = py::none(), py::arg("forms") = 0)
         .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
         .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
         .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })

@@ -34,6 +34,7 @@ class Sender:
         zerocopy: bool = True,
         packet_bytes: int = 262144,  # payload of a full packet; shrinks with the window
         queue_jobs: int = 2,  # send() calls that may wait unfinished before send() blocks
+        forms: int = 0,  # bit f: both ends agreed on form f; none of them is on at first
     ) -> None: ...
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble; the sender duplicates it. Starts its
@@ -78,9 +79,20 @@ class Sender:
         """A copy of the table: (npages, 2)."""
 
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
-    def counters(self) -> dict[str, int]: ...
+    def counters(self) -> dict[str, Any]:
+        """Numbers, and ``forms``: by name, (pages, tried, content bytes, wire bytes, CPU ns)."""
+
     def set_bandwidth(self, bytes_per_second: int) -> None:
         """Of all channels together, headers included; 0: none. Takes effect within 50 ms."""
+
+    def set_forms(self, mask: int, zstd_level: int) -> None:
+        """Bit f of ``mask``: form f is on, from the next packet of each channel on. Raises "usage",
+        with nothing changed, for a form that was not agreed on, one that compares hashes where the
+        digest is off, and a level outside -10 to 19 or 0."""
+
+    def forget(self, block: int, page: int, npages: int) -> None:
+        """The peer may not hold what it acknowledged of these pages: they go again in full, even
+        if they are the same. Before they are queued."""
 
     def set_window(self, nbytes: int) -> None:
         """Most bytes in flight (sent, not acknowledged) over all channels; 0: none."""
@@ -110,6 +122,7 @@ class Receiver:
         sink: tuple[int, int, Sequence[bytes]] | None = None,  # (fd of a connected stream socket,
         # duplicated; id of the ram section; idstr of every block): where the pages of hostless
         # blocks are handed on, as PART sections of QEMU's stream
+        forms: int = 0,  # bit f: both ends agreed on form f
     ) -> None: ...
     def attach(self, fd: int, index: int) -> None:
         """A connected socket past its preamble; duplicated. Starts its thread."""
@@ -121,7 +134,7 @@ class Receiver:
     def digest(self) -> tuple[int, int, int]: ...
     def hashes(self, block: int, page: int, npages: int) -> U64: ...
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
-    def counters(self) -> dict[str, int]: ...
+    def counters(self) -> dict[str, Any]: ...
     def fallbacks(self) -> list[str]: ...
     def cancel(self, reason: str) -> None: ...
     def close(self) -> None: ...

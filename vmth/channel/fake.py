@@ -17,6 +17,7 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +108,8 @@ class _Counts:
         self.values[name] = self.values.get(name, 0) + n
 
     def snapshot(self) -> TransferCounters:
-        return TransferCounters(**self.values)
+        values: dict[str, Any] = dict(self.values)
+        return TransferCounters(**values)
 
 
 class FakeLink:
@@ -168,6 +170,7 @@ class FakeSender:
         self._tickets = 0
         self._read = 0
         self.bandwidth_bps = 0  #: last value set
+        self.forms, self.zstd_level = 0, 1  #: last values set
         self.window_bytes = 0  #: last value set
 
     def _check(self) -> None:
@@ -342,6 +345,13 @@ class FakeSender:
 
     def counters(self) -> TransferCounters:
         return self._counts.snapshot()
+
+    def set_forms(self, mask: int, zstd_level: int = 1) -> None:
+        """Remembered only: every page goes as it is."""
+        self.forms, self.zstd_level = mask, zstd_level
+
+    def forget(self, block: int, page: int, npages: int) -> None:
+        self._check_range(block, page, npages)
 
     def set_bandwidth(self, bytes_per_second: int) -> None:
         self.bandwidth_bps = bytes_per_second

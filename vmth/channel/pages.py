@@ -19,7 +19,7 @@ from vmth._native import _xfer
 from vmth.channel.interface import Digest, PageContent, PageRuns, StreamSink
 from vmth.errors import CancelledError, ChannelError, StreamError, UsageError, VmthError
 from vmth.memory import MappedBlock
-from vmth.stats import TransferCounters
+from vmth.stats import FormCounters, TransferCounters
 from vmth.types import Bitmap, Bitmaps
 
 __all__ = ["NativeReceiver", "NativeSender"]
@@ -94,7 +94,9 @@ class _NativeEnd:
 
     def counters(self) -> TransferCounters:
         with _translate:
-            return TransferCounters(**self._native.counters())
+            values = self._native.counters()
+        forms = {name: FormCounters(*of) for name, of in values.pop("forms").items()}
+        return TransferCounters(**values, forms=forms)
 
     def fallbacks(self) -> Sequence[str]:
         with _translate:
@@ -133,7 +135,9 @@ class NativeSender(_NativeEnd):
         zerocopy: bool = True,
         packet_bytes: int = 262144,
         queue_jobs: int = 2,
+        forms: int = 0,
     ) -> None:
+        """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first."""
         with _translate:
             native = _xfer.Sender(
                 _areas(memory, page_bytes),
@@ -143,6 +147,7 @@ class NativeSender(_NativeEnd):
                 zerocopy=zerocopy,
                 packet_bytes=packet_bytes,
                 queue_jobs=queue_jobs,
+                forms=forms,
             )
         # What native threads may read is dropped after the sender that joins them.
         self._native: _xfer.Sender = native
@@ -215,6 +220,20 @@ class NativeSender(_NativeEnd):
         with _translate:
             self._native.set_bandwidth(bytes_per_second)
 
+    def set_forms(self, mask: int, zstd_level: int = 1) -> None:
+        """Which of the agreed forms are on (``vmth.channel.forms``), from each channel's next
+        packet on. Any thread. Raises UsageError, with nothing changed, for a form that was not
+        agreed on, one that compares hashes where the digest is off, and a level outside -10 to 19
+        or 0."""
+        with _translate:
+            self._native.set_forms(mask, zstd_level)
+
+    def forget(self, block: int, page: int, npages: int) -> None:
+        """The destination may not hold what it acknowledged of these pages: they go again in full,
+        even if they are the same. To be called before they are queued."""
+        with _translate:
+            self._native.forget(block, page, npages)
+
     def set_window(self, nbytes: int) -> None:
         with _translate:
             self._native.set_window(nbytes)
@@ -246,8 +265,10 @@ class NativeReceiver(_NativeEnd):
         maybe_nonzero: Sequence[Bitmap],
         channels: int,
         sink: StreamSink | None = None,
+        forms: int = 0,
     ) -> None:
-        """``sink``: where the pages of hostless blocks are handed on; needed where there is one."""
+        """``sink``: where the pages of hostless blocks are handed on; needed where there is one.
+        ``forms``: what both ends agreed on."""
         with _translate:
             native = _xfer.Receiver(
                 _areas(memory, page_bytes),
@@ -257,6 +278,7 @@ class NativeReceiver(_NativeEnd):
                 maybe_nonzero=maybe_nonzero,
                 channels=channels,
                 sink=None if sink is None else _wire_sink(sink),
+                forms=forms,
             )
         self._native: _xfer.Receiver = native
         self._memory = memory  # stays mapped as long as its views live

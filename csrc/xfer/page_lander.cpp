@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Writing and hashing what landed.
+#include "xfer/page_lander.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "vmth/zero_page.h"
+
+namespace vmth {
+
+namespace {
+
+// What landed is hashed while it is in the cache.
+constexpr size_t piece_bytes = 256 * 1024;
+constexpr size_t max_piece_pages = 64;
+
+}  // namespace
+
+PageLander::PageLander(ReceiverShared &shared, unsigned channel)
+    : shared_(shared), channel_(channel),
+      piece_pages_(std::clamp<size_t>(piece_bytes / shared.memory.page_bytes(), 1,
+                                      max_piece_pages))
+{
+}
+
+void PageLander::invalidate(uint32_t block, const vmth_run &run)
+{
+    shared_.hashes.invalidate(channel_, block, run.page, run.npages);
+}
+
+// ---- zero pages -------------------------------------------------------------------------------------
+
+void PageLander::zeros(uint32_t block, const vmth_run &run, vmth_digest *fresh)
+{
+    if (shared_.memory.hostless(block)) {
+        // What another program holds is not known: it is told of every zero page.
+        invalidate(block, run);
+        shared_.sink->write_zeros(block, run);
+    } else {
+        write_zeros(block, run);
+    }
+    shared_.hashes.fill_zero(channel_, block, run.page, run.npages, fresh);
+}
+
+// Only where not already zero: reading does not populate a hole of private memory.
+void PageLander::write_zeros(uint32_t block, const vmth_run &zeros)
+{
+    const size_t page_bytes = shared_.memory.page_bytes();
+    const uint64_t end = zeros.page + zeros.npages;
+    for (uint64_t page = zeros.page; page < end;) {
+        std::optional<vmth_run> run = shared_.maybe_nonzero[block].first_run(page, end - page);
+        if (!run) {
+            break;
+        }
+        invalidate(block, *run);
+        for (uint64_t i = 0; i < run->npages; i++) {
+            uint8_t *host = shared_.memory.host(block, run->page + i);
+            if (!vmth_is_zero(host, page_bytes)) {
+                memset(host, 0, page_bytes);
+            }
+        }
+        page = run->page + run->npages;
+    }
+}
+
+// ---- content ----------------------------------------------------------------------------------------
+
+std::vector<iovec> &PageLander::direct(uint32_t block, const std::vector<vmth_run> &piece)
+{
+    const size_t page_bytes = shared_.memory.page_bytes();
+    iov_.clear();
+    uint64_t npages = 0;
+    for (const vmth_run &run : piece) {
+        npages += run.npages;
+        if (shared_.memory.hostless(block)) {
+            continue;
+        }
+        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
+        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
+        iov_.push_back({shared_.memory.host(block, run.page),
+                        static_cast<size_t>(run.npages) * page_bytes});
+    }
+    if (shared_.memory.hostless(block) && npages > 0) {
+        scratch_.resize(piece_pages_ * page_bytes);
+        iov_.push_back({scratch_.data(), static_cast<size_t>(npages) * page_bytes});
+    }
+    return iov_;
+}
+
+void PageLander::landed(uint32_t block, const std::vector<vmth_run> &piece, vmth_digest *fresh)
+{
+    if (shared_.memory.hostless(block)) {
+        hand_on(block, piece, scratch_.data(), fresh);
+        return;
+    }
+    for (const vmth_run &run : piece) {
+        set_hashes(block, run, shared_.memory.host(block, run.page), fresh);
+    }
+}
+
+void PageLander::from_buffer(uint32_t block, const std::vector<vmth_run> &runs,
+                             const uint8_t *content, vmth_digest *fresh)
+{
+    if (shared_.memory.hostless(block)) {
+        hand_on(block, runs, content, fresh);
+        return;
+    }
+    for (const vmth_run &run : runs) {
+        const size_t nbytes = static_cast<size_t>(run.npages) * shared_.memory.page_bytes();
+        uint8_t *host = shared_.memory.host(block, run.page);
+        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
+        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
+        memcpy(host, content, nbytes);
+        set_hashes(block, run, host, fresh);
+        content += nbytes;
+    }
+}
+
+// What is hashed is what is handed on: both come from the buffer. Entries are set only after.
+void PageLander::hand_on(uint32_t block, const std::vector<vmth_run> &runs, const uint8_t *content,
+                         vmth_digest *fresh)
+{
+    if (runs.empty()) {
+        return;
+    }
+    shared_.sink->write_pages(block, runs, content);
+    for (const vmth_run &run : runs) {
+        set_hashes(block, run, content, fresh);
+        content += run.npages * shared_.memory.page_bytes();
+    }
+}
+
+void PageLander::set_hashes(uint32_t block, const vmth_run &run, const uint8_t *content,
+                            vmth_digest *fresh)
+{
+    const size_t page_bytes = shared_.memory.page_bytes();
+    for (uint64_t done = 0; shared_.hashes.enabled() && done < run.npages;) {
+        vmth_u128 hashes[max_piece_pages];
+        const size_t take =
+            static_cast<size_t>(std::min<uint64_t>(max_piece_pages, run.npages - done));
+        if (vmth_page_hash(&shared_.hashes.key(), content + done * page_bytes, page_bytes, take,
+                           hashes) != 0) {
+            throw TransferError(ErrorKind::usage, "page kernel refused its arguments");
+        }
+        shared_.hashes.replace(channel_, block, run.page + done, take, hashes, fresh);
+        done += take;
+    }
+}
+
+}  // namespace vmth
