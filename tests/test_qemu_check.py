@@ -133,7 +133,15 @@ DISKS: list[tuple[dict[str, Any], dict[str, Any], bool, Level, str]] = [
     ({"filesystem": "nfs4"}, {"filesystem": "nfs4"}, False, Level.OK, "on nfs4 at both"),
     ({"filesystem": "ext4"}, {"filesystem": "ext4"}, False, Level.REFUSED, "one host alone"),
     ({"identity": "block 8:0"}, {"identity": "block 8:0"}, False, Level.WARNING, "not known"),
-    ({"file": "rbd://p/i", "identity": ""}, {"file": "rbd://p/i"}, False, Level.OK, "network"),
+    ({"file": "rbd:p/i", "identity": ""}, {"file": "rbd:p/i"}, False, Level.OK, "network"),
+    ({"file": "nbd://127.0.0.1/x"}, {"file": "nbd://127.0.0.1/x"}, True, Level.OK, "same file"),
+    (
+        {"file": "nbd://127.0.0.1/x", "identity": ""},
+        {"file": "nbd://127.0.0.1/x", "identity": ""},
+        False,
+        Level.WARNING,
+        "not known",
+    ),
 ]
 
 
@@ -380,7 +388,9 @@ def test_real_qemus_of_one_command_line_pass(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     same = (
         *("-device", "pcie-root-port,id=rp0,chassis=1", "-device", "virtio-rng-pci,bus=rp0"),
-        *("-device", "qemu-xhci", "-device", "usb-tablet"),
+        *("-device", "qemu-xhci", "-device", "usb-kbd,port=3"),
+        *("-device", "virtio-scsi-pci,id=s", "-drive", "if=none,id=c,file.driver=null-co"),
+        *("-device", "scsi-hd,drive=c,scsi-id=1,lun=2"),
         *("-blockdev", f"raw,node-name=n0,file.driver=file,file.filename={tmp_path / 'disk'}"),
         *("-device", "virtio-blk-pci,drive=n0"),
     )
@@ -388,14 +398,20 @@ def test_real_qemus_of_one_command_line_pass(tmp_path: Path) -> None:
     with QmpQemu(tmp_path, "SRC", *same, machine=machine, name="a") as source:
         with Qmp(source.path) as qmp:
             facts = gather(qmp)
-        assert Device("virtio-rng-pci", "pcie.0/01.0/00.0") in facts.devices
-        assert facts.disks[0].identity and facts.disks[0].filesystem
+        assert {
+            Device("virtio-rng-pci", "pcie.0/01.0/00.0"),
+            Device("usb-kbd", "pcie.0/02.0:0/3"),
+            Device("scsi-hd", "pcie.0/03.0:0/0-1-2"),
+        } <= {*facts.devices}
+        assert [disk.place for disk in facts.disks] == ["pcie.0/03.0:0/0-1-2", "pcie.0/04.0"]
+        assert facts.disks[1].identity and facts.disks[1].filesystem
         assert "sse2" in facts.cpu.features and facts.resident_bytes > 1 << 20
         assert {"pc.ram", "pc.bios"} <= {row.idstr for row in facts.ram}
         with QmpQemu(tmp_path, "DST", *same, *WAITS, machine=machine, name="b") as destination:
             found = levels(source, destination)
     assert not any("refused" in said for said in found.values()), found
-    for subject in ("machine", "memory", "ramblocks", "cpu", "devices", "disks", "state"):
+    assert found["disks"] == {"ok", "warning"}, "what is no file cannot be known"
+    for subject in ("machine", "memory", "ramblocks", "cpu", "devices", "state"):
         assert found[subject] == {"ok"}, subject
 
 

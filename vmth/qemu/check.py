@@ -45,6 +45,9 @@ NETWORK_FILESYSTEMS = frozenset(
     """nfs nfs4 cifs smb3 ceph glusterfs fuse.glusterfs fuse.ceph gfs2 ocfs2 gpfs lustre beegfs
     pvfs2 orangefs afs 9p""".split()  # noqa: SIM905
 )
+#: Names of storage that every host reaches in the same way, and what in them is one host's own.
+NETWORK_PROTOCOLS = ("gluster", "http", "iscsi:", "nbd:", "nfs:", "rbd:", "ssh:")
+OWN_ADDRESSES = ("localhost", "127.", "[::1]", "unix:")
 SHOWN = 6
 
 
@@ -503,7 +506,9 @@ def _file(disk: Disk) -> str:
 
 def _network(disk: Disk) -> bool:
     """Is its storage reached by every host in the same way?"""
-    return disk.filesystem in NETWORK_FILESYSTEMS or "://" in disk.file
+    by_protocol = disk.file.startswith(NETWORK_PROTOCOLS)
+    own = any(address in disk.file for address in OWN_ADDRESSES)
+    return disk.filesystem in NETWORK_FILESYSTEMS or (by_protocol and not own)
 
 
 def _local(disk: Disk) -> bool:

@@ -280,23 +280,33 @@ def _devices(qmp: Qmp) -> dict[str, tuple[str, str]]:
             kind = str(row["type"])
             if kind.startswith("child<"):
                 kinds[f"{folder}/{row['name']}"] = kind[len("child<") : -1]
-    questions = [
-        (path, name) for path in kinds for name in ("parent_bus", "legacy-addr", "port", "addr")
-    ]
-    values = iter(_gets(qmp, questions))
-    seats = {path: (next(values), next(values), next(values), next(values)) for path in kinds}
+    answers = iter(_gets(qmp, [(path, name) for path in kinds for name in _SEAT]))
+    seats = {path: {name: next(answers) for name in _SEAT} for path in kinds}
     return {path: (kind, _place(path, seats)) for path, kind in kinds.items()}
 
 
-def _place(path: str, seats: Mapping[str, tuple[Any, ...]]) -> str:
-    """Bus and address, through the bridges above it: "pcie.0/02.0/00.0"."""
-    bus, pci_address, usb_port, address = seats[path]
+#: Where a device sits: its bus, and the address there in the words of that bus.
+_SEAT = ("parent_bus", "legacy-addr", "addr", "port", "channel", "scsi-id", "lun", "unit", "nr")
+_ON_A_BUS = ("port", "channel", "scsi-id", "lun", "unit", "nr")
+
+
+def _place(path: str, seats: Mapping[str, Mapping[str, Any]]) -> str:
+    """Bus and address, from the root on: "pcie.0/02.0/00.0", "pcie.0/05.0:0/0-0-1". Ids are not
+    in it, as they are not in what QEMU finds a device's state by."""
+    seat = seats[path]
+    bus = str(seat["parent_bus"] or "")
     if not bus:
-        return f"@{address}" if address is not None else ""
-    owner, _, name = str(bus).rpartition("/")
-    above = _place(owner, seats) if owner in seats and owner != path else name
-    own = pci_address if pci_address is not None else usb_port
-    return f"{above}/{own}" if own else above
+        return f"@{seat['addr']}" if seat["addr"] is not None else ""
+    owner, _, name = bus.rpartition("/")
+    while owner and owner not in seats:
+        owner = owner.rpartition("/")[0]  # a controller's bus may hang on a part of it
+    if owner and owner != path:
+        number = name.rpartition(".")[2] if "." in name else ""
+        name = _place(owner, seats) + (f":{number}" if number else "")
+    own = seat["legacy-addr"]
+    if own is None:
+        own = "-".join(str(seat[key]) for key in _ON_A_BUS if seat[key] not in (None, ""))
+    return f"{name}/{own}" if own else name
 
 
 def _disks(qmp: Qmp, places: Mapping[str, str]) -> list[Disk]:
