@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +22,14 @@ import vmth
 from vmth.destination_record import DestinationRecord
 from vmth.destination_session import ReceiveResult
 from vmth.errors import MigrationError
+from vmth.guest import Guest
 from vmth.job import JobSession
 from vmth.journal import Side, StateDirectory
+from vmth.listener import Listener
 from vmth.options import ReceiveOptions
 from vmth.source_session import SourceSession
 from vmth.wire.framing import PreambleStatus
+from vmth.wire.handover import Record
 from vmth.wire.messages import (
     Abort,
     AbortCode,
@@ -126,6 +129,41 @@ def test_records_are_remembered_over_a_restart_and_can_then_be_given_back(world:
         assert source.ends()
     assert again.states() == {}
     world.moves(again)
+
+
+@pytest.mark.parametrize(
+    ("records", "calls"),
+    [
+        ([Record.RECEIVING], ["release"]),
+        ([Record.RECEIVING, Record.ABORTED], ["release"]),
+        ([Record.RECEIVING, Record.STARTING], ["is_running", "resume"]),
+        ([Record.RECEIVING, Record.STARTING, Record.RUNNING], []),
+    ],
+)
+def test_a_restart_finds_the_guest_again(
+    world: World, records: list[Record], calls: list[str]
+) -> None:
+    """One that never ran here is freed, one that was being started is asked, and resumed."""
+    with StateDirectory(world.tmp_path / "destination") as directory:
+        with directory.create_journal(SESSION, Side.DESTINATION) as journal:
+            for record in records:
+                journal.append(record, directory.receiver_id, {"guest.key": "its key"})
+    guest = world.guest(writing=False)
+    found: list[dict[str, str]] = []
+
+    def find_guest(session_id: str, detail: Mapping[str, str]) -> Guest:
+        assert session_id == SESSION.hex()
+        found.append(dict(detail))
+        return guest
+
+    with Listener(
+        "tcp:127.0.0.1:0",
+        world.make_guest,
+        ReceiveOptions(state_dir=world.tmp_path / "destination"),
+        find_guest,
+    ):
+        assert found == [{"guest.key": "its key"}]
+        assert guest.calls == calls
 
 
 def test_an_abort_by_query_ends_a_session_that_goes_on(world: World) -> None:

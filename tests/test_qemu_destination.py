@@ -5,7 +5,6 @@ test plays."""
 from __future__ import annotations
 
 import base64
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def test_the_guest_is_loaded_and_runs_when_it_is_told_to(world: World) -> None:
     assert [given for name, given in world.fake.received if name == "announce-self"] == [
         {"initial": 50, "max": 550, "rounds": 5, "step": 100}
     ]
-    assert guest.describe() == {"kind": "qemu", "qmp": str(world.fake.path)}
+    assert guest.describe()["qmp"] == str(world.fake.path)
     assert "quit" not in world.fake.commands()
 
 
@@ -289,16 +288,33 @@ def test_a_head_that_is_none_is_refused(guest: dict[str, str], why: str) -> None
 
 
 def test_a_restarted_listener_finds_the_guest_of_its_journal(world: World) -> None:
+    detail = {f"guest.{key}": value for key, value in world.made().describe().items()}
     world.qmp.close()
-    found = find_qemu("00" * 16, {"guest.kind": "qemu", "guest.qmp": str(world.fake.path)})
-    assert found is not None and isinstance(found, CanTell)
+    found = find_qemu("00" * 16, detail)
+    assert found is not None and isinstance(found, CanTell) and isinstance(found, CanDescribe)
+    assert {f"guest.{key}": value for key, value in found.describe().items()} == detail
     world.status = "running"
     assert found.is_running()
     assert found.pause()
     world.fake.answers["query-status"] = FakeError("GenericError", "no")
     with pytest.raises(MigrationError):
         found.is_running()
-    with contextlib.suppress(GuestError):
-        found.release()
+    found.release()
     assert world.fake.commands()[-1] == "quit"
+
+
+def test_another_qemu_at_the_same_path_is_not_taken_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detail = {f"guest.{key}": value for key, value in world.made().describe().items()}
+    world.qmp.close()
+    found = find_qemu("00" * 16, detail)
+    assert found is not None and isinstance(found, CanTell)
+    assert find_qemu("00" * 16, detail | {"guest.process": "1 1"}) is None
     assert find_qemu("00" * 16, {"guest.kind": "kvm"}) is None
+    monkeypatch.setattr(module, "process_identity", lambda pid: f"{pid} later")
+    asked = len(world.fake.received)
+    for ask in (found.is_running, found.resume, found.release):
+        with pytest.raises(GuestError, match="another QEMU"):
+            ask()
+    assert {name for name, _ in world.fake.received[asked:]} == {"qmp_capabilities"}

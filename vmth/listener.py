@@ -39,7 +39,6 @@ from vmth.wire.framing import (
 from vmth.wire.handover import (
     DestinationEvent,
     DestinationState,
-    Record,
     destination_state_after_restart,
 )
 from vmth.wire.messages import (
@@ -66,7 +65,8 @@ STRANGER_TIMEOUT_S = 5.0
 MAX_QUERY_BYTES = 8192
 _REPLY_TIMEOUT_S = 1.0
 
-#: After a restart: find the guest of a session that was starting or ran, from its journal's detail.
+#: After a restart: find the guest of a session from its journal's detail: one that was starting is
+#: asked whether it runs, one that will never run here is released. None: gone, or not to be asked.
 FindGuest = Callable[[str, Mapping[str, str]], Guest | None]
 
 
@@ -200,7 +200,7 @@ class Listener:
                 destination_state_after_restart(last.record),
             )
             record.was_running = last.detail.get("was_running") != "0"
-            if self._find_guest is not None and last.record in (Record.STARTING, Record.RUNNING):
+            if self._find_guest is not None:
                 record.guest = self._find_guest(session_id.hex(), last.detail)
             record.apply(DestinationEvent.RESTARTED)
 

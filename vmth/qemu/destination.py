@@ -15,7 +15,7 @@ import binascii
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vmth.channel.interface import StreamSink
 from vmth.errors import (
@@ -31,7 +31,7 @@ from vmth.qemu.check import Level, compare, raise_if_refused
 from vmth.qemu.facts import Facts, gather, refreshed
 from vmth.qemu.incoming import IncomingStream
 from vmth.qemu.landing import Land, Landing, choose_landing
-from vmth.qemu.launch import QemuProcess, wait_for_exit
+from vmth.qemu.launch import QemuProcess, process_identity, wait_for_exit
 from vmth.qemu.qmp import Qmp, QmpError
 from vmth.qemu.stream.events import (
     BlockListed,
@@ -142,7 +142,8 @@ class HeldQemu:
             raise
 
     def describe(self) -> dict[str, str]:
-        return {"kind": "qemu", "qmp": self.qmp.path}
+        process = process_identity(self.qmp.pid)
+        return {"kind": "qemu", "qmp": self.qmp.path, "process": process}
 
     def announce(self) -> None:
         self.qmp.execute("announce-self", _ANNOUNCE)
@@ -153,25 +154,34 @@ class HeldQemu:
 
 
 class _RememberedQemu:
-    """One that a journal names. Its monitor is held only while something is asked or done."""
+    """One that a journal names. Its monitor is held only while something is asked or done. Raises
+    GuestError once another QEMU listens at its path."""
 
     blocks: Sequence[RamBlock] = ()
     dirty: Sequence[DirtySource] = ()
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, process: str) -> None:
         self._path = path
+        self._process = process
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[HeldQemu]:
+        with Qmp(self._path) as qmp:
+            if process_identity(qmp.pid) != self._process:
+                raise GuestError(f"another QEMU (process {qmp.pid}) is at {self._path} now")
+            yield HeldQemu(qmp)
 
     def is_running(self) -> bool:
-        with Qmp(self._path) as qmp:
-            return HeldQemu(qmp).is_running()
+        with self._held() as held:
+            return held.is_running()
 
     def pause(self) -> bool:
-        with Qmp(self._path) as qmp:
-            return HeldQemu(qmp).pause()
+        with self._held() as held:
+            return held.pause()
 
     def resume(self) -> None:
-        with Qmp(self._path) as qmp:
-            HeldQemu(qmp).resume()
+        with self._held() as held:
+            held.resume()
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         raise GuestError("a destination QEMU has no state to save: migrate it as a source")
@@ -180,11 +190,11 @@ class _RememberedQemu:
         raise GuestError("this QEMU holds a guest already")
 
     def release(self) -> None:
-        with Qmp(self._path) as qmp:
-            HeldQemu(qmp).release()
+        with self._held() as held:
+            held.release()
 
     def describe(self) -> dict[str, str]:
-        return {"kind": "qemu", "qmp": self._path}
+        return {"kind": "qemu", "qmp": self._path, "process": self._process}
 
 
 class QemuDestination(HeldQemu):
@@ -361,11 +371,13 @@ def _compare(qmp: Qmp, source: Facts | None, facts: Facts | None) -> list[str]:
 
 
 def find_qemu(session_id: str, detail: Mapping[str, str]) -> Guest | None:
-    """After a restart of the listener: the guest of a journal, if it is a QEMU."""
-    if detail.get("guest.kind") != "qemu":
-        log.error("session %s: its guest is no QEMU: %s", session_id, dict(detail))
+    """After a restart of the listener: the guest of a journal, if that very QEMU still lives."""
+    path, process = detail.get("guest.qmp", ""), detail.get("guest.process", "")
+    pid = process.partition(" ")[0]
+    if not pid.isdigit() or process_identity(int(pid)) != process:
+        log.info("session %s: its QEMU is gone", session_id)
         return None
-    return _RememberedQemu(detail.get("guest.qmp", ""))
+    return _RememberedQemu(path, process)
 
 
 def _quit(qmp: Qmp, process: QemuProcess | None) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from vmth.errors import ChannelError, MigrationError, RefusedError, UsageError, VmthError
 from vmth.qemu.qmp import Qmp
 
-__all__ = ["QemuProcess", "check_command", "sweep", "wait_for_exit"]
+__all__ = ["QemuProcess", "check_command", "process_identity", "sweep", "wait_for_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +190,15 @@ def wait_for_exit(pid: int, timeout_s: float) -> bool:
         return bool(poll.poll(int(timeout_s * 1000)))
     finally:
         os.close(fd)
+
+
+def process_identity(pid: int) -> str:
+    """Its number and when it began, for a journal: another QEMU may listen at the same path later.
+    Empty where that cannot be seen."""
+    try:
+        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""
 
 
 def _lock(folder: Path) -> int:

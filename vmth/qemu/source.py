@@ -18,12 +18,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from vmth.errors import ChannelError, GuestError, MigrationError, RefusedError
 from vmth.guest import DirtySource, Guest, StateStream
 from vmth.guests.spawn import find as find_held_guest
 from vmth.qemu.destination import DEVICE_STREAM, DEVICE_STREAM_VERSION
+from vmth.qemu.launch import process_identity
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
 from vmth.qemu.settings import is_over, migration_status
@@ -130,7 +130,7 @@ class StoppedQemu:
         return {
             "kind": "qemu",
             "qmp": self.qmp.path,
-            "process": _process(self.qmp.pid),
+            "process": process_identity(self.qmp.pid),
             "on-success": self.on_success,
         }
 
@@ -286,7 +286,7 @@ def find_guest(detail: Mapping[str, str]) -> Guest | None:
     if not _listens(path):
         return None
     qmp = Qmp(path)
-    if detail.get("guest.process", "") not in ("", _process(qmp.pid)):
+    if detail.get("guest.process", "") not in ("", process_identity(qmp.pid)):
         qmp.close()  # another QEMU has taken the place of ours
         return None
     return StoppedQemu(qmp, detail.get("guest.on-success", "quit"))
@@ -302,14 +302,6 @@ def _listens(path: str) -> bool:
         except OSError:
             return True
     return True
-
-
-def _process(pid: int) -> str:
-    """Its number and when it began; empty where that cannot be seen."""
-    try:
-        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
-    except (OSError, IndexError):
-        return ""
 
 
 def _is_end(event: QmpEvent) -> bool:
