@@ -62,6 +62,8 @@ FEED_BYTES = 4 << 20
 TAIL_BYTES = 16 << 20
 CHANNEL_MAGIC = b"\x11\x22\x33\x44"
 RESENT_ORDER_BITS = 40
+KIND_NAMES = {int(kind): kind.name.lower() for kind in PageKind}
+KINDS = max(KIND_NAMES) + 1
 
 
 @dataclass(slots=True)
@@ -287,19 +289,18 @@ class Inspector:
 
     def _pages(self, event: RamPages) -> None:
         runs, report = event.runs, self.report
-        for kind in PageKind:
-            of_kind = runs[runs["kind"] == kind]
-            if not len(of_kind):
-                continue
-            npages = int(of_kind["npages"].sum())
-            name = kind.name.lower()
-            report.pages[name] = report.pages.get(name, 0) + npages
-            report.page_payload_bytes += int((of_kind["npages"] * of_kind["nbytes"]).sum())
-            for block in np.unique(of_kind["block"]).tolist():
-                of_block = int(of_kind["npages"][of_kind["block"] == block].sum())
-                counts = report.blocks[block].pages
-                counts[name] = counts.get(name, 0) + of_block
-            if kind is PageKind.COMPRESS:
+        npages = runs["npages"]
+        report.page_payload_bytes += int((npages * runs["nbytes"]).sum())
+        # One count for all: events are small where a stream is read as it runs.
+        keys = runs["block"].astype(np.int64) * KINDS + runs["kind"]
+        found = np.bincount(keys, weights=npages)
+        for key in np.flatnonzero(found).tolist():
+            block, kind = divmod(key, KINDS)
+            name, count = KIND_NAMES[kind], int(found[key])
+            report.pages[name] = report.pages.get(name, 0) + count
+            counts = report.blocks[block].pages
+            counts[name] = counts.get(name, 0) + count
+            if kind == PageKind.COMPRESS:
                 self._hint("COMPRESS_PAGE records: QEMU before 9.1")
         self._count_rounds(event)
 
@@ -309,7 +310,8 @@ class Inspector:
             return
         runs = event.runs
         keys = (runs["block"].astype(np.int64) << RESENT_ORDER_BITS) | runs["page"].astype(np.int64)
-        self.report.rounds += int((np.diff(keys, prepend=self.last_key) < 0).sum())
+        self.report.rounds += int(keys[0] < self.last_key)
+        self.report.rounds += int(np.count_nonzero(keys[1:] < keys[:-1]))
         self.last_key = int(keys[-1])
 
     def _compare_sizes(self) -> None:

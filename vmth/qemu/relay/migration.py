@@ -103,7 +103,7 @@ class ConnectionParser:
         else:
             notes.remark(f"{self._name} is of no known kind: carried unread")
 
-    def forward(self, data: bytes) -> None:
+    def forward(self, data: memoryview | bytes) -> None:
         """What the source sent; no bytes: it ended."""
         try:
             if self._main is not None:
@@ -114,7 +114,7 @@ class ConnectionParser:
             self._notes.fault(f"{self._name}: {error}; carried unread from there on")
             self._main = self._multifd = None
 
-    def backward(self, data: bytes) -> None:
+    def backward(self, data: memoryview | bytes) -> None:
         """What the destination sent; no bytes: it ended."""
         if self._back is None:
             return
@@ -130,7 +130,7 @@ class ConnectionParser:
             self._notes.remark(f"{self._name} is carried unread from there on: {reason}")
         self._main = self._multifd = self._back = None
 
-    def _read_main(self, reader: StreamReader, data: bytes) -> None:
+    def _read_main(self, reader: StreamReader, data: memoryview | bytes) -> None:
         report = self._inspector.report
         report.nbytes += len(data)
         if data:
@@ -142,7 +142,7 @@ class ConnectionParser:
             del report.commands[MAX_NOTES:]
             del report.remarks[MAX_NOTES:]
 
-    def _read_channel(self, reader: MultifdReader, data: bytes) -> None:
+    def _read_channel(self, reader: MultifdReader, data: memoryview | bytes) -> None:
         notes = self._notes
         if data:
             reader.feed(data)
@@ -159,7 +159,7 @@ class ConnectionParser:
                 if len(event.normal):
                     notes.compressions.add(event.compression.name.lower())
 
-    def _read_back(self, reader: ReturnPathReader, data: bytes) -> None:
+    def _read_back(self, reader: ReturnPathReader, data: memoryview | bytes) -> None:
         if data:
             reader.feed(data)
         else:

@@ -20,10 +20,8 @@ from vmth.qemu.relay.migration import ConnectionParser, MigrationNotes, role_of
 __all__ = ["BACKLOG_BYTES", "ConnectionWatch", "Observer"]
 
 #: Copies of one connection that may wait to be parsed.
-BACKLOG_BYTES = 16 << 20
-#: What a queued copy takes beside its bytes.
-ENTRY_BYTES = 256
-#: Copies go to the observer in batches: to wake it for each would slow down who carries.
+BACKLOG_BYTES = 32 << 20
+#: Copies go to the observer in batches: to wake it and to parse for each would cost too much.
 BATCH_BYTES = 1 << 20
 #: Of answers that are seen before the connection is known.
 EARLY_BYTES = 64 << 10
@@ -41,7 +39,7 @@ class ConnectionWatch:
         self.parser: ConnectionParser | None = None
         self._observer = observer
         # Of each pair one carrying thread writes its direction; the observer writes ``_taken``.
-        self._staged: dict[Direction, list[bytes]] = {direction: [] for direction in Direction}
+        self._staged: dict[Direction, bytearray] = {}
         self._staged_bytes = dict.fromkeys(Direction, 0)
         self._queued = dict.fromkeys(Direction, 0)
         self._taken = dict.fromkeys(Direction, 0)
@@ -54,28 +52,35 @@ class ConnectionWatch:
     def carried(self, direction: Direction, data: memoryview | bytes) -> None:
         if self._overrun:
             return
-        nbytes = len(data) + ENTRY_BYTES
-        if self.waiting_bytes + nbytes > BACKLOG_BYTES:
+        if self.waiting_bytes > BACKLOG_BYTES - BATCH_BYTES:
             self._overrun = True
             self._observer.put(lambda: self._lose("the observer did not keep up"))
             return
-        first = self._queued[direction] == 0
-        self._queued[direction] += nbytes
-        self._staged[direction].append(bytes(data))
-        self._staged_bytes[direction] += nbytes
-        # What a connection begins with says what it is, before anything is answered.
-        if first or self._staged_bytes[direction] >= BATCH_BYTES:
+        if self._queued[direction] == 0:
+            # What a connection begins with says what it is: before anything is answered.
+            self._put(direction, bytes(data), len(data))
+        else:
+            self._stage(direction, memoryview(data))
+
+    def _stage(self, direction: Direction, data: memoryview) -> None:
+        at = self._staged_bytes[direction]
+        if at + len(data) > BATCH_BYTES:
             self._hand_over(direction)
+            at = 0
+        if at == 0:
+            self._staged[direction] = bytearray(BATCH_BYTES)
+        self._staged[direction][at : at + len(data)] = data
+        self._staged_bytes[direction] = at + len(data)
 
     @property
     def waiting_bytes(self) -> int:
-        """Copies that were not looked at yet; may be a little too high while they are."""
+        """Buffers that wait to be looked at; may be a little too high while they are."""
         return sum(self._queued.values()) - sum(self._taken.values())
 
     def finished(self, direction: Direction) -> None:
         self._hand_over(direction)
         if not self._overrun:
-            self._observer.put(lambda: self._take(direction, [b""]))
+            self._put(direction, b"", 0)
 
     def flush(self) -> None:
         """Hand over what is left, once no thread carries any more."""
@@ -83,24 +88,26 @@ class ConnectionWatch:
             self._hand_over(direction)
 
     def _hand_over(self, direction: Direction) -> None:
-        batch, self._staged[direction] = self._staged[direction], []
-        self._staged_bytes[direction] = 0
-        if batch:
-            self._observer.put(lambda: self._take(direction, batch))
+        nbytes, self._staged_bytes[direction] = self._staged_bytes[direction], 0
+        if nbytes:
+            buffer = self._staged.pop(direction)
+            self._put(direction, memoryview(buffer)[:nbytes], len(buffer))
+
+    def _put(self, direction: Direction, data: memoryview | bytes, held_bytes: int) -> None:
+        self._queued[direction] += held_bytes
+        self._observer.put(lambda: self._take(direction, data, held_bytes))
 
     # ---- the observer's thread -----------------------------------------------------------------
 
-    def _take(self, direction: Direction, batch: list[bytes]) -> None:
+    def _take(self, direction: Direction, data: memoryview | bytes, held_bytes: int) -> None:
+        self._taken[direction] += held_bytes
         try:
-            for data in batch:
-                self._look_at(direction, data)
+            self._look_at(direction, data)
         except Exception as error:  # a fault of ours costs this report, no more
             let_frames_go(error)
             self._lose(f"{type(error).__name__}: {error}")
 
-    def _look_at(self, direction: Direction, data: bytes) -> None:
-        if data:
-            self._taken[direction] += len(data) + ENTRY_BYTES
+    def _look_at(self, direction: Direction, data: memoryview | bytes) -> None:
         if direction is Direction.FORWARD:
             self._forward(data)
         elif self.parser is not None:
@@ -108,7 +115,7 @@ class ConnectionWatch:
         else:  # the answer was quicker than the note of what it answers
             self._early = (self._early + data)[: EARLY_BYTES + 1]
 
-    def _forward(self, data: bytes) -> None:
+    def _forward(self, data: memoryview | bytes) -> None:
         if self.parser is None:
             self._head += data
             role = role_of(self._head)
