@@ -154,6 +154,15 @@ def test_a_disk_must_be_the_same_storage(
     assert finding.level is level and detail in finding.detail, finding
 
 
+def test_flash_moves_with_the_memory() -> None:
+    ram = [*SOURCE.ram, RamRow("system.flash1", 1 << 22, 1 << 22)]
+    here = disk(place="system.flash1", file="/one.fd")
+    there = disk(place="system.flash1", file="/two.fd", identity="file 8:1 9")
+    source = changed(SOURCE, ram=ram, disks=[here])
+    (finding,) = judged(source, changed(DESTINATION, ram=ram, disks=[there]), "disks")
+    assert finding.level is Level.OK and "moves with the guest's memory" in finding.detail
+
+
 def test_a_lost_feature_is_refused_and_a_gained_one_is_a_warning() -> None:
     cpu = Cpu("Skylake-x86_64-cpu", ["sse2", "avx512f"], {"vendor": "GenuineIntel", "model": "85"})
     found = judged(SOURCE, changed(DESTINATION, cpu=cpu), "cpu")
@@ -386,7 +395,9 @@ def levels(source: QmpQemu, destination: QmpQemu) -> dict[str, set[str]]:
 @pytest.mark.slow
 def test_real_qemus_of_one_command_line_pass(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    (tmp_path / "flash").write_bytes(bytes(1 << 20))
     same = (
+        *("-drive", f"if=pflash,format=raw,file={tmp_path / 'flash'}"),
         *("-device", "pcie-root-port,id=rp0,chassis=1", "-device", "virtio-rng-pci,bus=rp0"),
         *("-device", "qemu-xhci", "-device", "usb-kbd,port=3"),
         *("-device", "virtio-scsi-pci,id=s", "-drive", "if=none,id=c,file.driver=null-co"),
@@ -403,10 +414,14 @@ def test_real_qemus_of_one_command_line_pass(tmp_path: Path) -> None:
             Device("usb-kbd", "pcie.0/02.0:0/3"),
             Device("scsi-hd", "pcie.0/03.0:0/0-1-2"),
         } <= {*facts.devices}
-        assert [disk.place for disk in facts.disks] == ["pcie.0/03.0:0/0-1-2", "pcie.0/04.0"]
+        assert [disk.place for disk in facts.disks] == [
+            "pcie.0/03.0:0/0-1-2",
+            "pcie.0/04.0",
+            "system.flash0",
+        ]
         assert facts.disks[1].identity and facts.disks[1].filesystem
         assert "sse2" in facts.cpu.features and facts.resident_bytes > 1 << 20
-        assert {"pc.ram", "pc.bios"} <= {row.idstr for row in facts.ram}
+        assert {"pc.ram", "system.flash0"} <= {row.idstr for row in facts.ram}
         with QmpQemu(tmp_path, "DST", *same, *WAITS, machine=machine, name="b") as destination:
             found = levels(source, destination)
     assert not any("refused" in said for said in found.values()), found

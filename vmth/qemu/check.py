@@ -377,7 +377,9 @@ def _disks(source: Facts, destination: Facts) -> Iterator[_Row]:
                 "give the destination the same disk",
             )
         else:
-            yield _disk_pair(disk, twin, source.host != "" and source.host == destination.host)
+            moves = any(row.idstr == disk.place for row in source.ram)
+            same_host = source.host != "" and source.host == destination.host
+            yield _disk_pair(disk, twin, same_host, moves)
     for disk in there.values():
         yield _refused(
             f"{disk.place}: {_file(disk)} is only at the destination",
@@ -387,7 +389,8 @@ def _disks(source: Facts, destination: Facts) -> Iterator[_Row]:
         yield _ok("none")
 
 
-def _disk_pair(disk: Disk, twin: Disk, same_host: bool) -> _Row:
+def _disk_pair(disk: Disk, twin: Disk, same_host: bool, moves: bool) -> _Row:
+    """``moves``: what it holds is a ramblock, which QEMU writes to its file where it arrives."""
     shown = f"{disk.place}: {_file(disk)}"
     if disk.nbytes != twin.nbytes:
         return _refused(
@@ -398,6 +401,8 @@ def _disk_pair(disk: Disk, twin: Disk, same_host: bool) -> _Row:
         return _refused(f"{shown} is read-only at the destination", "give it without read-only")
     if disk.mirrored:
         return _ok(f"{shown} is being mirrored")
+    if moves:
+        return _ok(f"{shown} moves with the guest's memory")
     if disk.identity and twin.identity and same_host:
         if disk.identity == twin.identity:
             return _ok(f"{shown}, the same file")

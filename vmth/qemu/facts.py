@@ -340,13 +340,15 @@ def _disks(qmp: Qmp, places: Mapping[str, str]) -> list[Disk]:
 
 
 def _disk_place(qdev: str, places: Mapping[str, str]) -> str:
-    """``qdev`` is an id, or the path of the device or of a part of it."""
+    """``qdev`` is an id, or the path of the device or of a part of it. What the board has by itself
+    is known by its name, which is its ramblock's too where it has one (flash)."""
     if qdev and not qdev.startswith("/"):
         qdev = f"/machine/peripheral/{qdev}"
     for path, place in places.items():
         if qdev == path or qdev.startswith(path + "/"):
             return place
-    return ""
+    folder, _, name = qdev.rpartition("/")
+    return name if folder == "/machine" else ""
 
 
 def _identify(pid: int, file: str) -> tuple[str, str]:
