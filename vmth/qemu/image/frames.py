@@ -36,12 +36,15 @@ from vmth.qemu.ram import PageKind, Runs
 
 __all__ = ["FRAME_BYTES", "Frame", "FrameBuilder", "Hashes", "check_runs", "zero_hash"]
 
-#: Data bytes of a frame. Larger frames compress a little better, but a page is read by its frame.
-FRAME_BYTES = 256 << 10
+#: Data bytes of a frame. Larger frames compress a little better, but a page is read by its frame. A
+#: raw one fits 256 KiB with its runs: the checksum is over a power of two.
+FRAME_BYTES = 252 << 10
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
 Pages: TypeAlias = npt.NDArray[np.uint8]
 Runs16: TypeAlias = npt.NDArray[Any]
+#: What the index says of a frame: its runs, which were checked, and how many data pages they have.
+Listed: TypeAlias = tuple[Runs16, int]
 
 #: A run's length fits 32 bits.
 MAX_RUN_PAGES = 1 << 31
@@ -88,31 +91,26 @@ class Frame:
 
     @classmethod
     def unpack(
-        cls, head: RecordHead, payload: memoryview, meta: Meta, unpacker: Unpacker, where: str
+        cls,
+        head: RecordHead,
+        payload: memoryview,
+        listed: Listed,
+        page_bytes: int,
+        unpacker: Unpacker,
+        where: str,
     ) -> Frame:
-        """A checked record's frame. ``data`` is the frame's own, unless the record is raw: then it
-        refers to ``payload``. StreamError for anything outside its bound."""
-        runs, data_pages, at = cls.unpack_runs(payload, where)
-        if data_pages * meta.page_bytes != head.content_bytes:
-            damaged(where, "content bytes", head.content_bytes, data_pages * meta.page_bytes)
-        start, said = np.zeros(1, dtype=np.intp), np.array([data_pages], dtype=np.uint64)
-        check_runs(runs, start, said, meta, where)
-        content = unpacker.unpack(head.codec, payload[at:], head.content_bytes, where)
-        data = np.frombuffer(content, dtype=np.uint8).reshape(data_pages, meta.page_bytes)
-        return cls(runs, data)
-
-    @staticmethod
-    def unpack_runs(payload: memoryview, where: str) -> tuple[Runs16, int, int]:
-        """(a copy of the runs, data pages, where the data begins)"""
-        if len(payload) < FRAME_HEAD.size:
-            damaged(where, "bytes of a frame", len(payload), f"at least {FRAME_HEAD.size}")
-        nruns, data_pages = FRAME_HEAD.unpack_from(payload)
-        if not 1 <= nruns <= MAX_FRAME_RUNS:
-            damaged(where, "runs of a frame", nruns, f"1 to {MAX_FRAME_RUNS}")
-        at = FRAME_HEAD.size + nruns * RUN16.itemsize
-        if len(payload) < at:
-            damaged(where, "bytes of a frame", len(payload), f"at least {at}")
-        return np.frombuffer(payload[FRAME_HEAD.size : at], dtype=RUN16).copy(), data_pages, at
+        """A checked record's frame, which must hold what the index says that it does. ``data`` is
+        the frame's own, unless the record is raw: then it refers to ``payload``. StreamError for
+        anything else."""
+        runs, data_pages = listed
+        said = FRAME_HEAD.pack(len(runs), data_pages) + runs.tobytes()
+        if payload[: len(said)] != said:
+            damaged(where, "runs", "others", "those of the index")
+        if head.content_bytes != data_pages * page_bytes:
+            damaged(where, "content bytes", head.content_bytes, data_pages * page_bytes)
+        packed = payload[len(said) :]
+        content = unpacker.unpack(head.codec, packed, head.content_bytes, where)
+        return cls(runs, np.frombuffer(content, dtype=np.uint8).reshape(data_pages, page_bytes))
 
 
 def check_runs(

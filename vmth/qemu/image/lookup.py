@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth.errors import RefusedError
-from vmth.qemu.image.frames import PAGE, ZERO, Frame, Hashes, Runs16, check_runs
+from vmth.qemu.image.frames import PAGE, ZERO, Frame, Hashes, Listed, Runs16, check_runs
 from vmth.qemu.image.layout import (
     FRAME_HEAD,
     INDEX_FRAME,
@@ -37,6 +37,7 @@ class PageIndex:
         self._parts: list[tuple[Runs16, Runs16]] = []
         self._count = self._nruns = 0
         self._offsets: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+        self._data_pages: npt.NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
         self._first_run: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
         #: Of all frames, in the order of the file.
         self.runs: Runs16 = np.zeros(0, dtype=RUN16)
@@ -83,6 +84,7 @@ class PageIndex:
         self._parts.clear()
         state = np.array([end.state_offset], dtype=np.uint64)
         self._offsets = np.concatenate([frames["offset"], state])
+        self._data_pages = frames["data_pages"].copy()
         self._first_run = np.concatenate(
             [np.zeros(1, dtype=np.uint64), np.cumsum(frames["nruns"], dtype=np.uint64)]
         )
@@ -112,13 +114,10 @@ class PageIndex:
         at = int(self._offsets[number])
         return at, int(self._offsets[number + 1]) - at
 
-    def runs_of(self, number: int) -> Runs16:
-        return self.runs[int(self._first_run[number]) : int(self._first_run[number + 1])]
-
-    def compare(self, number: int, frame: Frame, where: str) -> None:
-        """Raises StreamError if a frame's runs are not those of the index."""
-        if not np.array_equal(self.runs_of(number), frame.runs):
-            damaged(where, "runs", "others", "those of the index")
+    def listed(self, number: int) -> Listed:
+        """What a frame must hold."""
+        first, last = int(self._first_run[number]), int(self._first_run[number + 1])
+        return self.runs[first:last], int(self._data_pages[number])
 
     def newest(self, block: int, page: int) -> int | None:
         """The number of the frame that has the page last."""

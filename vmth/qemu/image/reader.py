@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from vmth.errors import StreamError, UsageError
 from vmth.qemu.image.codec import Unpacker
 from vmth.qemu.image.digest import FrameDigest
@@ -31,6 +29,7 @@ from vmth.qemu.image.layout import (
     MAX_HEAD_BYTES,
     MAX_STATE_BYTES,
     RECORD_BYTES,
+    Codec,
     End,
     Kind,
     RecordHead,
@@ -333,9 +332,9 @@ class Image:
         head, payload = self._record(at, at + nbytes, self._first_sequence + number, Kind.PAGES)
         if head.size_bytes != nbytes:
             damaged(where, "bytes of the record", head.size_bytes, nbytes)
-        frame = Frame.unpack(head, payload, self.meta, self._unpacker, where)
-        self.index.compare(number, frame, where)
-        if np.may_share_memory(frame.data, np.frombuffer(self._seal.room, dtype=np.uint8)):
+        listed = self.index.listed(number)
+        frame = Frame.unpack(head, payload, listed, self.page_bytes, self._unpacker, where)
+        if head.codec is Codec.RAW:  # it lies in this thread's buffer
             frame = Frame(frame.runs, frame.data.copy())
         return _Loaded(head.checksum, frame, frame.hashes())
 
