@@ -39,7 +39,7 @@ BUFFER_BYTES = MAX_FRAME_BYTES
 FLUSH_S = 1.0
 FLUSH_POLL_S = 0.002
 #: Unsent bytes that TCP may hold beyond what the link has in flight.
-NOTSENT_LOWAT_BYTES = 128 << 10
+NOTSENT_LOWAT_BYTES = 512 << 10
 TCP_NOTSENT_LOWAT = 25  # Python's socket does not name it
 
 

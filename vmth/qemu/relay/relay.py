@@ -193,6 +193,7 @@ class Relay:
         poll.register(self._socket.sock, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         self._socket.sock.setblocking(False)
+        troubled = False  # said once until it works again
         with self._socket:  # at the end nobody can connect any more
             while not self._stopping:
                 poll.poll()
@@ -204,9 +205,12 @@ class Relay:
                 except BlockingIOError:
                     continue
                 except OSError as error:  # out of descriptors, or gone before it was accepted
-                    self._say(f"a connection could not be accepted: {error}")
+                    if not troubled:
+                        self._say(f"connections cannot be accepted: {error}")
+                    troubled = True
                     self._pause()
                     continue
+                troubled = False
                 self._accepted(sock, peer)
 
     def _pause(self) -> None:
