@@ -16,6 +16,7 @@ import pytest
 from channel_proxy import PageProxy
 
 from vmth.channel.fake import FakeLink, FakeSender
+from vmth.channel.forms import FORM_NAMES, forms_mask
 from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver, NativeSender
 from vmth.errors import CancelledError, UsageError
@@ -98,15 +99,25 @@ Connect = Callable[[], tuple[socket.socket, socket.socket]]
 
 
 @contextlib.contextmanager
-def _native(connect: Connect, channels: int, proxied: bool = False) -> Iterator[Harness]:
+def _native(
+    connect: Connect, channels: int, proxied: bool = False, forms: int = 0
+) -> Iterator[Harness]:
     source, destination = _memory(), _memory()
     damage: set[tuple[int, int]] = set()
     full = [np.full((n + 63) // 64, 2**64 - 1, dtype=np.uint64) for n in SHAPE]
     with contextlib.ExitStack() as stack:
-        sender = stack.enter_context(NativeSender(_mapped(source), PAGE, hash_seed=SEED))
+        sender = stack.enter_context(
+            NativeSender(_mapped(source), PAGE, hash_seed=SEED, forms=forms)
+        )
+        sender.set_forms(forms)
         receiver = stack.enter_context(
             NativeReceiver(
-                _mapped(destination), PAGE, hash_seed=SEED, maybe_nonzero=full, channels=channels
+                _mapped(destination),
+                PAGE,
+                hash_seed=SEED,
+                maybe_nonzero=full,
+                channels=channels,
+                forms=forms,
             )
         )
         for index in range(channels):
@@ -129,6 +140,7 @@ HARNESSES: dict[str, Callable[[], contextlib.AbstractContextManager[Harness]]] =
     "unix": lambda: _native(socket.socketpair, 1),
     "unix-4": lambda: _native(socket.socketpair, 4),
     "tcp-2": lambda: _native(_tcp_pair, 2),
+    "forms-2": lambda: _native(socket.socketpair, 2, forms=forms_mask(FORM_NAMES)),
     "proxied": lambda: _native(socket.socketpair, 1, proxied=True),
     "proxied-3": lambda: _native(_tcp_pair, 3, proxied=True),
 }

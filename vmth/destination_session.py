@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from vmth import __version__
 from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
+from vmth.channel.forms import agreed_forms
 from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver
 from vmth.channel.watch import IdleRule
@@ -44,6 +45,7 @@ from vmth.handshake import (
     Incoming,
     OfferRefused,
     check_offer,
+    common_features,
     compare_blocks,
 )
 from vmth.memory import MappedBlock, map_blocks
@@ -222,7 +224,9 @@ class DestinationSession:
         self._resources.callback(self._ended.set)
         self._ready.set()
         record.send = self._control.send
-        features = [SCOPE_STREAM] if self._scope == "stream" else []
+        features = common_features(offer)
+        if self._scope == "stream":
+            features.append(SCOPE_STREAM)
         record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
 
@@ -248,6 +252,7 @@ class DestinationSession:
                 maybe_nonzero=self._maybe_nonzero(guest),
                 channels=offer.channels,
                 sink=guest.page_sink() if isinstance(guest, CanTakePages) else None,
+                forms=agreed_forms(common_features(offer)),
             )
         except (VmthError, OSError, MemoryError) as error:
             raise OfferRefused(RefuseCode.MEMORY, f"the page tables: {error}") from error

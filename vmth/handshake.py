@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmth import __version__
+from vmth.channel.forms import FORM_NAMES
 from vmth.channel.sockets import LinkOptions, dial
 from vmth.errors import ChannelError, RefusedError, StreamError
 from vmth.options import MigrateOptions
@@ -33,6 +34,7 @@ __all__ = [
     "accepted_scope",
     "check_blocks",
     "check_offer",
+    "common_features",
     "compare_blocks",
     "make_offer",
     "open_connection",
@@ -44,7 +46,7 @@ __all__ = [
 #: One size a session; the two ends' backing pages may differ.
 WIRE_PAGE_BYTES = 4096
 #: Page forms beyond normal, zero and hole that this release speaks.
-FEATURES: tuple[str, ...] = ()
+FEATURES: tuple[str, ...] = FORM_NAMES
 #: Offered: the source may be let go although guest memory was verified as handed on to the program
 #: that runs the guest, not in that program's memory. Accepted: that is how far the proof reaches.
 SCOPE_STREAM = "scope-stream"
@@ -217,6 +219,11 @@ def accepted_scope(offer: Offer, accept: Accept) -> str:
             f"{', '.join(offer.features) or 'none'}"
         )
     return "stream" if SCOPE_STREAM in accept.features else "memory"
+
+
+def common_features(offer: Offer) -> list[str]:
+    """Of what is offered, what this release speaks: a destination's answer."""
+    return [name for name in FEATURES if name in offer.features]
 
 
 def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: str) -> Incoming:

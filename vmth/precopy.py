@@ -231,6 +231,8 @@ class PreCopy:
         """While paused, after ``run()``: send these pages again and wait until they have landed."""
         self._todo = new_bitmaps(self.guest.blocks)
         for page in pages:
+            # Whatever was acknowledged: the digests say that it is not there.
+            self.sender.forget(block, page, 1)
             kernels.bitmap_set_range(self._todo[block], page, 1)
         self._count()
         self.emit(RepairStarted(self.clock(), len(pages)))

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
+from vmth.channel.forms import agreed_forms
 from vmth.channel.interface import Digest
 from vmth.channel.pages import NativeSender
 from vmth.channel.watch import ProgressWatch
@@ -171,7 +172,12 @@ class SourceSession:
                 counters = self._last_counters = sender.counters()
         last = engine.rounds[-1] if engine is not None and engine.rounds else None
         total = sum(block.used_length for block in self._guest.blocks)
-        sent = counters.normal_pages + counters.zero_pages + counters.hole_pages
+        sent = (
+            counters.normal_pages
+            + counters.zero_pages
+            + counters.hole_pages
+            + counters.formed_pages
+        )
         elapsed_ns = self._clock() - self._started_ns
         remaining = (
             total - sent * WIRE_PAGE_BYTES if last is None else (last.dirty_pages * WIRE_PAGE_BYTES)
@@ -226,6 +232,7 @@ class SourceSession:
             hash_seed=self._hash_seed,
             digest=self._options.digest,
             zerocopy=self._options.zerocopy,
+            forms=agreed_forms(accept.features),
         )
         self._resources.callback(self._close_sender)
         sender.set_bandwidth(self.tuning.bandwidth_bps)

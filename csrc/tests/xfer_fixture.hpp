@@ -212,11 +212,13 @@ using Bytes = std::vector<uint8_t>;
 inline Bytes packet(vmth_packet_header header, const std::vector<vmth_desc> &descs,
                     const Bytes &payload = {})
 {
-    Bytes desc(descs.size() * VMTH_DESC_BYTES);
-    for (size_t i = 0; i < descs.size(); i++) {
-        vmth_desc_encode(&descs[i], desc.data() + i * VMTH_DESC_BYTES, VMTH_DESC_BYTES);
-        header.npages += descs[i].npages;
+    Bytes desc(descs.size() * VMTH_DESC_REF_BYTES);
+    size_t used = 0;
+    for (const vmth_desc &one : descs) {
+        used += vmth_desc_encode(&one, desc.data() + used, desc.size() - used);
+        header.npages += one.npages;
     }
+    desc.resize(used);
     header.ndesc = static_cast<uint32_t>(descs.size());
     header.desc_bytes = static_cast<uint32_t>(desc.size());
     header.payload_bytes = static_cast<uint32_t>(payload.size());
@@ -257,7 +259,7 @@ inline vmth_desc desc(vmth_page_form form, uint64_t page, uint32_t npages)
 
 inline Bytes acks(const std::vector<vmth_ack> &list, const std::vector<vmth_run> &missed = {})
 {
-    Bytes body((list.size() * VMTH_ACK_BYTES) + missed.size() * VMTH_DESC_BYTES);
+    Bytes body(list.size() * VMTH_ACK_BYTES + missed.size() * VMTH_DESC_BYTES);
     for (size_t i = 0; i < list.size(); i++) {
         vmth_ack_encode(&list[i], body.data() + i * VMTH_ACK_BYTES);
     }
