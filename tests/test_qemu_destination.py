@@ -153,6 +153,21 @@ def test_the_guest_is_loaded_and_runs_when_it_is_told_to(world: World) -> None:
     assert "quit" not in world.fake.commands()
 
 
+@pytest.mark.parametrize("run_state", ["running", "paused"])
+def test_images_are_locked_late_for_guests_that_will_run(world: World, run_state: str) -> None:
+    """One that stays paused could not move on: an older QEMU aborts without its images."""
+    text = run_state.encode() + b"\0"
+    section = b"\x04\0\0\0\5\x0bglobalstate" + bytes(8) + len(text).to_bytes(4, "big") + text
+    guest = world.made()
+    assert world.switched_on() == {"late-block-activate"}
+    world.completes("paused")
+    guest.load_state(iter([StateStream(DEVICE_STREAM, 1, section)]))
+    late = {"late-block-activate"} if run_state == "running" else set()
+    assert world.switched_on() == late
+    guest.close()
+    assert world.switched_on() == set()
+
+
 def test_other_state_than_a_qemus_is_refused(world: World) -> None:
     guest = world.made()
     for streams in (iter([]), state("kvm/cpu"), state(version=2)):

@@ -42,6 +42,8 @@ def test_qemu_is_told_to_stay_paused_and_settings_come_back(tmp_path: Path) -> N
         assert world.switched_on() == {"late-block-activate", "events"}
         world.completes("prelaunch")
         stream.await_loaded(5)
+        assert world.switched_on() == {"late-block-activate", "events"}
+        stream.close()  # when the guest runs already, for those who wait for it
         assert world.switched_on() == {"multifd", "events"}
         assert stream.notes == []
 

@@ -15,7 +15,7 @@ import pytest
 from captured_source import CapturedSource, cold
 from qemu_guest import Walk
 from qemu_process import accept_all
-from qemu_world import Command, World, build
+from qemu_world import Command, Machine, World, build
 from waiting import wait_until
 
 from vmth.errors import MigrationError, RefusedError
@@ -43,14 +43,20 @@ class Arrivals(World):
         source = self.boot("source", build("SRC"))
         self.facts = gather(source.monitor)
         source.stop()  # an older QEMU under TCG does not tell of every write
-        path = str(self.folder / "capture")
+        data = self.migrated(source)
+        source.kill()
+        return data
+
+    def migrated(self, machine: Machine) -> bytes:
+        """The stream in which a QEMU migrates its guest to the test."""
+        path = str(self.folder / f"{machine.name}.capture")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(1)
-            source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
-            source.execute("migrate", uri=f"unix:{path}")
+            machine.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
+            machine.execute("migrate", uri=f"unix:{path}")
             (data,) = accept_all(listener, 1)
-        source.kill()
+        wait_until(lambda: machine.status() == "postmigrate")
         return bytes(data)
 
     def departs(self, source: CapturedSource, uri: str) -> MigrationResult:
@@ -123,11 +129,15 @@ def test_a_guest_arrives_and_runs_on(
     ]
 
 
-def test_a_paused_guest_arrives_paused(world: Arrivals, source: CapturedSource) -> None:
+def test_a_paused_guest_arrives_paused_and_can_move_on(
+    world: Arrivals, source: CapturedSource
+) -> None:
     source.was_running = False
     told = arrives(world, source, "auto", shared=True)
     assert told["status"] == "paused" and not told["was_running"]
     there = world.machines[-1]
+    assert len(world.migrated(there)) > 1 << 20
+    assert there.status() == "postmigrate"
     there.run()
     there.wait_beats(2)
     world.check(there)

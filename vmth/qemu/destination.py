@@ -33,6 +33,7 @@ from vmth.qemu.incoming import IncomingStream
 from vmth.qemu.landing import Land, Landing, choose_landing
 from vmth.qemu.launch import QemuProcess, process_identity, wait_for_exit
 from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.stream.devices import run_state_in
 from vmth.qemu.stream.events import (
     BlockListed,
     Command,
@@ -72,6 +73,8 @@ _LOOK_S = 0.005
 _NOT_STARTED = frozenset(
     {"inmigrate", "paused", "prelaunch", "postmigrate", "finish-migrate", "restore-vm"}
 )
+#: Run states of a source's guest that is to be resumed here; None: its machine does not say.
+_LET_RUN = (None, "running", "suspended")
 #: As QEMU announces a migrated guest by itself.
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -103,7 +106,8 @@ class HeldQemu:
     def resume(self) -> None:
         """Let it run. Raises GuestError with QEMU's reason, for example a disk image whose lock it
         does not get: it is paused then."""
-        self.qmp.status()  # raises if QEMU is gone: no vCPU has run then
+        if self.qmp.lost is not None:
+            raise ChannelError(self.qmp.lost)  # no vCPU has run then
         self.qmp.forget_events()
         self._may_have_run = True
         try:
@@ -231,11 +235,12 @@ class QemuDestination(HeldQemu):
                 f"state streams: received {names}, allowed one {DEVICE_STREAM} version "
                 f"{DEVICE_STREAM_VERSION}"
             )
+        # QEMU before 10.0 aborts when a guest that got its images late and never ran moves on.
+        self._stream.lock_images(late=run_state_in(given[0].data) in _LET_RUN)
         for event in _ram_section(SectionKind.END):
             self._stream.send(event)
         self._stream.send_raw(given[0].data)
         self._stream.await_loaded(_LOAD_S)
-        self._stream.close()
         if self.process is not None:
             self.process.keep()
 
@@ -254,6 +259,10 @@ class QemuDestination(HeldQemu):
 
     def trouble(self) -> Exception | None:
         return self._stream.trouble()
+
+    def announce(self) -> None:
+        self._stream.close()
+        super().announce()
 
     def notes(self) -> Sequence[str]:
         return (*self._notes, *self._stream.notes, *self.landing.notes)
@@ -293,8 +302,7 @@ def make_destination(
         notes = _compare(qmp, source, facts)
         landing = choose_landing(qmp, incoming.blocks, land)
         undo.callback(landing.close)
-        # QEMU before 10.0 aborts when a guest that was loaded so and never resumed moves on.
-        lock_late = source is None or source.status in ("running", "suspended")
+        lock_late = source is None or source.status in _LET_RUN
         stream = IncomingStream(
             qmp, log=process.last_words if process else None, lock_late=lock_late
         )

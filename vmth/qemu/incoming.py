@@ -76,6 +76,7 @@ class IncomingStream:
         self._sock: socket.socket | None = None
         self._pings = 0
         self._ending = False
+        self._loaded = False
 
     def start(self) -> None:
         """Prepare QEMU and connect to it. Raises RefusedError for a QEMU that does not wait for a
@@ -152,8 +153,14 @@ class IncomingStream:
             time.sleep(_LOOK_S)
         if status == "running":
             raise MigrationError(f"{self._who} runs its guest although it was told to stay paused")
-        self.notes += self._settings.restore()
+        self._loaded = True
         return status
+
+    def lock_images(self, *, late: bool) -> None:
+        """Change ``lock_late`` before the last byte is written. Raises RefusedError."""
+        if late != self._lock_late:
+            self._settings.apply({"late-block-activate": late}, {})
+            self._lock_late = late
 
     def trouble(self) -> MigrationError | None:
         """Why QEMU takes nothing any more; None while it does, and once ``await_loaded`` began,
@@ -174,10 +181,13 @@ class IncomingStream:
         return None if answer else "it closed its stream"
 
     def close(self) -> None:
-        """Give the connection up. Idempotent."""
+        """Give the connection up; put QEMU's settings back if it has loaded all. That takes some
+        milliseconds, which need not be the guest's downtime. Idempotent."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+            if self._loaded:
+                self.notes += self._settings.restore()
 
     def __enter__(self) -> IncomingStream:
         return self

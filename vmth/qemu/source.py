@@ -37,13 +37,14 @@ from vmth.qemu.stream import (
     PassThrough,
     RamSize,
     StreamWriter,
+    run_state_in,
 )
 from vmth.qemu.stream_pass import StreamPass
 from vmth.rounds import RoundTools
 from vmth.types import Gpa, RamBlock
 from vmth.types import Mapping as BlockMapping
 
-__all__ = ["QemuSource", "StoppedQemu", "find_guest", "run_state_in"]
+__all__ = ["QemuSource", "StoppedQemu", "find_guest"]
 
 log = logging.getLogger(__name__)
 
@@ -262,19 +263,6 @@ class QemuSource(StoppedQemu):
     def close(self) -> None:
         self._stream.close()
         super().close()
-
-
-def run_state_in(state: bytes) -> str | None:
-    """The run state that the state's own section "globalstate" holds: that before QEMU stopped
-    the guest for the migration. None where a machine sends none."""
-    name = b"\x0bglobalstate"
-    at = state.find(name)
-    if at < 5 or state[at - 5] != 4:
-        return None
-    body = state[at + len(name) + 8 :]
-    size = int.from_bytes(body[:4], "big")
-    text = body[4 : 4 + min(size, 100)].partition(b"\0")[0]
-    return text.decode("ascii", "replace") or None
 
 
 def find_guest(detail: Mapping[str, str]) -> Guest | None:

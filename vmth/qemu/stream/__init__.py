@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """QEMU's migration stream, without I/O: bytes to events and back (docs/qemu-stream.md)."""
 
-from vmth.qemu.stream.devices import description_at_end, device_sizes
+from vmth.qemu.stream.devices import description_at_end, device_sizes, run_state_in
 from vmth.qemu.stream.events import (
     BlockListed,
     Command,
@@ -96,4 +96,5 @@ __all__ = [
     "description_at_end",
     "device_sizes",
     "encode_return_message",
+    "run_state_in",
 ]

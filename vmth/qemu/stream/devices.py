@@ -17,7 +17,14 @@ from typing import Any, TypeAlias
 from vmth.errors import StreamError
 from vmth.qemu.stream.fields import BE32, MAX_DESCRIPTION_BYTES, MAX_DEVICE_BYTES, SECTION_FOOTER
 
-__all__ = ["DeviceSizes", "description_at_end", "device_sizes", "find_end", "footer_pattern"]
+__all__ = [
+    "DeviceSizes",
+    "description_at_end",
+    "device_sizes",
+    "find_end",
+    "footer_pattern",
+    "run_state_in",
+]
 
 #: Payload bytes of a section by (idstr, instance_id).
 DeviceSizes: TypeAlias = Mapping[tuple[str, int], int]
@@ -35,6 +42,19 @@ def description_at_end(tail: bytes) -> bytes | None:
         if at + 6 + length == len(tail) and 0 < length <= MAX_DESCRIPTION_BYTES:
             return tail[at + 6 :]
     return None
+
+
+def run_state_in(state: bytes) -> str | None:
+    """The run state that the state's own section "globalstate" holds: that before QEMU stopped
+    the guest for the migration. None where a machine sends none."""
+    name = b"\x0bglobalstate"
+    at = state.find(name)
+    if at < 5 or state[at - 5] != 4:
+        return None
+    body = state[at + len(name) + 8 :]
+    size = int.from_bytes(body[:4], "big")
+    text = body[4 : 4 + min(size, 100)].partition(b"\0")[0]
+    return text.decode("ascii", "replace") or None
 
 
 def device_sizes(description: bytes) -> dict[tuple[str, int], int]:
