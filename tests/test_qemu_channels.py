@@ -430,3 +430,33 @@ def test_any_return_path_bytes(data: bytes, step: int) -> None:
     assert read_return([data[i : i + step] for i in range(0, len(data), step)]) == read_return(
         [data]
     )
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 1 << 20])
+def test_payloads_are_skipped_for_who_only_counts(cut: int) -> None:
+    pages = b"".join(page_of(page) for page in range(3))
+    data = (
+        multifd_hello(4)
+        + multifd_packet(1, [0, 1, 2], [9], pages)
+        + multifd_packet(2, [], [], flags=SYNC, size=77)
+        + multifd_packet(3, [5], [], b"never unpacked", flags=ZSTD)
+    )
+    reader = q.MultifdReader(unpack=False)
+    events = []
+    for at in range(0, len(data), cut):
+        reader.feed(data[at : at + cut])
+        while (event := reader.next_event()) is not None:
+            events.append(event)
+    assert events[0] == q.ChannelHello(bytes(16), 4)
+    packets = [event for event in events if isinstance(event, q.PagesPacket)]
+    assert [(p.number, len(p.normal), len(p.zero), p.sync, p.data) for p in packets] == [
+        (1, 3, 1, False, None),
+        (2, 0, 0, True, memoryview(b"")),
+        (3, 1, 0, False, None),
+    ]
+    assert reader.position == len(data)
+    reader.feed(multifd_packet(4, [1], [], pages[:4096])[:-1])
+    reader.feed_eof()
+    assert isinstance(reader.next_event(), q.PagesPacket)
+    with pytest.raises(StreamError, match="ends within a packet"):
+        reader.next_event()
