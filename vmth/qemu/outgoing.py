@@ -54,6 +54,8 @@ BUFFERS = 4
 #: Of a multifd channel, whose packets have up to 512 KiB of pages.
 CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
+#: So long the next bytes are waited for before those that are there are parsed.
+PATIENCE_S = 0.0005
 #: A buffer with less room is full.
 LEAST_READ_BYTES = 64 << 10
 MAX_CHANNELS = 255
@@ -99,8 +101,9 @@ class _Connection:
         self._buffers[0].wait = until
 
     def read(self, whole: int = 0) -> None:
-        """What has arrived. With ``whole`` so many bytes are read, and handed on when all of them
-        are there, in one piece."""
+        """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
+        longer than PATIENCE_S for the next bytes, since each costs as much as many pages. With
+        ``whole`` so many bytes, handed on in one piece when all of them are there."""
         most = whole - self._unfed if whole else len(self._buffers[0].view) - self._filled
         if most < LEAST_READ_BYTES and not whole:
             self._next_buffer()
@@ -108,22 +111,29 @@ class _Connection:
         elif len(self._buffers[0].view) - self._filled < most:
             assert self._unfed == 0
             self._next_buffer()
-        view = self._buffers[0].view
+        end = self._filled + most
+        while self._filled < end and self._receive(end):
+            if self._filled < end and not select.select([self.sock], [], [], PATIENCE_S)[0]:
+                break
+        if self._unfed and (self._filled == end or not whole or self.ended):
+            self._feed(self._buffers[0].view[self._filled - self._unfed : self._filled])
+            self._unfed = 0
+
+    def _receive(self, end: int) -> bool:
+        """False when nothing is there, or nothing comes any more."""
         try:
-            n = self.sock.recv_into(view[self._filled :], most, socket.MSG_DONTWAIT)
+            n = self.sock.recv_into(
+                self._buffers[0].view[self._filled : end], 0, socket.MSG_DONTWAIT
+            )
         except BlockingIOError:
-            return
-        except ConnectionResetError:  # it closed without having read all that it was answered
-            n = 0
+            return False
         except OSError as error:
             raise ChannelError(f"the source QEMU's stream: {error}") from error
         self.ended = n == 0
         self.received_bytes += n
         self._filled += n
         self._unfed += n
-        if n == most or not whole or self.ended:
-            self._feed(view[self._filled - self._unfed : self._filled])
-            self._unfed = 0
+        return n > 0
 
     def unread_bytes(self) -> int:
         return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
