@@ -94,6 +94,7 @@ class FakeStream:
         self._buffer = bytearray()
         self._until: Callable[[], object] | None = None
         self.given_out_bytes = self._fed = 0
+        self.read_bytes = 0  #: last limit
 
     @property
     def unread_bytes(self) -> int:
@@ -101,6 +102,9 @@ class FakeStream:
 
     def in_use(self, until: Callable[[], object]) -> None:
         self._until = until
+
+    def limit_read(self, nbytes: int) -> None:
+        self.read_bytes = nbytes
 
     def next_event(self, timeout_s: float) -> q.Event | None:
         while (event := self._reader.next_event()) is None:
@@ -213,10 +217,17 @@ def test_all_that_the_stream_says_lands_and_the_guest_is_paused() -> None:
     assert bytes(world.engine.state) == DEVICES
     sender, receiver = world.link.sender.digest(), world.link.receiver.digest()
     assert sender == receiver and sender[2] == 67
-    # Pages 5 and 3 went out twice: a barrier before each.
-    assert [stats.paused for stats in final.rounds] == [False, True]
+    # Page 5 went out twice: a barrier before that. The last pages went with it.
     assert [stats.pages for stats in final.rounds] == [67, 2]
+    assert [stats.paused for stats in final.rounds] == [False, False]
     assert [type(event) for event in world.events if isinstance(event, GuestPaused)]
+
+
+def test_the_round_that_begins_with_the_last_pages_is_the_paused_one() -> None:
+    world = World([every_page(), END, DEVICES])
+    final = world.engine.run()
+    assert [(stats.pages, stats.paused) for stats in final.rounds] == [(67, False), (1, True)]
+    assert world.policy.views == []  # nothing is left to decide
 
 
 def test_downtime_begins_when_qemu_said_stop() -> None:
@@ -411,6 +422,7 @@ def test_the_queue_is_bounded_by_the_downtime_limit() -> None:
     world.engine.run()
     stats = [event.stats for event in world.events if isinstance(event, RoundFinished)]
     assert world.link.sender.window_bytes >= 256 << 10
+    assert world.stream.read_bytes == world.link.sender.window_bytes // 2
     assert stats[0].bytes > 0
 
 

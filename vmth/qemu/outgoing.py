@@ -49,8 +49,8 @@ from vmth.qemu.stream.fields import MAX_DESCRIPTION_BYTES
 __all__ = ["Commands", "OutgoingStream"]
 
 #: Of the main connection: read ahead at most BUFFERS * BUFFER_BYTES.
-BUFFER_BYTES = 1 << 20
-BUFFERS = 4
+BUFFER_BYTES = 2 << 20
+BUFFERS = 3
 #: Of a multifd channel, whose packets have up to 512 KiB of pages.
 CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
@@ -91,6 +91,7 @@ class _Connection:
     ) -> None:
         self.sock = sock
         self.ended = False
+        self.read_bytes = nbytes  #: of one read, at most
         self.received_bytes = 0
         self._feed = feed
         self._buffers = deque(_Buffer(nbytes) for _ in range(nbuffers))
@@ -104,13 +105,12 @@ class _Connection:
         """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
         longer than PATIENCE_S for the next bytes, since each costs as much as many pages. With
         ``whole`` so many bytes, handed on in one piece when all of them are there."""
-        most = whole - self._unfed if whole else len(self._buffers[0].view) - self._filled
-        if most < LEAST_READ_BYTES and not whole:
-            self._next_buffer()
-            most = len(self._buffers[0].view)
-        elif len(self._buffers[0].view) - self._filled < most:
+        room = len(self._buffers[0].view) - self._filled
+        if room < (whole - self._unfed if whole else LEAST_READ_BYTES):
             assert self._unfed == 0
             self._next_buffer()
+            room = len(self._buffers[0].view)
+        most = whole - self._unfed if whole else min(room, self.read_bytes)
         end = self._filled + most
         while self._filled < end and self._receive(end):
             if self._filled < end and not select.select([self.sock], [], [], PATIENCE_S)[0]:
@@ -303,6 +303,12 @@ class OutgoingStream:
             )
             - self.given_out_bytes
         )
+
+    def limit_read(self, nbytes: int) -> None:
+        """Take at most so many bytes (at least 64 KiB) of the main connection at once: what waits
+        to become whole is not on its way yet."""
+        if self._main is not None:
+            self._main.read_bytes = max(LEAST_READ_BYTES, min(nbytes, BUFFER_BYTES))
 
     def _connections(self) -> list[_Connection]:
         return [*([self._main] if self._main is not None else []), *self._channels]

@@ -50,8 +50,9 @@ LOOK_NS = 50_000_000
 #: Last pages that take so many times the downtime limit, or their forecast, are given up.
 LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
-#: Read of QEMU and not read by the page channels yet: at least a buffer of the stream's.
-MIN_AHEAD_BYTES = 1 << 20
+#: Read of QEMU and not read by the page channels yet, at least; until the link is known, at most.
+MIN_AHEAD_BYTES = 256 << 10
+START_AHEAD_BYTES = 4 << 20
 MIN_WINDOW_BYTES = 256 << 10
 #: A round's bandwidth is believed when it has lasted so long.
 MEASURED_NS = 20_000_000
@@ -68,6 +69,7 @@ class PageStream(Protocol):
     def unread_bytes(self) -> int: ...
     def next_event(self, timeout_s: float) -> Event | None: ...
     def in_use(self, until: partial[None]) -> None: ...
+    def limit_read(self, nbytes: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class StreamPass:
     _before: TransferCounters = field(default_factory=TransferCounters)
     _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
     _ahead_bytes: int = 0
-    _ahead_limit_bytes: int = MIN_AHEAD_BYTES
+    _ahead_limit_bytes: int = START_AHEAD_BYTES
     _passes: int = 0
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
     _started_ns: int = 0
@@ -328,6 +330,7 @@ class StreamPass:
         room_bytes = int(bps * room_ns / _SECOND_NS)
         self.tools.sender.set_window(max(MIN_WINDOW_BYTES, room_bytes))
         self._ahead_limit_bytes = max(MIN_AHEAD_BYTES, room_bytes)
+        self.stream.limit_read(self._ahead_limit_bytes // 2)
 
     def _show_throttle(self) -> None:
         if self.helm.throttle_percent != self.throttle_percent:
