@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from vmth.meter import MoverCost
@@ -60,8 +61,8 @@ def cost_values(cost: MoverCost | None) -> dict[str, Any] | None:
     }
 
 
-def transfer_values(counters: TransferCounters) -> dict[str, int]:
-    return {name: getattr(counters, name) for name in counters.__slots__}
+def transfer_values(counters: TransferCounters) -> dict[str, Any]:
+    return asdict(counters)
 
 
 def fact_line(name: str, text: str) -> str:
