@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from vmth.policy.interface import Decision
-from vmth.stats import MigrationResult, RoundStats
+from vmth.stats import FormDecision, MigrationResult, RoundStats
 
 __all__ = [
     "Completed",
@@ -21,6 +21,7 @@ __all__ = [
     "EventLog",
     "Failed",
     "FellBack",
+    "FormsChosen",
     "Granted",
     "GuestPaused",
     "GuestResumed",
@@ -97,6 +98,13 @@ class FellBack(Event):
     """Something weaker or slower than asked is used; it is in the result's ``fallbacks`` too."""
 
     what: str
+
+
+@dataclass(frozen=True, slots=True)
+class FormsChosen(Event):
+    """From the next packets on pages may take these forms."""
+
+    decision: FormDecision
 
 
 @dataclass(frozen=True, slots=True)

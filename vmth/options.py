@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmth.channel.forms import FORM_NAMES
 from vmth.channel.sockets import LinkOptions
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall, Policy
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.messages import Mode
 
-__all__ = ["MAX_CHANNELS", "MigrateOptions", "ReceiveOptions", "check_plaintext"]
+__all__ = ["ALL_FORMS", "MAX_CHANNELS", "MigrateOptions", "ReceiveOptions", "check_plaintext"]
 
 MAX_CHANNELS = 64
+#: Zero pages are always told from others; the rest are the features that two ends agree on.
+ALL_FORMS = ("zero", *FORM_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class MigrateOptions:
     policy: Policy | None = None  #: None: StandardPolicy
     digest: bool = True
     audit: bool = False
+    forms: tuple[str, ...] = ALL_FORMS  #: that pages may take, where the destination knows them
+    fixed_forms: bool = False  #: all of them from start to end, instead of choosing by cost
+    zstd_level: int = 0  #: with fixed forms; 0: 1
     zerocopy: bool = True
     insecure: bool = False  #: plaintext beyond loopback and unix sockets is allowed
     peer_timeout_s: float = 10.0
@@ -49,6 +55,13 @@ class MigrateOptions:
             raise UsageError("downtime_limit_ns: received 0, allowed 1 and more")
         if not 0.1 <= self.peer_timeout_s <= 3600:
             raise UsageError(f"peer_timeout_s: received {self.peer_timeout_s}, allowed 0.1 to 3600")
+        for name in self.forms:
+            if name not in ALL_FORMS:
+                raise UsageError(f"form: received {name!r}, allowed {', '.join(ALL_FORMS)}")
+        if self.zstd_level and not self.fixed_forms:
+            raise UsageError("zstd_level: received without fixed forms, which it belongs to")
+        if not -10 <= self.zstd_level <= 19:
+            raise UsageError(f"zstd_level: received {self.zstd_level}, allowed -10 to 19")
         if self.audit and not self.digest:
             raise UsageError("audit: received on with the digest off, allowed only with it on")
 

@@ -13,6 +13,7 @@ from vmth.events import (
     Connected,
     Event,
     FellBack,
+    FormsChosen,
     GuestPaused,
     GuestResumed,
     RepairStarted,
@@ -142,6 +143,8 @@ def _event_text(event: Event) -> str:
         return f"connected to {event.peer} with {event.channels} page channel(s)"
     if isinstance(event, FellBack):
         return f"fell back: {event.what}"
+    if isinstance(event, FormsChosen):
+        return f"forms: {event.decision.reason}"
     if isinstance(event, Throttled):
         return f"guest throttled by {event.percent} %"
     if isinstance(event, GuestPaused):

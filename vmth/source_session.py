@@ -45,6 +45,7 @@ from vmth.events import (
     RoundFinished,
     SealMatched,
 )
+from vmth.form_tuner import FormTuner, tuner_for
 from vmth.guest import CanTell, Guest
 from vmth.handshake import (
     WIRE_PAGE_BYTES,
@@ -62,6 +63,7 @@ from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord, abort_code
+from vmth.source_stats import job_stats
 from vmth.state_streams import StateSender
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
@@ -132,6 +134,7 @@ class SourceSession:
         self._resources = contextlib.ExitStack()
         self._control: ControlConnection | None = None
         self._sender: NativeSender | None = None
+        self._tuner: FormTuner | None = None
         self._engine: RoundEngine | None = None
         self._scope = "memory"
         self._record: SourceRecord | None = None
@@ -170,35 +173,14 @@ class SourceSession:
         if sender is not None:
             with contextlib.suppress(VmthError):
                 counters = self._last_counters = sender.counters()
-        last = engine.rounds[-1] if engine is not None and engine.rounds else None
-        total = sum(block.used_length for block in self._guest.blocks)
-        sent = (
-            counters.normal_pages
-            + counters.zero_pages
-            + counters.hole_pages
-            + counters.formed_pages
-        )
-        elapsed_ns = self._clock() - self._started_ns
-        remaining = (
-            total - sent * WIRE_PAGE_BYTES if last is None else (last.dirty_pages * WIRE_PAGE_BYTES)
-        )
-        return JobStats(
-            status=self._status,
-            memory_iteration=len(engine.rounds) if engine is not None else 0,
-            memory_total=total,
-            memory_remaining=max(0, remaining),
-            memory_processed=sent * WIRE_PAGE_BYTES,
-            memory_bps=last.bandwidth_bps
-            if last is not None
-            else counters.acked_bytes * 1e9 / max(1, elapsed_ns),
-            memory_dirty_rate=last.dirty_rate_bps / WIRE_PAGE_BYTES if last is not None else 0.0,
-            memory_page_size=WIRE_PAGE_BYTES,
-            time_elapsed_ns=elapsed_ns,
-            downtime_expected_ns=last.expected_downtime_ns if last is not None else 0,
-            downtime_limit_ns=self.tuning.downtime_limit_ns,
-            bandwidth_limit_bps=self.tuning.bandwidth_bps,
-            throttle_percent=engine.throttle_percent if engine is not None else 0,
-            transfer=counters,
+        return job_stats(
+            self._status,
+            sum(block.used_length for block in self._guest.blocks),
+            WIRE_PAGE_BYTES,
+            self._clock() - self._started_ns,
+            counters,
+            engine,
+            self.tuning,
         )
 
     # -- the job's thread --------------------------------------------------------------------------
@@ -242,6 +224,9 @@ class SourceSession:
                 sender.add_channel(sock.fileno(), index)
         self._resources.enter_context(
             ProgressWatch(sender, self._options.peer_timeout_s, self._peer_lost)
+        )
+        self._tuner = self._resources.enter_context(
+            tuner_for(sender, self._options, accept.features, self.tuning, self._clock, self._emit)
         )
         self._check_wake()
         self._status = "active"
@@ -597,6 +582,7 @@ class SourceSession:
             transfer=counters,
             fallbacks=tuple(fallbacks),
             audited=self._options.audit,
+            form_decisions=tuple(self._tuner.decisions) if self._tuner is not None else (),
             pauses_taken_back_ns=self._engine.taken_back_ns,
             session_id=self.session_id.hex(),
             receiver_id=self._record.receiver_id.hex(),

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "DowntimeParts",
     "FormCounters",
+    "FormDecision",
     "JobStats",
     "MigrationResult",
     "RoundStats",
@@ -55,6 +56,16 @@ class TransferCounters:
     def formed_pages(self) -> int:
         """Pages that took a cheaper form: neither normal nor zero, hole or free."""
         return sum(form.pages for form in self.forms.values())
+
+
+@dataclass(frozen=True, slots=True)
+class FormDecision:
+    """From ``after_ns`` of the job on pages might take these forms; ``reason`` has the numbers."""
+
+    after_ns: int
+    forms: tuple[str, ...]
+    zstd_level: int  #: 0: no zstd
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +150,7 @@ class MigrationResult:
     transfer: TransferCounters
     fallbacks: tuple[str, ...] = ()
     audited: bool = False
+    form_decisions: tuple[FormDecision, ...] = ()  #: the first and the latest ones
     pauses_taken_back_ns: int = 0  #: pauses that a too large last set ended, not in the downtime
     session_id: str = ""
     receiver_id: str = ""

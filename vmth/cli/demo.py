@@ -11,6 +11,7 @@ import click
 
 from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
+from vmth.cli.forms import form_choices, form_options
 from vmth.cli.values import DURATION_MS, DURATION_S, JUMP, ON_OFF, RATE, SIZE
 from vmth.demo.outcome import Outcome
 from vmth.demo.report import json_object, summary_lines
@@ -112,6 +113,7 @@ __all__ = ["demo"]
 @click.option(
     "--zero-copy", type=ON_OFF, default="on", show_default=True, help="MSG_ZEROCOPY where it helps."
 )
+@form_options
 @click.option("--timeout", type=DURATION_S, default="0", help="Of the whole move; 0: none.")
 @click.option(
     "--on-stall",
@@ -191,6 +193,7 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         digest=given["digest"],
         audit=given["audit"],
         zerocopy=given["zero_copy"],
+        **form_choices(given),
         insecure=given["insecure"],
         state_dir=given["state_dir"],
         link=link,

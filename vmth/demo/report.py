@@ -6,6 +6,7 @@ Every key is there in every outcome; what was not reached is null, so that a rea
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from vmth import __version__
@@ -68,6 +69,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "dirty_rate_asked_bps": _rate_asked(outcome),
         "dirty_rate_reached_bps": record.rate_reached_bps if record else None,
         "transfer": transfer_values(result.transfer) if result else None,
+        "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
         "movers": {
             "source": cost_values(outcome.source_cost),
             "destination": cost_values(arrival.cost if arrival else None),

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner between a sender's counters and its forms, on a sender that only counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vmth.channel.forms import FORM_NAMES, forms_mask
+from vmth.errors import ChannelError, UsageError
+from vmth.form_tuner import FormTuner, tuner_for
+from vmth.options import ALL_FORMS, MigrateOptions
+from vmth.stats import FormDecision, TransferCounters
+from vmth.tuning import Tuning
+
+SECOND_NS = 1_000_000_000
+
+
+class CountingSender:
+    def __init__(self) -> None:
+        self.now = TransferCounters()
+        self.set: list[tuple[int, int]] = []
+
+    def counters(self) -> TransferCounters:
+        return self.now
+
+    def set_forms(self, mask: int, zstd_level: int = 1) -> None:
+        self.set.append((mask, zstd_level))
+
+    def send(self, pages: int, cpu_ns: int, wire_bytes: int) -> None:
+        self.now = replace(
+            self.now,
+            normal_pages=self.now.normal_pages + pages,
+            cpu_ns=self.now.cpu_ns + cpu_ns * pages,
+            wire_bytes=self.now.wire_bytes + wire_bytes * pages,
+            acked_bytes=self.now.acked_bytes + wire_bytes * pages,
+        )
+
+
+class World:
+    def __init__(self, fixed_level: int | None = None) -> None:
+        self.sender = CountingSender()
+        self.now_ns = 0
+        self.cap_bps = 0
+        self.told: list[FormDecision] = []
+        self.tuner = FormTuner(
+            self.sender,
+            ALL_FORMS,
+            page_bytes=4096,
+            workers=2,
+            limit_bps=lambda: self.cap_bps,
+            clock=lambda: self.now_ns,
+            emit=self.told.append,
+            fixed_level=fixed_level,
+        )
+
+    def interval(self, link_bps: float) -> None:
+        """A tenth of a second in which raw pages fill the link."""
+        self.now_ns += SECOND_NS // 10
+        self.sender.send(int(link_bps / 10 / 4160), 900, 4160)
+        self.tuner.look()
+
+
+def test_a_slow_link_turns_compression_on_and_says_why() -> None:
+    world = World()
+    world.interval(12.5e6)
+    mask, level = world.sender.set[-1]
+    assert mask & forms_mask(["zstd"]) and level >= 1
+    assert world.told == world.tuner.decisions
+    assert "us of CPU" in world.told[-1].reason and world.told[-1].after_ns > 0
+
+
+def test_a_choice_that_stays_is_told_once() -> None:
+    world = World()
+    for _ in range(50):
+        world.interval(12.5e6)
+    # What is measured keeps being raw: the world does not care what was chosen.
+    assert len(world.told) == len(world.sender.set) <= 10
+
+
+def test_fixed_forms_are_set_once_and_no_thread_looks() -> None:
+    world = World(fixed_level=3)
+    with world.tuner:
+        pass
+    assert world.sender.set == [(forms_mask(FORM_NAMES), 3)]
+    assert [row.zstd_level for row in world.told] == [3]
+
+
+def test_the_thread_ends_with_the_context_and_when_the_sender_has_failed() -> None:
+    world = World()
+
+    def fail() -> TransferCounters:
+        raise ChannelError("gone")
+
+    with world.tuner:
+        world.sender.counters = fail  # type: ignore[method-assign]
+
+
+def test_without_the_digest_only_what_needs_no_hash_is_allowed() -> None:
+    options = MigrateOptions(digest=False, fixed_forms=True, zstd_level=2)
+    sender = CountingSender()
+    tuning = Tuning(0, 1, 0, options.on_stall)
+    with tuner_for(sender, options, FORM_NAMES, tuning, lambda: 0, lambda _: None):
+        pass
+    assert sender.set == [(forms_mask(["zstd"]), 2)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"forms": ("gzip",)}, {"zstd_level": 3}, {"fixed_forms": True, "zstd_level": 40}],
+)
+def test_what_is_not_allowed_is_named(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"received .*(allowed|belongs)"):
+        MigrateOptions(**changes)  # type: ignore[arg-type]

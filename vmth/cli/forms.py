@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that say which forms pages may take, for every command that moves pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from vmth.options import ALL_FORMS
+
+__all__ = ["form_choices", "form_options"]
+
+Command = Callable[..., Any]
+
+
+def form_options(command: Command) -> Command:
+    """Adds ``--forms``, ``--fixed-forms`` and ``--zstd-level``."""
+    for option in (
+        click.option(
+            "--zstd-level",
+            type=click.IntRange(-10, 19),
+            default=0,
+            help="Of fixed forms; else it is chosen.",
+        ),
+        click.option(
+            "--fixed-forms",
+            is_flag=True,
+            help="Use all of --forms from start to end instead of choosing by what they cost.",
+        ),
+        click.option(
+            "--forms",
+            default=",".join(ALL_FORMS),
+            show_default=True,
+            metavar="NAME,...",
+            help="Which forms pages may take.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def form_choices(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of MigrateOptions from the options above."""
+    return {
+        "forms": tuple(name for name in given["forms"].split(",") if name),
+        "fixed_forms": given["fixed_forms"],
+        "zstd_level": given["zstd_level"],
+    }

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running source session's numbers as one snapshot, under libvirt's names."""
+
+from __future__ import annotations
+
+from vmth.rounds import RoundEngine
+from vmth.stats import JobStats, TransferCounters
+from vmth.tuning import Tuning
+
+__all__ = ["job_stats"]
+
+
+def job_stats(
+    status: str,
+    memory_bytes: int,
+    page_bytes: int,
+    elapsed_ns: int,
+    counters: TransferCounters,
+    engine: RoundEngine | None,
+    tuning: Tuning,
+) -> JobStats:
+    """``engine`` None: the rounds have not begun. Any thread."""
+    last = engine.rounds[-1] if engine is not None and engine.rounds else None
+    sent = counters.normal_pages + counters.zero_pages + counters.hole_pages
+    sent += counters.formed_pages
+    left = memory_bytes - sent * page_bytes if last is None else last.dirty_pages * page_bytes
+    reached_bps = counters.acked_bytes * 1e9 / max(1, elapsed_ns)
+    return JobStats(
+        status=status,
+        memory_iteration=len(engine.rounds) if engine is not None else 0,
+        memory_total=memory_bytes,
+        memory_remaining=max(0, left),
+        memory_processed=sent * page_bytes,
+        memory_bps=last.bandwidth_bps if last is not None else reached_bps,
+        memory_dirty_rate=last.dirty_rate_bps / page_bytes if last is not None else 0.0,
+        memory_page_size=page_bytes,
+        time_elapsed_ns=elapsed_ns,
+        downtime_expected_ns=last.expected_downtime_ns if last is not None else 0,
+        downtime_limit_ns=tuning.downtime_limit_ns,
+        bandwidth_limit_bps=tuning.bandwidth_bps,
+        throttle_percent=engine.throttle_percent if engine is not None else 0,
+        transfer=counters,
+    )
