@@ -86,3 +86,5 @@ class TestAtomicFile:
             AtomicFile(tmp_path, replace=True)
         with pytest.raises(RefusedError, match="is no directory"):
             AtomicFile(tmp_path / "none" / "image")
+        with pytest.raises(RefusedError, match="cannot be made"):
+            AtomicFile(Path("/proc/self/image"))

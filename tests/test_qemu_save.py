@@ -46,6 +46,7 @@ class Vm:
         self.fails_after_shut = False
         self.files_at_shut: list[str] = []
         self.files_at_quit: list[str] = []
+        self.files_at_cont: list[str] = []
         self.at_shut: Callable[[], object] = lambda: None
         self._threads: list[threading.Thread] = []
         self.fake = FakeQmp(folder / "qmp")
@@ -82,6 +83,7 @@ class Vm:
         return {}
 
     def _cont(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        self.files_at_cont = os.listdir(self.folder)
         self.status = "running"
         self.fake.emit("RESUME")
         return {}
@@ -171,6 +173,7 @@ def test_a_vm_that_is_kept_has_its_settings_back(vm: Vm) -> None:
 def test_a_vm_that_is_resumed(vm: Vm) -> None:
     result = vm.save(SaveOptions(on_success=OnSuccess.RESUME))
     assert vm.commands() == ["stop", "migrate", "cont"] and vm.status == "running"
+    assert vm.files_at_cont == ["qmp"] and vm.path.exists()
     assert result.stopped_ns is not None and result.stopped_ns > 0
 
 
@@ -306,11 +309,30 @@ def test_a_guest_that_cannot_be_resumed(vm: Vm, monkeypatch: pytest.MonkeyPatch)
     assert caught.value.exit_code is ExitCode.IN_DOUBT and not vm.path.exists()
 
 
-def test_a_resume_that_fails_leaves_the_file(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_whose_guest_cannot_be_resumed(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(save_guard, "GIVES_UP_S", 0.05)
     vm.fake.answers["cont"] = FakeError("GenericError", "the disk is locked")
-    with pytest.raises(NotResumedError, match=r"vm\.vmth is whole, but resume failed"):
+    with pytest.raises(NotResumedError, match="the disk is locked"):
         vm.save(SaveOptions(on_success=OnSuccess.RESUME))
+    assert not vm.path.exists()
+
+
+def test_a_snapshot_that_the_disk_does_not_keep(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(_self: AtomicFile) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(AtomicFile, "sync", sync)
+    with pytest.raises(MigrationError, match="Input/output error; there is no file"):
+        vm.save(SaveOptions(on_success=OnSuccess.RESUME))
+    vm.as_it_was()
+    assert vm.commands() == ["stop", "migrate", "cont"]
+
+
+def test_a_qemu_that_does_not_quit(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save_module, "QEMU_S", 0.05)
+    vm.fake.answers["quit"] = {}
+    with pytest.raises(NotResumedError, match=r"vm\.vmth is whole, but its QEMU has not quit"):
+        vm.save(SaveOptions())
     with Image.open(vm.path) as image:
         image.verify()
 

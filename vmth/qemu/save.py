@@ -7,7 +7,8 @@
 
 Until the file has its name any failure, the death of this process included, ends with the VM as it
 was and no file: QEMU is told SHUT last, and a guard process resumes a guest that only we stopped.
-From then on the file is the VM, and the guest here is not resumed unless that was asked for.
+From then on the file is the VM, and the guest here is not resumed. A snapshot (``RESUME``) is taken
+in another order: the guest runs on before the disk has the file.
 """
 
 from __future__ import annotations
@@ -272,10 +273,14 @@ class _Save:
         self._take_all(stream, stack)
         assert self._writer is not None
         end = self._writer.finish()
+        if options.on_success is OnSuccess.RESUME:
+            # A snapshot: the guest need not wait for the disk, it runs on whatever becomes of it.
+            self._complete(stream)
+            self._resume()
         self._file.sync()
         verify_ns = self._read_back()
-        stream.shut(0)
-        self._wait_completed()
+        if options.on_success is not OnSuccess.RESUME:
+            self._complete(stream)
         self._file.publish()
         return end, verify_ns
 
@@ -317,6 +322,7 @@ class _Save:
 
     def _stop_live(self, why: str) -> None:
         self._qmp.execute("stop")
+        self._passes.stopped()
         self._notes.append(f"the guest was stopped before the last pages: {why}")
 
     def _begin_image(self, head: StreamHead) -> ImageWriter:
@@ -352,7 +358,9 @@ class _Save:
             ) from error
         return time.monotonic_ns() - began
 
-    def _wait_completed(self) -> None:
+    def _complete(self, stream: OutgoingStream) -> None:
+        """Tell QEMU that all has arrived; it then holds the guest for good."""
+        stream.shut(0)
         began = time.monotonic()
         while (status := migration_status(self._qmp)) != "completed":
             if is_over(status) or time.monotonic() - began > QEMU_S:
@@ -360,12 +368,17 @@ class _Save:
                 raise MigrationError(f"QEMU ended with {status!r} after all was saved: {reason}")
             time.sleep(LOOK_S)
 
+    def _resume(self) -> None:
+        if self._ran:
+            put_vm_back(self._qmp, {}, run=True)
+            self._passes.resumed()
+
     # ---- the ends ------------------------------------------------------------------------------
 
     def _back(self, failure: BaseException) -> None:
         """After a failure: the VM as it was. Raises NotResumedError if that could not be done, and
         MigrationError if QEMU is gone."""
-        if self._file.published:
+        if self._file.published and self._options.on_success is not OnSuccess.RESUME:
             raise NotResumedError(
                 f"{failure}; {self._file.path} is whole all the same, and the guest is paused "
                 "here: give the monitor quit, or remove the file and give cont"
@@ -380,17 +393,13 @@ class _Save:
     def _finish(self) -> None:
         """The file holds the VM."""
         self._notes += self._settings.restore()
-        try:
-            match self._options.on_success:
-                case OnSuccess.QUIT:
-                    self._quit()
-                case OnSuccess.RESUME if self._ran:
-                    put_vm_back(self._qmp, {}, run=True)
-                    self._passes.resumed()
-        except VmthError as error:
-            raise NotResumedError(
-                f"{self._file.path} is whole, but {self._options.on_success.value} failed: {error}"
-            ) from error
+        if self._options.on_success is OnSuccess.QUIT:
+            try:
+                self._quit()
+            except VmthError as error:
+                raise NotResumedError(
+                    f"{self._file.path} is whole, but its QEMU has not quit: {error}"
+                ) from error
 
     def _quit(self) -> None:
         with contextlib.suppress(ChannelError):  # it may close before it answers
@@ -450,6 +459,10 @@ class _Passes:
             self.stopped_at_ns = time.monotonic_ns()
         elif event.name == "RESUME" and self.stopped_at_ns:
             self.resumed_at_ns = time.monotonic_ns()
+
+    def stopped(self) -> None:
+        """The guest is stopped; the event that says so may still be on its way."""
+        self.stopped_at_ns = self.stopped_at_ns or time.monotonic_ns()
 
     def resumed(self) -> None:
         """The guest runs again; the event that says so may still be on its way."""

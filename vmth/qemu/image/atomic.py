@@ -44,9 +44,13 @@ class AtomicFile:
             return os.open(self._folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError:
             # No such thing on this filesystem. Any other reason shows again here.
-            self._temporary = self._unused_name()
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-            return os.open(self._temporary, flags, 0o600)
+            name = self._unused_name()
+        try:
+            fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RefusedError(f"{self.path} cannot be made: {error.strerror}") from error
+        self._temporary = name
+        return fd
 
     def _unused_name(self) -> Path:
         return self._folder / f".{self.path.name[:200]}.{secrets.token_hex(4)}.vmth"
