@@ -119,7 +119,8 @@ def test_names_and_masks() -> None:
 
 
 class Session:
-    """A migration of a ``MemoryGuest`` whose engine sets forms first."""
+    """A migration of a ``MemoryGuest`` with all forms that are agreed on; its engine asks for
+    ``wanted`` first."""
 
     def __init__(self, tmp_path: Path, wanted: list[str]) -> None:
         self.source = MemoryGuest()
@@ -133,7 +134,7 @@ class Session:
             self._make_guest,
             ReceiveOptions(state_dir=tmp_path / "destination"),
         )
-        self._options = MigrateOptions(state_dir=tmp_path / "source", audit=True)
+        self._options = MigrateOptions(state_dir=tmp_path / "source", audit=True, fixed_forms=True)
 
     def _make_guest(self, incoming: Incoming) -> MemoryGuest:
         self.made.append(MemoryGuest(npages=incoming.blocks[0].npages, filled=False))
