@@ -146,7 +146,7 @@ def test_a_snapshot_and_the_guest_runs_on(builds: tuple[Build, Build]) -> None:
         refused = answered(save(world, a), 3)
         assert "exists; --force replaces it" in refused["error"]
         assert image_of(world).read_bytes() == before
-        answered(save(world, a, "--force", "--on-success", "resume"))
+        answered(save(world, a, "--force", "--live", "--on-success", "resume"))
         assert image_of(world).read_bytes() != before
         runs_on(world, a)
 
