@@ -53,6 +53,12 @@ class FakeSource:
                 self.returned += data
                 if b"\x00\x01\x00\x04" in self.returned:
                     self.answered.set()
+                    return
+
+    def wait_over(self) -> None:
+        """Until SHUT was read or the stream was lost."""
+        for thread in self._threads:
+            thread.join()
 
     def close(self) -> None:
         for sock in self._sockets:

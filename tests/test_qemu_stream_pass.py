@@ -381,6 +381,18 @@ def test_pages_that_differ_at_the_seal_cannot_be_sent_again() -> None:
         world.engine.resend(0, [1, 2])
 
 
+def test_pages_that_qemu_leaves_out_arrive_as_zeros() -> None:
+    pages = [0, 1, 5, 63]
+    records = b"".join(s.normal(page, "pc.ram") for page in pages)
+    world = World([s.part(records + s.eos()), s.end(s.eos()), DEVICES])
+    world.engine.run()
+    sender, receiver = world.link.sender.digest(), world.link.receiver.digest()
+    assert sender == receiver and sender[2] == 67
+    assert world.link.sender.counters().hole_pages == 67 - len(pages)
+    assert world.page(0, 2) == bytes(s.PAGE) and world.page(0, 63) == s.page_of(63)
+    assert world.engine.notes == ["63 pages were not sent by QEMU, free in its guest: now zeros"]
+
+
 @pytest.mark.parametrize(
     ("piece", "error", "fault"),
     [

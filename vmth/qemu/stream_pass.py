@@ -20,6 +20,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
 from vmth.events import GuestPaused, RoundFinished, RoundStarted, Throttled
 from vmth.guest import Guest
@@ -56,6 +59,8 @@ START_AHEAD_BYTES = 4 << 20
 MIN_WINDOW_BYTES = 256 << 10
 #: A round's bandwidth is believed when it has lasted so long.
 MEASURED_NS = 20_000_000
+#: Hashes that are looked at together: 1 MiB of them.
+TABLE_PAGES = 65536
 _SECOND_NS = 1_000_000_000
 _TICKET_WAIT_NS = 50_000_000
 
@@ -111,6 +116,7 @@ class StreamPass:
             self._look()
         self.was_running = self.tools.pause_guest()
         self._finish_round()
+        self._fill_unsent()
         stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
         return FinalPass(
             tuple(self.rounds), self.was_running, stopped_ns, self._ended_ns, self.tools.clock()
@@ -202,6 +208,25 @@ class StreamPass:
             raise MigrationError(f"what the source sends cannot be moved: {event.reason}")
         # The last pages land while the state is read.
         self.tools.sender.barrier(self._round, 1)
+
+    def _fill_unsent(self) -> None:
+        """QEMU does not send what its guest calls free (a balloon's hints): it arrives as zeros, as
+        it would from QEMU itself, and the digest is of all memory. Nothing where all was sent."""
+        sender, blocks = self.tools.sender, self.guest.blocks
+        known = sender.digest()[2]
+        unsent = sum(block.npages for block in blocks) - known
+        if known == 0 or unsent == 0:  # the digest is off, or all is known
+            return
+        self._round += 1
+        for index, block in enumerate(blocks):
+            for first in range(0, block.npages, TABLE_PAGES):
+                n = min(TABLE_PAGES, block.npages - first)
+                runs = _unhashed(sender.hashes(index, first, n), first)
+                if len(runs):
+                    sender.send_holes(index, runs, self._round)
+        while not sender.barrier(self._round, LOOK_NS):
+            self._check_late()
+        self.notes.append(f"{unsent} pages were not sent by QEMU, free in its guest: now zeros")
 
     # -- rounds ------------------------------------------------------------------------------------
 
@@ -358,3 +383,11 @@ class StreamPass:
             failed_rechecks=0,
             switchover_requested=tuning.switchover_requested,
         )
+
+
+def _unhashed(hashes: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.uint64]:
+    """Runs {page, npages} of pages without a hash; the table's first page is ``first``."""
+    missing = ~hashes.any(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], missing, [False]))))
+    begins, ends = edges[::2], edges[1::2]
+    return np.stack((begins + first, ends - begins), axis=1).astype(np.uint64)
