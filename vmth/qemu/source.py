@@ -44,7 +44,7 @@ from vmth.rounds import RoundTools
 from vmth.types import Gpa, RamBlock
 from vmth.types import Mapping as BlockMapping
 
-__all__ = ["QemuSource", "StoppedQemu", "find_guest"]
+__all__ = ["QemuSource", "StoppedQemu", "find_guest", "run_state_in"]
 
 log = logging.getLogger(__name__)
 
