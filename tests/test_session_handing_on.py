@@ -189,7 +189,7 @@ def test_a_proof_that_ends_at_the_stream_says_so_at_both_ends(world: World) -> N
 
 def test_a_source_that_wants_more_proof_is_refused(world: World) -> None:
     world.options["in_place"] = False
-    with pytest.raises(RefusedError, match=r"received \[\], allowed with 'scope-stream'"):
+    with pytest.raises(RefusedError, match=r"features: received .*, allowed with 'scope-stream'"):
         world.move(features=())
     assert world.made[0].calls == ["release"]
     assert world.source.running

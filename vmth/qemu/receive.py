@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -110,15 +111,20 @@ class QemuReceiver:
         self._state_dir = self._options.state_dir or default_state_dir()
         endpoint = parse_endpoint(uri, listening=True)
         if target.qmp:
-            self._waiting = _waiting(target.qmp)
             self._options = replace(self._options, max_sessions=1)
         else:
             check_command(target.command)
+        self._waiting: tuple[int, Facts] | None = None
+        self._prepared = threading.Event()
         self._listener = Listener(endpoint, self._make_guest, self._options, find_qemu)
         self.notes = self._listener.fallbacks
-        try:
+        try:  # what an earlier receiver left has been quit now
             self.notes += tuple(sweep(self._state_dir))
+            if target.qmp:
+                self._waiting = _waiting(target.qmp)
+            self._prepared.set()
         except BaseException:
+            self._prepared.set()
             self._listener.close()
             raise
 
@@ -182,9 +188,10 @@ class QemuReceiver:
 
     def _make_guest(self, incoming: Incoming) -> Guest:
         """On the session's thread."""
+        self._prepared.wait()  # the monitor serves one at a time
         if self._target.qmp:
             qmp = Qmp(self._target.qmp)
-            pid, facts = self._waiting
+            pid, facts = self._waiting or (0, None)
             return make_destination(
                 qmp, incoming, self._land, facts=facts if qmp.pid == pid else None
             )
