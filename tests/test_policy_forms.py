@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmth.policy.forms import LADDER, FormChoice, FormChooser, FormCost, FormsView
@@ -86,6 +86,20 @@ def test_a_new_cap_changes_the_choice_within_a_second() -> None:
     assert run(world, 40, chooser)[-1] == 0
 
 
+@pytest.mark.parametrize("mbit", [100, 1000])
+def test_content_that_differs_from_place_to_place_keeps_being_tried(mbit: int) -> None:
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    mixed, noise = (World(costs, mbit * 1e6 / 8) for costs in (MIXED, NOISE))
+    at, sent, could = 0, 0.0, 0.0
+    for interval in range(400):
+        world = noise if interval // 20 % 2 else mixed
+        sent += world.rate(at)
+        could += max(world.rate(rung) for rung in range(len(LADDER)))
+        at = names.index(chooser.choose(world.interval(at)).rung.name)
+    assert sent > 0.9 * could
+
+
 def test_forms_that_are_not_allowed_are_never_chosen() -> None:
     chooser = FormChooser(frozenset({"zero", "same"}))
     for mbit in (10, 1000):
@@ -103,6 +117,7 @@ def test_an_interval_without_pages_teaches_nothing() -> None:
     assert chooser.rates(world.interval(3)) == before
 
 
+@settings(deadline=None)  # nothing here is timed
 @given(
     link=st.floats(1e6, 1e11),
     cap=st.sampled_from([0, 1_000_000, 100_000_000]),

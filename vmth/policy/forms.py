@@ -57,8 +57,13 @@ LADDER: tuple[Rung, ...] = (
 WORTH_A_CHANGE = 1.05
 #: Workers that spend less of their time on pages than this wait for the link.
 BUSY_SHARE = 0.85
+#: Workers that could do so many times what the link takes have time to look for something better.
+HEADROOM = 1.5
+#: Share by which what was measured on other rungs gives way to what the present one suggests.
+FADE = 0.03
 #: Share of a new measurement in the running cost.
 LEARN = 0.5
+LEARN_LINK = 0.25
 #: Intervals with fewer non-zero pages than this teach nothing.
 MIN_PAGES = 64
 #: While the link is not known, a cheaper rung is tried for one interval in so many.
@@ -122,6 +127,7 @@ class FormChooser:
     _link_bps: float = 0.0
     _link_is_known: bool = False
     _intervals: int = 0
+    _settled: bool = True
 
     @property
     def rungs(self) -> Sequence[Rung]:
@@ -130,18 +136,43 @@ class FormChooser:
     def choose(self, view: FormsView) -> FormChoice:
         """At the end of every interval, a fraction of a second long."""
         self._intervals += 1
-        self._learn(view)
+        if self._settled:
+            self._learn(view)
         rates = self.rates(view)
+        at = self._best(rates, view)
+        if at == self._at and self._at > 0 and not self._link_is_known:
+            if self._intervals % PROBE_EVERY == 0:
+                return self._move(self._at - 1, "tried, to see what the link carries")
+        elif at != self._at:
+            return self._move(at, self._reason(at, rates))
+        self._settled = True
+        return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
+
+    def _move(self, at: int, reason: str) -> FormChoice:
+        self._at = at
+        self._settled = False  # the next interval still has packets of the old choice
+        rung = self.rungs[at]
+        return FormChoice(rung, f"{rung.name}: {reason}")
+
+    def _best(self, rates: Sequence[float], view: FormsView) -> int:
+        """The rung that lets most through. Among equals the cheapest, since what it saves is the
+        guest's; but where the link is the limit and the workers wait for it, up to the first that
+        compresses: content differs from place to place, and looking costs nothing then."""
         best = max(range(len(rates)), key=lambda at: rates[at])
-        # The cheapest of those that do as well: what they save is the guest's.
         while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
             best -= 1
-        if rates[best] > rates[self._at] * WORTH_A_CHANGE or best < self._at:
-            self._at = best
-        elif self._at > 0 and not self._link_is_known and self._intervals % PROBE_EVERY == 0:
-            probed = self.rungs[self._at - 1]
-            return FormChoice(probed, f"{probed.name}: tried, to see what the link carries")
-        return FormChoice(self.rungs[self._at], self._reason(view, rates))
+        if self._link_is_known:
+            while best + 1 < len(rates) and self.rungs[best].level == 0:
+                if self._by_cpu(best + 1, view) < HEADROOM * rates[best]:
+                    break
+                best += 1
+        if rates[best] <= rates[self._at] * WORTH_A_CHANGE and best > self._at:
+            return best if self._link_is_known and self.rungs[self._at].level == 0 else self._at
+        return best
+
+    def _by_cpu(self, at: int, view: FormsView) -> float:
+        """Pages a second that the workers could do on that rung."""
+        return max(1, min(view.workers, view.cores)) * 1e9 / self._costs()[at][0]
 
     def rates(self, view: FormsView) -> list[float]:
         """Non-zero pages a second that each rung promises."""
@@ -163,17 +194,26 @@ class FormChooser:
         if cost.pages < MIN_PAGES:
             return
         fresh = _Known(cost.cpu_ns / cost.pages, cost.wire_bytes / cost.pages)
-        known = self._known.get(self._at)
-        if known is None:
+        mine = self._known.get(self._at)
+        if mine is None:
             self._known[self._at] = fresh
         else:
-            known.cpu_ns += LEARN * (fresh.cpu_ns - known.cpu_ns)
-            known.wire_bytes += LEARN * (fresh.wire_bytes - known.wire_bytes)
+            mine.cpu_ns += LEARN * (fresh.cpu_ns - mine.cpu_ns)
+            mine.wire_bytes += LEARN * (fresh.wire_bytes - mine.wire_bytes)
+        for at, other in self._known.items():
+            if at != self._at:
+                cpu_ns, wire_bytes = self._cost(at, self._at)
+                other.cpu_ns += FADE * (cpu_ns - other.cpu_ns)
+                other.wire_bytes += FADE * (wire_bytes - other.wire_bytes)
         workers = max(1, min(view.workers, view.cores))
         busy = cost.cpu_ns / max(1, view.interval_ns * workers)
         capped = 0 < view.limit_bps <= view.acked_bps * WORTH_A_CHANGE
         if busy < BUSY_SHARE or capped:
-            self._link_bps, self._link_is_known = view.acked_bps, True
+            # Acknowledgements come in bursts: one interval says little.
+            known = self._link_is_known and self._link_bps > 0
+            weight = LEARN_LINK if known else 1.0
+            self._link_bps += weight * (view.acked_bps - self._link_bps)
+            self._link_is_known = self._link_bps > 0
         elif view.acked_bps > self._link_bps:
             # It carries at least this; how much more cannot be seen from here.
             self._link_bps, self._link_is_known = view.acked_bps, False
@@ -190,8 +230,9 @@ class FormChooser:
             return costs
         return [self._cost(at) for at in range(len(rungs))]
 
-    def _cost(self, at: int) -> tuple[float, float]:
-        nearest = min(self._known, key=lambda known: (abs(known - at), known))
+    def _cost(self, at: int, nearest: int | None = None) -> tuple[float, float]:
+        if nearest is None:
+            nearest = min(self._known, key=lambda known: (abs(known - at), known))
         known, rungs = self._known[nearest], self.rungs
         cpu, size = known.cpu_ns, known.wire_bytes
         for step in range(nearest + 1, at + 1):
@@ -201,12 +242,12 @@ class FormChooser:
             size = min(float(self.page_bytes), size / rungs[step].shrink)
         return cpu, size
 
-    def _reason(self, view: FormsView, rates: Sequence[float]) -> str:
-        cpu_ns, wire_bytes = self._costs()[self._at]
+    def _reason(self, at: int, rates: Sequence[float]) -> str:
+        cpu_ns, wire_bytes = self._costs()[at]
         link = f"{self._link_bps / 1e6:.0f} MB/s" if self._link_is_known else "not the limit"
         return (
-            f"{self.rungs[self._at].name}: {rates[self._at]:.0f} pages/s expected at "
-            f"{cpu_ns / 1e3:.1f} us of CPU and {wire_bytes:.0f} bytes a page; link {link}"
+            f"{rates[at]:.0f} pages/s expected at {cpu_ns / 1e3:.1f} us of CPU and "
+            f"{wire_bytes:.0f} bytes a page; link {link}"
         )
 
 
