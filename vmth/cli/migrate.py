@@ -11,6 +11,7 @@ import click
 
 from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
+from vmth.cli.forms import form_choices, form_options
 from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall
@@ -70,6 +71,7 @@ __all__ = ["migrate"]
     show_default=True,
     help="Digest of all memory, compared before the source is let go. Off: nothing is verified.",
 )
+@form_options
 @click.option("--postcopy", is_flag=True, help="Not supported yet.")
 @click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
 @click.option("--interface", default="", help="Local network interface to use.")
@@ -120,6 +122,7 @@ def _options(given: dict[str, Any]) -> QemuMigrateOptions:
         auto_converge=given["auto_converge"],
         on_success=given["on_success"],
         digest=given["digest"],
+        **form_choices(given),
         insecure=given["insecure"],
         state_dir=given["state_dir"],
         link=LinkOptions(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vmth import __version__
@@ -116,6 +116,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
         "digest_source": (result.digest_source or None) if result else None,
         "digest_destination": (result.digest_destination or None) if result else None,
         "transfer": transfer_values(result.transfer) if result else None,
+        "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
         "movers": {"source": cost_values(departure.cost)},
         "on_success": departure.options.on_success,
         "fallbacks": departure.fallbacks,

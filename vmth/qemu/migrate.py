@@ -31,7 +31,7 @@ from vmth.guest import Guest
 from vmth.handshake import SCOPE_STREAM
 from vmth.job import MigrationJob
 from vmth.journal import default_state_dir
-from vmth.options import MigrateOptions, check_plaintext
+from vmth.options import ALL_FORMS, MigrateOptions, check_plaintext
 from vmth.policy.interface import OnStall
 from vmth.qemu.check import check_source, raise_if_refused
 from vmth.qemu.facts import gather
@@ -92,6 +92,9 @@ class QemuMigrateOptions:
     auto_converge: bool = False
     on_success: str = "quit"
     digest: bool = True
+    forms: tuple[str, ...] = ALL_FORMS
+    fixed_forms: bool = False
+    zstd_level: int = 0
     zerocopy: bool = True
     insecure: bool = False
     peer_timeout_s: float = 10.0
@@ -121,6 +124,9 @@ class QemuMigrateOptions:
             timeout_ns=self.timeout_ns,
             on_stall=self.on_stall,
             digest=self.digest,
+            forms=self.forms,
+            fixed_forms=self.fixed_forms,
+            zstd_level=self.zstd_level,
             zerocopy=self.zerocopy,
             insecure=self.insecure,
             peer_timeout_s=self.peer_timeout_s,
