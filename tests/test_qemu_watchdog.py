@@ -5,6 +5,7 @@ the command that settles it; the settings are back, and the next migration works
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -252,6 +253,15 @@ def test_a_process_that_cannot_begin_is_an_error(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GuestError, match="watchdog"):
         Watchdog(tmp_path / "qmp", {}, SESSION, state_dir=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_ended_since_is_no_trouble(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path / "qmp", {}, SESSION, state_dir=tmp_path)
+    os.kill(watchdog.pid, signal.SIGKILL)
+    wait_until(lambda: not alive(watchdog.pid))
+    watchdog.done()
+    watchdog.done()
 
 
 def test_the_note_goes_with_the_journal(tmp_path: Path) -> None:

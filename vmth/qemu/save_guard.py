@@ -100,6 +100,7 @@ class SaveGuard:
         )
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],
+            bufsize=0,  # nothing is left to be flushed into a pipe whose reader has ended
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -127,8 +128,8 @@ class SaveGuard:
     def _tell(self, line: bytes) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            while line:
+                line = line[self._process.stdin.write(line) :]
         except OSError as error:
             raise GuestError(f"the process that guards the save has ended: {error}") from error
 

@@ -79,6 +79,7 @@ class Watchdog:
         )
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],
+            bufsize=0,  # nothing is left to be flushed into a pipe whose reader has ended
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -109,8 +110,8 @@ class Watchdog:
     def _tell(self, line: bytes) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            while line:
+                line = line[self._process.stdin.write(line) :]
         except OSError as error:
             raise GuestError(f"the watchdog has ended: {error.strerror}") from error
 
