@@ -127,6 +127,7 @@ struct HostlessPair {
         receiving.hash_seed = seed;
         receiving.digest = options.digest;
         receiving.channels = channels;
+        receiving.forms = options.forms;
         receiving.sink = program.options();
         receiver = std::make_unique<vmth::Receiver>(blocks, page_bytes, receiving,
                                                     std::vector<const uint64_t *>{bits.data()},
@@ -155,12 +156,15 @@ struct HostlessPair {
     std::unique_ptr<vmth::Receiver> receiver;
 };
 
-// Rounds over all pages through few small buffers, each reused as soon as its ticket was read.
-void test_buffers_are_reused(unsigned channels, bool digest)
+// Rounds over all pages through few small buffers, each reused as soon as its ticket was read; with all
+// of `forms` on.
+void test_buffers_are_reused(unsigned channels, bool digest, uint32_t forms)
 {
     vmth::SenderOptions options;
     options.digest = digest;
+    options.forms = forms;
     HostlessPair pair(channels, options);
+    pair.sender->set_forms({forms, 1});
     pair.program.start();
     Bytes expected(npages * page_bytes);
     constexpr uint64_t at_once = 24;
@@ -191,6 +195,10 @@ void test_buffers_are_reused(unsigned channels, bool digest)
     }
     pair.finish();
     T_CHECK(pair.program.memory == expected);
+    for (vmth_page_form form : {VMTH_FORM_SAME, VMTH_FORM_ZSTD}) {
+        const bool on = (forms & vmth::form_bit(form)) != 0;
+        T_CHECK((pair.sender->counters().forms[form].pages.get() > 0) == on);
+    }
 }
 
 void test_holes_and_zero_runs()
@@ -260,9 +268,9 @@ void test_cancel_behind_a_sink_that_is_not_read()
 int main()
 {
     const size_t fds = entries("/proc/self/fd");
-    test_buffers_are_reused(1, true);
-    test_buffers_are_reused(4, true);
-    test_buffers_are_reused(3, false);
+    test_buffers_are_reused(1, true, 0);
+    test_buffers_are_reused(4, true, vmth::form_bit(VMTH_FORM_SAME) | vmth::form_bit(VMTH_FORM_ZSTD));
+    test_buffers_are_reused(3, false, vmth::form_bit(VMTH_FORM_ZSTD));
     test_holes_and_zero_runs();
     test_cancel_wakes_who_waits_for_a_buffer();
     test_cancel_behind_a_sink_that_is_not_read();
