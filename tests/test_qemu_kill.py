@@ -25,23 +25,21 @@ IDLE = Walk(chunk_pages=0, ticks_hz=100, beat_every=8)
 #: So that the first pass over 104 MiB takes seconds.
 SLOWLY = ("--bandwidth", "40MB/s")
 
+#: Before the stream; the state is out; SHUT goes to the source; nothing is decided; granted, and
+#: not said; said. Every other step is taken in tests/test_mover_death.py.
 SOURCE_STEPS = [
     "journal MIGRATING",
-    "pause the guest",
     "send Seal",
     "hold the guest",
     "journal GRANTED",
     "send Grant",
     "journal RELEASED",
-    "release the guest",
 ]
 DESTINATION_STEPS = [
-    "journal RECEIVING",
     "send Accept",
     "send Sealed",
     "journal STARTING",
     "resume the guest",
-    "journal RUNNING",
     "send Running",
 ]
 
@@ -190,7 +188,7 @@ def test_the_destination_vmth_dies_in_the_middle_of_ram(scene: Scene) -> None:
     scene.move_on(holder)
 
 
-@pytest.mark.parametrize("step", ["send Seal", "send Grant", "journal RELEASED"])
+@pytest.mark.parametrize("step", ["send Seal", "journal RELEASED"])
 def test_the_source_qemu_dies(scene: Scene, step: str) -> None:
     """Before the grant nobody else may run what nobody finished; after it the other side does."""
     uri, receiver = scene.receive()
@@ -216,7 +214,7 @@ def test_the_source_qemu_dies_in_the_middle_of_ram(scene: Scene) -> None:
     assert not runs(scene.b)
 
 
-@pytest.mark.parametrize("step", ["send Accept", "send Sealed", "resume the guest"])
+@pytest.mark.parametrize("step", ["send Sealed", "resume the guest"])
 def test_the_destination_qemu_dies(scene: Scene, step: str) -> None:
     """It held nothing yet that the source has not."""
     uri, _ = scene.receive(CHILD, "destination", step, "before", str(scene.b.process.pid))
