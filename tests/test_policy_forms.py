@@ -108,6 +108,13 @@ def test_forms_that_are_not_allowed_are_never_chosen() -> None:
         assert all(choice.forms <= {"zero", "same"} and choice.level == 0 for choice in choices)
 
 
+def test_pages_whose_cost_is_not_counted_yet_teach_nothing() -> None:
+    chooser = FormChooser(ALL)
+    for _ in range(4):
+        view = FormsView(INTERVAL_NS, FormCost(3968, 0, 0), 0.0, 0, 1, 2)
+        assert chooser.choose(view).rung in chooser.rungs
+
+
 def test_an_interval_without_pages_teaches_nothing() -> None:
     chooser = FormChooser(ALL)
     world = World(MIXED, 12.5e6)

@@ -191,8 +191,8 @@ class FormChooser:
 
     def _learn(self, view: FormsView) -> None:
         cost = view.cost
-        if cost.pages < MIN_PAGES:
-            return
+        if cost.pages < MIN_PAGES or not cost.cpu_ns or not cost.wire_bytes:
+            return  # pages are counted before what they cost is known
         fresh = _Known(cost.cpu_ns / cost.pages, cost.wire_bytes / cost.pages)
         mine = self._known.get(self._at)
         if mine is None:
