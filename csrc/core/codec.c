@@ -85,6 +85,13 @@ int vmth_codec_decompress(struct vmth_codec *codec, const uint8_t *in, size_t nb
     return size == exactly ? 0 : -EPROTO;
 }
 
+uint64_t vmth_codec_content_bytes(const uint8_t *in, size_t nbytes)
+{
+    const unsigned long long size = ZSTD_getFrameContentSize(in, nbytes);
+
+    return size == ZSTD_CONTENTSIZE_UNKNOWN || size == ZSTD_CONTENTSIZE_ERROR ? 0 : size;
+}
+
 /* ---- promise ----------------------------------------------------------------------------------- */
 
 enum {

@@ -3,7 +3,6 @@
 #include "vmth/content_index.h"
 
 #include <errno.h>
-#include <string.h>
 
 enum { ENTRIES = VMTH_CONTENT_BUCKET_BYTES / VMTH_CONTENT_ENTRY_BYTES, WORDS = 2 * ENTRIES };
 
@@ -46,7 +45,6 @@ int vmth_content_index_init(struct vmth_content_index *index, void *memory, size
     while (2 * nbuckets <= nbytes / VMTH_CONTENT_BUCKET_BYTES) {
         nbuckets *= 2;
     }
-    memset(memory, 0, (size_t)nbuckets * VMTH_CONTENT_BUCKET_BYTES);
     index->words = memory;
     index->bucket_mask = nbuckets - 1;
     return 0;

@@ -63,6 +63,7 @@ static void test_full_and_never_wrong(void)
     struct vmth_content_index index;
     uint64_t found = 0;
 
+    memset(memory, 0, sizeof(memory));
     T_EQUAL(vmth_content_index_init(&index, memory, sizeof(memory)), 0);
     T_EQUAL(index.bucket_mask, NBUCKETS - 1);
     for (unsigned step = 0; step < 100000; step++) {
@@ -96,6 +97,7 @@ static void test_what_fits_is_kept(void)
     struct vmth_content_index index;
     unsigned kept = 0;
 
+    memset(memory, 0, sizeof(memory));
     T_EQUAL(vmth_content_index_init(&index, memory, NBUCKETS * VMTH_CONTENT_BUCKET_BYTES), 0);
     for (uint64_t content = 0; content < 2 * NBUCKETS; content++) {
         const struct vmth_u128 hash = hash_of(content);

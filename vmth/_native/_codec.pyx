@@ -38,7 +38,6 @@ cdef class Codec:
             with nogil:
                 size = vmth_codec_compress(&self.codec, level, &data[0], data.shape[0], &view[0],
                                            limit)
-            view = None
         return bytes(out[:size]) if size else None
 
     def decompress(self, const uint8_t[::1] frame, nbytes):
@@ -51,7 +50,6 @@ cdef class Codec:
             with nogil:
                 result = vmth_codec_decompress(&self.codec, &frame[0], frame.shape[0], &view[0],
                                                exactly)
-            view = None
         if result == -errno.ENOMEM:
             raise MemoryError("zstd")
         if result != 0:
@@ -81,7 +79,6 @@ def delta_encode(const uint8_t[::1] base, const uint8_t[::1] now, room):
     view = out
     with nogil:
         result = vmth_delta_encode(&base[0], &now[0], now.shape[0], &view[0], limit, &nbytes)
-    view = None
     if result == -errno.ENOSPC:
         return None
     if result != 0:

@@ -59,6 +59,9 @@ VMTH_MUST_CHECK size_t vmth_codec_compress(struct vmth_codec *codec, int level, 
 VMTH_MUST_CHECK int vmth_codec_decompress(struct vmth_codec *codec, const uint8_t *in, size_t nbytes,
                                           uint8_t *out, size_t exactly);
 
+/* What the frame in[0, nbytes), from the peer, says of its content's size; 0 where it does not. */
+uint64_t vmth_codec_content_bytes(const uint8_t *in, size_t nbytes);
+
 /* Is one page (page_bytes a multiple of 4096) worth a try? A byte here and there shows whether some
  * values are more frequent than others (text, code, random letters); if none is, whole words are looked
  * at for repeats. False means that zstd would very likely not make it smaller by an eighth: encrypted or

@@ -32,8 +32,9 @@ struct vmth_content_index {
     uint64_t bucket_mask;  /* number of buckets, a power of two, less one */
 };
 
-/* An empty index in memory[0, nbytes), of which it uses the largest power of two of buckets; `memory` is
- * aligned to 64 bytes and stays the caller's. Returns 0, or -EINVAL for less than one bucket or another
+/* An empty index in memory[0, nbytes), which holds zeros and is not touched yet: fresh anonymous memory
+ * costs nothing until it is used. It uses the largest power of two of buckets; `memory` is aligned to 64
+ * bytes and stays the caller's. Returns 0, or -EINVAL for less than one bucket or another
  * alignment. */
 VMTH_MUST_CHECK int vmth_content_index_init(struct vmth_content_index *index, void *memory,
                                             size_t nbytes);
