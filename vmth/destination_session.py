@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from vmth import __version__
 from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
-from vmth.channel.forms import agreed_forms
+from vmth.channel.forms import BASED_FORMS, agreed_forms
 from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver
 from vmth.channel.watch import IdleRule
@@ -224,11 +224,16 @@ class DestinationSession:
         self._resources.callback(self._ended.set)
         self._ready.set()
         record.send = self._control.send
-        features = common_features(offer)
+        features = self._features(offer)
         if self._scope == "stream":
             features.append(SCOPE_STREAM)
         record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
+
+    def _features(self, offer: Offer) -> list[str]:
+        """What this release and this guest can take of what is offered."""
+        beyond = BASED_FORMS if self._scope == "stream" else ()
+        return [name for name in common_features(offer) if name not in beyond]
 
     def _call_make_guest(self, incoming: Incoming) -> Guest:
         try:
@@ -252,7 +257,7 @@ class DestinationSession:
                 maybe_nonzero=self._maybe_nonzero(guest),
                 channels=offer.channels,
                 sink=guest.page_sink() if isinstance(guest, CanTakePages) else None,
-                forms=agreed_forms(common_features(offer)),
+                forms=agreed_forms(self._features(offer)),
             )
         except (VmthError, OSError, MemoryError) as error:
             raise OfferRefused(RefuseCode.MEMORY, f"the page tables: {error}") from error

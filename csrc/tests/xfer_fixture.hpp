@@ -117,12 +117,14 @@ inline std::vector<uint64_t> all_bits(uint64_t npages)
 }
 
 inline std::unique_ptr<vmth::Receiver> make_receiver(Memory &memory, unsigned channels,
-                                                     bool digest = true, bool holes = false)
+                                                     bool digest = true, bool holes = false,
+                                                     uint32_t forms = 0)
 {
     vmth::ReceiverOptions options;
     options.hash_seed = seed;
     options.digest = digest;
     options.channels = channels;
+    options.forms = forms;
     std::vector<uint64_t> bits((memory.npages() + 63) / 64, holes ? 0 : ~uint64_t{0});
     return std::make_unique<vmth::Receiver>(std::vector<vmth::MemoryBlock>{memory.block()},
                                             page_bytes, options,
@@ -144,7 +146,7 @@ public:
          vmth::SenderOptions options = {}, int flags = 0, bool holes = false)
         : source(npages, flags), destination(npages, flags), bits(all_bits(npages)),
           sender(make_sender(source, options)),
-          receiver(make_receiver(destination, channels, options.digest, holes))
+          receiver(make_receiver(destination, channels, options.digest, holes, options.forms))
     {
         if (connect != nullptr) {
             connect_channels(channels, connect);

@@ -134,6 +134,13 @@ bool AtomicBitmap::claim_words(uint64_t base, const uint64_t *words, size_t nwor
             return false;
         }
     }
+    set_words(base, words, nwords);
+    return true;
+}
+
+void AtomicBitmap::set_words(uint64_t base, const uint64_t *words, size_t nwords) noexcept
+{
+    const size_t first = static_cast<size_t>(base / 64);
     lower(low_, first);
     raise(high_, first + nwords);
     for (size_t i = 0; i < nwords; i++) {
@@ -141,7 +148,6 @@ bool AtomicBitmap::claim_words(uint64_t base, const uint64_t *words, size_t nwor
             words_[first + i].fetch_or(words[i], relaxed);
         }
     }
-    return true;
 }
 
 // The first page in [page, end) whose bit, XORed with `invert`, is set; end if there is none.

@@ -32,6 +32,8 @@ public:
     // Set the range; returns false if any bit of it was set already (the rest is set all the same).
     bool claim_range(uint64_t page, uint64_t npages) noexcept;
     void clear_range(uint64_t page, uint64_t npages) noexcept;
+    // Set every bit set in `words`, which start at page `base` (a multiple of 64).
+    void set_words(uint64_t base, const uint64_t *words, size_t nwords) noexcept;
     // The bits of [page, page + npages), the first of them in bit 0; npages at most 64.
     uint64_t bits(uint64_t page, uint64_t npages) const noexcept;
     // Claim every bit set in `words`, which start at page `base` (a multiple of 64); claims nothing and

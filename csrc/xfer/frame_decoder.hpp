@@ -18,15 +18,16 @@ public:
     FrameDecoder(const FrameDecoder &) = delete;
     FrameDecoder &operator=(const FrameDecoder &) = delete;
 
-    // Where the next frame's `nbytes` should be read to; the caller has bounded them.
-    uint8_t *room(size_t nbytes);
-    // The content of the frame in room(), `nbytes` long, until the next call; nullptr: it is not a frame of
-    // exactly `content_bytes`, so it was damaged on the way. Throws TransferError(io) without memory.
-    const uint8_t *decode(size_t nbytes, size_t content_bytes);
+    // The content of the frame, until the next call; nullptr: it is not a frame of exactly
+    // `content_bytes`, so it was damaged on the way. Throws TransferError(io) without memory.
+    const uint8_t *decode(const uint8_t *frame, size_t nbytes, size_t content_bytes);
+    // The same for a frame that says its content's size itself, which must not be over `most`: sets
+    // *content_bytes.
+    const uint8_t *decode_up_to(const uint8_t *frame, size_t nbytes, size_t most,
+                                size_t *content_bytes);
 
 private:
     vmth_codec codec_ = {};  // made when first used
-    std::vector<uint8_t> frame_;
     std::vector<uint8_t> content_;
 };
 

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,6 +48,10 @@ public:
     size_t nblocks() const noexcept { return blocks_.size(); }
     size_t page_bytes() const noexcept { return page_bytes_; }
     uint64_t npages(size_t block) const noexcept { return npages_[block]; }
+    uint64_t total_pages() const noexcept
+    {
+        return std::accumulate(npages_.begin(), npages_.end(), uint64_t{0});
+    }
     bool mapped_anew(size_t block) const noexcept { return blocks_[block].mapped_anew; }
     bool hostless(size_t block) const noexcept { return blocks_[block].host == nullptr; }
     // Not for a hostless block.

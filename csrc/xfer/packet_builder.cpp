@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "vmth/zero_page.h"
+#include "xfer/thread_clock.hpp"
 
 namespace vmth {
 
@@ -33,6 +34,12 @@ bool bit(uint64_t word, size_t i)
 bool equal(const vmth_u128 &a, const vmth_u128 &b)
 {
     return a.lo == b.lo && a.hi == b.hi;
+}
+
+// Bits [first, end) of a word, first < end <= 64.
+uint64_t bits_between(size_t first, size_t end)
+{
+    return (~uint64_t{0} >> (64 - (end - first))) << first;
 }
 
 // Calls body(first, end, set) for each stretch of [0, n) in which bits of `word` are alike.
@@ -69,6 +76,7 @@ PacketBuilder::PacketBuilder(const BuilderContext &context, unsigned channel)
       piece_pages_(std::clamp<size_t>(piece_bytes / context.memory.page_bytes(), 1,
                                       max_piece_pages)),
       parts_(context.memory.page_bytes(), context.packet_bytes),
+      delta_(context.memory.page_bytes(), context.deltas, context.counters.forms[VMTH_FORM_DELTA]),
       zstd_(context.memory.page_bytes(), context.counters.forms[VMTH_FORM_ZSTD])
 {
 }
@@ -165,7 +173,7 @@ void PacketBuilder::hash(Piece &piece) const
 // What the destination is known to hold, and which pages hold that still.
 void PacketBuilder::find_same(Piece &piece) const
 {
-    if ((forms_.mask & hashing_forms) == 0) {
+    if ((forms_.mask & hashing_forms) == 0 && !context_.places.used()) {
         return;
     }
     piece.known = context_.known.known(block_, piece.page, piece.npages);
@@ -184,6 +192,11 @@ void PacketBuilder::find_same(Piece &piece) const
 void PacketBuilder::replace_hashes(const Piece &piece)
 {
     for_stretches(piece.same, piece.npages, [&](size_t first, size_t end, bool same) {
+        for (size_t i = first; !same && i < end; i++) {
+            if (bit(piece.known, i)) {
+                context_.places.replaced(block_, piece.page + i, piece.landed[i]);
+            }
+        }
         if (!same) {
             context_.known.forget(block_, piece.page + first, end - first);
             context_.hashes.replace(channel_, block_, piece.page + first, end - first,
@@ -213,43 +226,89 @@ void PacketBuilder::emit(const Piece &piece)
     });
 }
 
-// Pages [first, end) of the piece: neither the same nor zero.
+// Pages [first, end) of the piece, neither the same nor zero: to the first encoder that takes them,
+// cheapest on the wire first; those that none takes go raw.
 void PacketBuilder::emit_content(const Piece &piece, size_t first, size_t end)
 {
-    const bool coded = (forms_.mask & forms_of_content) != 0;
-    size_t raw = first;  // from here on nothing was emitted
-    auto flush_raw = [&](size_t to) {
-        if (raw < to) {
-            const LentRun &origin = piece.origin;
-            parts_.raw({piece.page + raw, to - raw, origin.at + raw * origin.stride,
-                        origin.stride});
-        }
-    };
-    for (size_t i = first; coded && i < end; i++) {
-        StagedPage page = {};
-        page.block = block_;
-        page.page = piece.page + i;
-        page.content = piece.content.at + i * piece.content.stride;
-        page.origin = piece.origin.at + i * piece.origin.stride;
-        page.known = bit(piece.known, i);
-        if (context_.hashes.enabled()) {
-            page.hash = piece.hashes[i];
-        }
-        if (page.known) {
-            page.landed = piece.landed[i];
-        }
-        if (encode(page)) {
-            flush_raw(i);
-            raw = i + 1;
+    uint64_t left = bits_between(first, end);
+    if (forms_.on(VMTH_FORM_DEDUP)) {
+        left = take(piece, left, context_.counters.forms[VMTH_FORM_DEDUP],
+                    [this](const StagedPage &page) { return dedup(page); });
+    }
+    if (forms_.on(VMTH_FORM_DELTA)) {
+        left = take(piece, left, context_.counters.forms[VMTH_FORM_DELTA],
+                    [this](const StagedPage &page) {
+                        return delta_.take(page, round_, forms_, parts_);
+                    });
+    }
+    for (size_t i = first; forms_.on(VMTH_FORM_ZSTD) && i < end; i++) {
+        if (bit(left, i) && zstd_.take(staged(piece, i), forms_.zstd_level, parts_)) {
+            left &= ~(uint64_t{1} << i);
         }
     }
-    flush_raw(end);
+    for_stretches(left >> first, end - first, [&](size_t from, size_t to, bool raw) {
+        if (raw) {
+            const LentRun &origin = piece.origin;
+            parts_.raw({piece.page + first + from, to - from,
+                        origin.at + (first + from) * origin.stride, origin.stride});
+        }
+    });
 }
 
-// The first encoder that takes the page, cheapest on the wire first; false: it goes raw.
-bool PacketBuilder::encode(const StagedPage &page)
+StagedPage PacketBuilder::staged(const Piece &piece, size_t i) const
 {
-    return forms_.on(VMTH_FORM_ZSTD) && zstd_.take(page, forms_.zstd_level, parts_);
+    StagedPage page = {};
+    page.block = block_;
+    page.page = piece.page + i;
+    page.content = piece.content.at + i * piece.content.stride;
+    page.origin = piece.origin.at + i * piece.origin.stride;
+    page.known = bit(piece.known, i);
+    if (context_.hashes.enabled()) {
+        page.hash = piece.hashes[i];
+    }
+    if (page.known) {
+        page.landed = piece.landed[i];
+    }
+    return page;
+}
+
+// Offers the piece's `pages` (bits) one by one; returns those that were not taken.
+template <typename Take>
+uint64_t PacketBuilder::take(const Piece &piece, uint64_t pages, FormCounters &counters,
+                             Take take_page)
+{
+    const uint64_t started_ns = thread_cpu_ns();
+    uint64_t left = pages;
+    for (uint64_t rest = pages; rest != 0; rest &= rest - 1) {
+        const size_t i = static_cast<size_t>(__builtin_ctzll(rest));
+        if (take_page(staged(piece, i))) {
+            left &= ~(uint64_t{1} << i);
+        }
+    }
+    counters.tried_pages.add(static_cast<uint64_t>(__builtin_popcountll(pages)));
+    counters.cpu_ns.add(thread_cpu_ns() - started_ns);
+    return left;
+}
+
+bool PacketBuilder::dedup(const StagedPage &page)
+{
+    const std::optional<ContentPlace> place = context_.places.find(page.hash);
+    if (!place) {
+        return false;
+    }
+    vmth_desc desc = {};
+    desc.page = page.page;
+    desc.npages = 1;
+    desc.form = VMTH_FORM_DEDUP;
+    desc.base_block = place->block;
+    desc.base_page = place->page;
+    desc.result = page.hash;
+    parts_.coded(desc);
+    FormCounters &counters = context_.counters.forms[VMTH_FORM_DEDUP];
+    counters.pages.add(1);
+    counters.content_bytes.add(context_.memory.page_bytes());
+    counters.wire_bytes.add(VMTH_DESC_REF_BYTES);
+    return true;
 }
 
 // ---- the packet -------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "xfer/content_places.hpp"
 #include "xfer/counters.hpp"
+#include "xfer/delta_encoder.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
@@ -36,6 +38,8 @@ struct BuilderContext {
     HashTable &hashes;
     Prefault &prefault;
     KnownLanded &known;
+    ContentPlaces &places;
+    DeltaCache &deltas;
     const FormsSwitch &forms;
     Counters &counters;
     size_t packet_bytes;
@@ -75,7 +79,10 @@ private:
     void replace_hashes(const Piece &piece);
     void emit(const Piece &piece);
     void emit_content(const Piece &piece, size_t first, size_t end);
-    bool encode(const StagedPage &page);
+    StagedPage staged(const Piece &piece, size_t i) const;
+    template <typename Take>
+    uint64_t take(const Piece &piece, uint64_t pages, FormCounters &counters, Take take_page);
+    bool dedup(const StagedPage &page);
 
     const BuilderContext context_;
     const unsigned channel_;
@@ -86,6 +93,7 @@ private:
     uint64_t pages_read_ = 0;
     vmth_digest fresh_ = {};
     PacketParts parts_;
+    DeltaEncoder delta_;
     ZstdEncoder zstd_;
     std::vector<uint8_t> staging_;  // a piece, where a form works on content
     std::vector<uint8_t> head_;

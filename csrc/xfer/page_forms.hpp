@@ -23,7 +23,8 @@ constexpr uint32_t form_bit(vmth_page_form form) noexcept
 constexpr uint32_t plain_forms = form_bit(VMTH_FORM_NORMAL) | form_bit(VMTH_FORM_ZERO) |
                                  form_bit(VMTH_FORM_HOLE) | form_bit(VMTH_FORM_FREE);
 // That a session may agree on.
-constexpr uint32_t cheaper_forms = form_bit(VMTH_FORM_SAME) | form_bit(VMTH_FORM_ZSTD);
+constexpr uint32_t cheaper_forms = form_bit(VMTH_FORM_SAME) | form_bit(VMTH_FORM_DEDUP) |
+                                   form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD);
 // Of those, the ones that compare hashes: nothing without a digest.
 constexpr uint32_t hashing_forms =
     form_bit(VMTH_FORM_SAME) | form_bit(VMTH_FORM_DEDUP) | form_bit(VMTH_FORM_DELTA);
@@ -43,6 +44,11 @@ public:
     FormsSwitch(uint32_t agreed, bool digest);
 
     uint32_t agreed() const noexcept { return agreed_; }
+    // Agreed on, and with the digest that it may need.
+    bool usable(vmth_page_form form) const noexcept
+    {
+        return (agreed_ & form_bit(form) & (digest_ ? ~0u : ~hashing_forms)) != 0;
+    }
     bool hashing() const noexcept { return (agreed_ & hashing_forms) != 0 && digest_; }
     // Throws TransferError(usage), and changes nothing, for a form that was not agreed on, one that needs
     // the digest where it is off, and a level outside vmth/codec.h's range.

@@ -14,6 +14,7 @@ namespace {
 
 // Acknowledgements are held while more packets are there to read, within these.
 constexpr size_t max_held_acks = 16;
+constexpr size_t coded_at_once = 256 * 1024;
 constexpr std::chrono::milliseconds max_held_time{20};
 
 using Clock = std::chrono::steady_clock;
@@ -23,7 +24,7 @@ using Clock = std::chrono::steady_clock;
 ReceiverChannel::ReceiverChannel(ReceiverShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
       forms_(plain_forms | (shared.options.forms & ~form_bit(VMTH_FORM_SAME))), lander_(shared, index),
-      flush_([this] { flush_acks(); })
+      references_(shared.memory, shared.hashes.key(), frames_, channel_.name()), flush_([this] { flush_acks(); })
 {
 }
 
@@ -207,16 +208,20 @@ void ReceiverChannel::count(const vmth_desc &desc)
 void ReceiverChannel::land_payload(uint32_t block, vmth_digest *fresh)
 {
     frame_runs_.clear();
-    for (const vmth_desc &desc : descs_) {
-        if (desc.form == VMTH_FORM_NORMAL) {
-            add_normal(block, desc, fresh);
-        } else if (desc.form == VMTH_FORM_ZSTD) {
-            frame_runs_.push_back({desc.page, desc.npages});
-            if (desc.payload_bytes > 0) {
-                land_piece(block, fresh);
-                land_frame(block, desc, fresh);
-                frame_runs_.clear();
-            }
+    coded_.clear();
+    coded_at_ = 0;
+    for (size_t i = 0; i < descs_.size(); i++) {
+        switch (descs_[i].form) {
+        case VMTH_FORM_NORMAL:
+            add_normal(block, descs_[i], fresh);
+            break;
+        case VMTH_FORM_DEDUP:
+        case VMTH_FORM_DELTA:
+        case VMTH_FORM_ZSTD:
+            land_coded(block, i, fresh);
+            break;
+        default:
+            break;
         }
     }
     land_piece(block, fresh);
@@ -245,24 +250,81 @@ void ReceiverChannel::land_piece(uint32_t block, vmth_digest *fresh)
     piece_npages_ = 0;
 }
 
+void ReceiverChannel::land_coded(uint32_t block, size_t index, vmth_digest *fresh)
+{
+    const vmth_desc &desc = descs_[index];
+    const uint8_t *payload = nullptr;
+    if (desc.payload_bytes > 0) {
+        land_piece(block, fresh);  // its content comes first in the stream
+        payload = payload_of(index);
+    }
+    if (desc.form != VMTH_FORM_ZSTD) {
+        land_reference(block, desc, payload, fresh);
+        return;
+    }
+    frame_runs_.push_back({desc.page, desc.npages});
+    if (payload != nullptr) {
+        land_frame(block, desc, payload, fresh);
+        frame_runs_.clear();
+    }
+}
+
+// The payload of a coded descriptor, in the order of the descriptors. Those that follow up to the next
+// normal page are read with it: a delta of some ten bytes is not worth a system call.
+const uint8_t *ReceiverChannel::payload_of(size_t index)
+{
+    const uint32_t nbytes = descs_[index].payload_bytes;
+    if (coded_at_ == coded_.size()) {
+        size_t together = nbytes;
+        for (size_t i = index + 1; i < descs_.size() && descs_[i].form != VMTH_FORM_NORMAL &&
+                                   together + descs_[i].payload_bytes <= coded_at_once;
+             i++) {
+            together += descs_[i].payload_bytes;
+        }
+        coded_.resize(together);
+        iovec iov = {coded_.data(), together};
+        read_inside(&iov, 1);
+        coded_at_ = 0;
+    }
+    const uint8_t *payload = coded_.data() + coded_at_;
+    coded_at_ += nbytes;
+    return payload;
+}
+
 // A frame that does not decode was damaged on the way: nobody knows its pages' content.
-void ReceiverChannel::land_frame(uint32_t block, const vmth_desc &desc, vmth_digest *fresh)
+void ReceiverChannel::land_frame(uint32_t block, const vmth_desc &desc, const uint8_t *frame,
+                                 vmth_digest *fresh)
 {
     uint64_t npages = 0;
     for (const vmth_run &run : frame_runs_) {
         npages += run.npages;
     }
-    iovec iov = {frames_.room(desc.payload_bytes), desc.payload_bytes};
-    read_inside(&iov, 1);
     const uint64_t started_ns = thread_cpu_ns();
-    const uint8_t *content = frames_.decode(
-        desc.payload_bytes, static_cast<size_t>(npages) * shared_.memory.page_bytes());
+    const uint8_t *content =
+        frames_.decode(frame, desc.payload_bytes,
+                       static_cast<size_t>(npages) * shared_.memory.page_bytes());
     shared_.counters.forms[VMTH_FORM_ZSTD].cpu_ns.add(thread_cpu_ns() - started_ns);
     if (content == nullptr) {
         missed_.insert(missed_.end(), frame_runs_.begin(), frame_runs_.end());
         return;
     }
     lander_.from_buffer(block, frame_runs_, content, fresh);
+}
+
+// Dedup and delta: what does not come out as the peer said is missed.
+void ReceiverChannel::land_reference(uint32_t block, const vmth_desc &desc, const uint8_t *payload,
+                                     vmth_digest *fresh)
+{
+    const vmth_run run = {desc.page, 1};
+    const uint64_t started_ns = thread_cpu_ns();
+    const uint8_t *content = references_.make(block, desc, payload);
+    if (content == nullptr) {
+        missed_.push_back(run);
+    } else {
+        one_run_.assign(1, run);
+        lander_.from_buffer(block, one_run_, content, fresh);
+    }
+    shared_.counters.forms[desc.form].cpu_ns.add(thread_cpu_ns() - started_ns);
 }
 
 // ---- acknowledging --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 #include "xfer/frame_decoder.hpp"
 #include "xfer/page_lander.hpp"
 #include "xfer/receiver.hpp"
+#include "xfer/reference_pages.hpp"
 
 namespace vmth {
 
@@ -34,7 +35,12 @@ private:
     void land_payload(uint32_t block, vmth_digest *fresh);
     void add_normal(uint32_t block, const vmth_desc &desc, vmth_digest *fresh);
     void land_piece(uint32_t block, vmth_digest *fresh);
-    void land_frame(uint32_t block, const vmth_desc &desc, vmth_digest *fresh);
+    void land_coded(uint32_t block, size_t index, vmth_digest *fresh);
+    void land_frame(uint32_t block, const vmth_desc &desc, const uint8_t *frame,
+                    vmth_digest *fresh);
+    void land_reference(uint32_t block, const vmth_desc &desc, const uint8_t *payload,
+                        vmth_digest *fresh);
+    const uint8_t *payload_of(size_t index);
     void count(const vmth_desc &desc);
     bool read(void *buffer, size_t nbytes);
     void read_inside(iovec *iov, size_t count);  // throws at an end of stream
@@ -48,13 +54,17 @@ private:
     const uint32_t forms_;
     PageLander lander_;
     FrameDecoder frames_;
+    ReferencePages references_;
     uint64_t seq_ = 0;    // of the last packet read
     uint32_t round_ = 0;  // of the last packet read
     std::vector<uint8_t> desc_bytes_;
     std::vector<vmth_desc> descs_;
     std::vector<vmth_run> piece_;       // normal pages whose content is the next in the stream
     size_t piece_npages_ = 0;
+    std::vector<vmth_run> one_run_;     // of a page made from others
     std::vector<vmth_run> frame_runs_;  // of the frame that is next in the stream
+    std::vector<uint8_t> coded_;        // payload of coded descriptors, read together ...
+    size_t coded_at_ = 0;               // ... up to here taken
     std::vector<vmth_run> missed_;      // of the packet being landed
     std::vector<vmth_run> told_missed_;  // of the last of acks_
     std::vector<uint8_t> ack_bytes_;

@@ -44,7 +44,11 @@ SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
                            const SenderOptions &given)
     : options(checked(given, page_bytes)), memory(std::move(blocks), page_bytes),
       hashes(memory, options.hash_seed, options.digest), forms(options.forms, options.digest),
-      known(memory, forms.hashing()), prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
+      known(memory, forms.hashing()),
+      places(memory, hashes, known, forms.usable(VMTH_FORM_DEDUP) ? options.dedup_index_bytes : 0),
+      deltas(page_bytes, forms.usable(VMTH_FORM_DELTA) ? options.delta_cache_bytes : 0,
+             memory.total_pages()),
+      prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }
@@ -200,6 +204,7 @@ void Sender::send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t
     if (!claims_[block].claim_words(job.base, job.words.data(), job.words.size())) {
         throw sent_twice(block);
     }
+    shared_.places.queued(block, job.base, job.words);
     push(std::move(job));
 }
 
@@ -223,6 +228,7 @@ std::pair<size_t, uint64_t> Sender::send_pages(const vmth_qemu_run *runs, size_t
             break;
         }
         claims_[run.block].set_range(run.page, run.npages);
+        shared_.places.queued(run.block, {run.page, run.npages});
         npages += run.npages;
         queued++;
     }
@@ -277,6 +283,7 @@ void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run
     bool free = true;
     for (const vmth_run &run : runs) {
         free = claims_[block].claim_range(run.page, run.npages) && free;
+        shared_.places.queued(block, run);
     }
     if (!free) {
         throw sent_twice(block);  // the runs overlap one another

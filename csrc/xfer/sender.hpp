@@ -21,7 +21,9 @@
 #include "sys/populate.h"
 #include "sys/sock_zerocopy.h"
 #include "xfer/atomic_bitmap.hpp"
+#include "xfer/content_places.hpp"
 #include "xfer/counters.hpp"
+#include "xfer/delta_cache.hpp"
 #include "xfer/flow_control.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
@@ -41,6 +43,8 @@ struct SenderOptions {
     bool digest = true;
     bool zerocopy = true;
     uint32_t forms = 0;                      // bits of the cheaper forms that both ends agreed on
+    uint64_t dedup_index_bytes = 64u << 20;  // at most; 32 bytes a page of the guest are enough
+    uint64_t delta_cache_bytes = 256u << 20;  // at most; it pays up to the size of what is rewritten
     uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
     unsigned queue_jobs = 2;                 // send() calls that may wait unfinished
     uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
@@ -67,6 +71,8 @@ public:
     HashTable hashes;
     FormsSwitch forms;
     KnownLanded known;
+    ContentPlaces places;  // of dedup, if that was agreed on
+    DeltaCache deltas;     // of delta, if that was agreed on
     Prefault prefault;
     FlowControl flow;
     JobQueue queue;

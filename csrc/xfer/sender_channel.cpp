@@ -42,8 +42,8 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
-      builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.forms,
-                shared.counters, shared.options.packet_bytes},
+      builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
+                shared.deltas, shared.forms, shared.counters, shared.options.packet_bytes},
                index)
 {
     if (!shared.options.zerocopy) {
@@ -426,6 +426,9 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     }
     if (ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi) {
         shared_.known.landed(sent->block, sent->runs);
+        if (shared_.forms.get().on(VMTH_FORM_DEDUP)) {
+            shared_.places.landed(sent->block, sent->runs);
+        }
         shared_.known.landed(sent->block, sent->zero_runs);
         return;
     }

@@ -12,11 +12,18 @@ from collections.abc import Iterable
 from vmth.errors import UsageError
 from vmth.packet import PageForm
 
-__all__ = ["FORM_NAMES", "agreed_forms", "forms_mask"]
+__all__ = ["BASED_FORMS", "FORM_NAMES", "agreed_forms", "forms_mask"]
 
-_FORMS = {"same": PageForm.SAME, "zstd": PageForm.ZSTD}
+_FORMS = {
+    "same": PageForm.SAME,
+    "dedup": PageForm.DEDUP,
+    "delta": PageForm.DELTA,
+    "zstd": PageForm.ZSTD,
+}
 #: What this release speaks.
 FORM_NAMES: tuple[str, ...] = tuple(_FORMS)
+#: Made from what has landed: a destination that hands pages on and keeps none cannot take them.
+BASED_FORMS = ("dedup", "delta")
 
 
 def forms_mask(names: Iterable[str]) -> int:
