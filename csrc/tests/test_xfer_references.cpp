@@ -124,6 +124,27 @@ void test_what_changed_is_all_that_goes()
     }
 }
 
+// What went as a copy of another page is a base as well.
+void test_a_copy_that_changes_goes_as_a_delta()
+{
+    FormsPair pair(128, 1, dedup | delta);
+    pair.source.randomize(1);
+    pair.sender->send(0, 0, 64, pair.bits.data(), pair.bits.size(), 0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    memcpy(pair.source.page(64), pair.source.page(0), 64 * page_bytes);
+    pair.sender->send(0, 64, 64, pair.bits.data(), pair.bits.size(), 1);
+    T_CHECK(pair.sender->barrier(1, 0));
+    T_CHECK(pair.count(VMTH_FORM_DEDUP) >= 60);
+    for (uint64_t page = 64; page < 128; page++) {
+        pair.source.page(page)[page]++;
+    }
+    pair.sender->send(0, 64, 64, pair.bits.data(), pair.bits.size(), 2);
+    T_CHECK(pair.sender->barrier(2, 0));
+    T_CHECK(pair.count(VMTH_FORM_DELTA) >= 60);
+    T_CHECK(pair.same());
+    pair.finish();
+}
+
 // Many changes of a few values pack; the delta of a page that is all new does not pay at all.
 void test_long_deltas_are_packed()
 {
@@ -378,6 +399,7 @@ int main()
     test_contents_that_landed_are_not_sent_again();
     test_only_pages_that_stay_are_bases();
     test_what_changed_is_all_that_goes();
+    test_a_copy_that_changes_goes_as_a_delta();
     test_long_deltas_are_packed();
     test_bounds_of_memory();
     test_torn_a_b_a();

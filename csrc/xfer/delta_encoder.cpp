@@ -39,14 +39,23 @@ size_t DeltaEncoder::pack(size_t nbytes, int level)
                                nbytes - nbytes / 8);
 }
 
+size_t DeltaEncoder::exchange(const StagedPage &page, uint32_t round, size_t room)
+{
+    delta_.resize(page_bytes_ / longest_part);
+    return cache_.exchange(
+        {page.block, page.page, page.content, page.hash, page.known, page.landed, round},
+        delta_.data(), room);
+}
+
+void DeltaEncoder::remember(const StagedPage &page, uint32_t round)
+{
+    (void)exchange(page, round, 0);
+}
+
 bool DeltaEncoder::take(const StagedPage &page, uint32_t round, const FormsSetting &forms,
                         PacketParts &parts)
 {
-    const size_t longest = page_bytes_ / longest_part;
-    delta_.resize(longest);
-    size_t nbytes = cache_.exchange({page.block, page.page, page.content, page.hash, page.known,
-                                     page.landed, round},
-                                    delta_.data(), longest);
+    size_t nbytes = exchange(page, round, page_bytes_ / longest_part);
     if (nbytes == 0) {
         return false;
     }

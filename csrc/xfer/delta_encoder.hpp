@@ -27,7 +27,11 @@ public:
     // to do better.
     bool take(const StagedPage &page, uint32_t round, const FormsSetting &forms, PacketParts &parts);
 
+    // The page goes in another form: only remembers its content.
+    void remember(const StagedPage &page, uint32_t round);
+
 private:
+    size_t exchange(const StagedPage &page, uint32_t round, size_t room);
     size_t pack(size_t nbytes, int level);
 
     const size_t page_bytes_;

@@ -233,7 +233,13 @@ void PacketBuilder::emit_content(const Piece &piece, size_t first, size_t end)
     uint64_t left = bits_between(first, end);
     if (forms_.on(VMTH_FORM_DEDUP)) {
         left = take(piece, left, context_.counters.forms[VMTH_FORM_DEDUP],
-                    [this](const StagedPage &page) { return dedup(page); });
+                    [this](const StagedPage &page) {
+                        const bool taken = dedup(page);
+                        if (taken && forms_.on(VMTH_FORM_DELTA)) {
+                            delta_.remember(page, round_);
+                        }
+                        return taken;
+                    });
     }
     if (forms_.on(VMTH_FORM_DELTA)) {
         left = take(piece, left, context_.counters.forms[VMTH_FORM_DELTA],
