@@ -37,6 +37,8 @@ class MigrateOptions:
     forms: tuple[str, ...] = ALL_FORMS  #: that pages may take, where the destination knows them
     fixed_forms: bool = False  #: all of them from start to end, instead of choosing by cost
     zstd_level: int = 0  #: with fixed forms; 0: 1
+    dedup_index_bytes: int = 64 << 20  #: memory of the source, at most
+    delta_cache_bytes: int = 256 << 20  #: the same; pays up to the size of what is rewritten
     zerocopy: bool = True
     insecure: bool = False  #: plaintext beyond loopback and unix sockets is allowed
     peer_timeout_s: float = 10.0
@@ -48,7 +50,13 @@ class MigrateOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"channels: received {self.channels}, allowed 1 to {MAX_CHANNELS}")
-        for name in ("bandwidth_bps", "downtime_limit_ns", "timeout_ns"):
+        for name in (
+            "bandwidth_bps",
+            "downtime_limit_ns",
+            "timeout_ns",
+            "dedup_index_bytes",
+            "delta_cache_bytes",
+        ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 and more")
         if self.downtime_limit_ns == 0:

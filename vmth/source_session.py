@@ -214,7 +214,9 @@ class SourceSession:
             hash_seed=self._hash_seed,
             digest=self._options.digest,
             zerocopy=self._options.zerocopy,
-            forms=agreed_forms(accept.features),
+            forms=agreed_forms(set(accept.features) & set(self._options.forms)),
+            dedup_index_bytes=self._options.dedup_index_bytes,
+            delta_cache_bytes=self._options.delta_cache_bytes,
         )
         self._resources.callback(self._close_sender)
         sender.set_bandwidth(self.tuning.bandwidth_bps)

@@ -179,7 +179,8 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
 
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
-            uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms)
+            uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms, uint64_t dedup_index_bytes,
+            uint64_t delta_cache_bytes)
 {
     vmth::SenderOptions options;
     options.hash_seed = hash_seed;
@@ -188,6 +189,8 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     options.packet_bytes = packet_bytes;
     options.queue_jobs = queue_jobs;
     options.forms = forms;
+    options.dedup_index_bytes = dedup_index_bytes;
+    options.delta_cache_bytes = delta_cache_bytes;
     return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
 }
 
@@ -314,7 +317,8 @@ void bind_sender(py::module_ &module)
     py::class_<Sender, Holder<Sender>>(module, "Sender")
         .def(py::init(&make_sender), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
-             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0)
+             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0,
+             py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20)
         .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"), Release())
         .def(
             "send",

@@ -35,6 +35,8 @@ class Sender:
         packet_bytes: int = 262144,  # payload of a full packet; shrinks with the window
         queue_jobs: int = 2,  # send() calls that may wait unfinished before send() blocks
         forms: int = 0,  # bit f: both ends agreed on form f; none of them is on at first
+        dedup_index_bytes: int = 64 << 20,  # at most; 32 bytes a page of the guest are enough
+        delta_cache_bytes: int = 256 << 20,  # at most; taken as pages are sent
     ) -> None: ...
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble; the sender duplicates it. Starts its

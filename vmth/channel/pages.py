@@ -136,8 +136,11 @@ class NativeSender(_NativeEnd):
         packet_bytes: int = 262144,
         queue_jobs: int = 2,
         forms: int = 0,
+        dedup_index_bytes: int = 64 << 20,
+        delta_cache_bytes: int = 256 << 20,
     ) -> None:
-        """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first."""
+        """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first. The
+        two bounds are of what dedup and delta remember, each beside 16 bytes a page of hashes."""
         with _translate:
             native = _xfer.Sender(
                 _areas(memory, page_bytes),
@@ -148,6 +151,8 @@ class NativeSender(_NativeEnd):
                 packet_bytes=packet_bytes,
                 queue_jobs=queue_jobs,
                 forms=forms,
+                dedup_index_bytes=dedup_index_bytes,
+                delta_cache_bytes=delta_cache_bytes,
             )
         # What native threads may read is dropped after the sender that joins them.
         self._native: _xfer.Sender = native

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from vmth.cli.values import SIZE
 from vmth.options import ALL_FORMS
 
 __all__ = ["form_choices", "form_options"]
@@ -16,8 +17,22 @@ Command = Callable[..., Any]
 
 
 def form_options(command: Command) -> Command:
-    """Adds ``--forms``, ``--fixed-forms`` and ``--zstd-level``."""
+    """Adds ``--forms``, ``--fixed-forms``, ``--zstd-level`` and the two bounds."""
     for option in (
+        click.option(
+            "--delta-cache",
+            type=SIZE,
+            default="256MiB",
+            show_default=True,
+            help="Memory for what was sent, at most; pays up to the size of what is rewritten.",
+        ),
+        click.option(
+            "--dedup-index",
+            type=SIZE,
+            default="64MiB",
+            show_default=True,
+            help="Memory for where contents are, at most; 32 bytes a page are enough.",
+        ),
         click.option(
             "--zstd-level",
             type=click.IntRange(-10, 19),
@@ -47,4 +62,6 @@ def form_choices(given: dict[str, Any]) -> dict[str, Any]:
         "forms": tuple(name for name in given["forms"].split(",") if name),
         "fixed_forms": given["fixed_forms"],
         "zstd_level": given["zstd_level"],
+        "dedup_index_bytes": given["dedup_index"],
+        "delta_cache_bytes": given["delta_cache"],
     }

@@ -95,6 +95,8 @@ class QemuMigrateOptions:
     forms: tuple[str, ...] = ALL_FORMS
     fixed_forms: bool = False
     zstd_level: int = 0
+    dedup_index_bytes: int = 64 << 20
+    delta_cache_bytes: int = 256 << 20
     zerocopy: bool = True
     insecure: bool = False
     peer_timeout_s: float = 10.0
@@ -127,6 +129,8 @@ class QemuMigrateOptions:
             forms=self.forms,
             fixed_forms=self.fixed_forms,
             zstd_level=self.zstd_level,
+            dedup_index_bytes=self.dedup_index_bytes,
+            delta_cache_bytes=self.delta_cache_bytes,
             zerocopy=self.zerocopy,
             insecure=self.insecure,
             peer_timeout_s=self.peer_timeout_s,
