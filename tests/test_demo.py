@@ -65,8 +65,11 @@ ROUND_KEYS = {
     "duration_ns",
     "bandwidth_bps",
 }
-#: Never converges: the guest dirties ten times what the link carries.
-ENDLESS = ("--workload", "always", "--dirty-rate", "200MB/s", "--bandwidth", "20MB/s")
+#: Never converges: the guest dirties ten times what the link carries, and pages go whole.
+ENDLESS = (
+    *("--workload", "always", "--dirty-rate", "200MB/s", "--bandwidth", "20MB/s"),
+    *("--forms", "zero"),
+)
 
 needs_uffd = pytest.mark.skipif(
     probe_tracking()["uffd-wp"].status is not Status.OK, reason="no userfaultfd WP_ASYNC here"
