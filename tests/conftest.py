@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tests with real QEMUs are more of the same: marked ``exhaustive``, which continuous
+integration leaves out to stay within its time (``VMTH_TEST_MARKS='not exhaustive'``).
+
+``sh scripts/test`` runs them. Of each file named here what is kept is one case of each kind.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+KEPT = {
+    "test_qemu_kill.py": (
+        "test_the_source_vmth_dies[hold the guest]",
+        "test_the_source_vmth_dies[send Grant]",
+        "test_the_destination_vmth_dies[journal STARTING]",
+        "test_the_destination_qemu_dies_where_it_may_have_run",
+    ),
+    "test_qemu_kill_relay.py": (),  # test_relay_qemu.py has the relay's own
+    "test_qemu_migrate.py": (
+        "test_busy_guest_goes_round[multifd-zstd-plain]",
+        "test_idle_guest_goes_round",
+        "test_paused_guest_arrives_paused_and_equal",
+    ),
+    "test_qemu_migrate_carried.py": (
+        "test_busy_guest_goes_through_a_file[live]",
+        "test_busy_guest_goes_through_relays[two relays, compressed]",
+    ),
+    "test_qemu_receive.py": (
+        "test_a_guest_arrives_and_runs_on[memory-True-False-memory]",
+        "test_a_guest_arrives_and_runs_on[stream-True-False-stream]",
+        "test_a_paused_guest_arrives_paused_and_can_move_on",
+        "test_a_qemu_that_vmth_starts_lives_on",
+        "test_a_killed_receiver_leaves_nothing_that_the_next_does_not_end",
+    ),
+    "test_qemu_save_real.py": (
+        "test_a_running_guest_is_saved_and_runs_on_elsewhere[True]",
+        "test_a_paused_guest_stays_paused_and_one_file_serves_twice",
+        "test_a_save_that_is_killed[cold-pages]",
+        "test_a_save_that_is_killed[live-completed]",
+        "test_a_full_disk",
+        "test_a_restore_that_is_killed[state]",
+        "test_a_damaged_file_is_found_before_qemu_is_touched",
+    ),
+    "test_relay_qemu.py": (
+        "test_precopy[plain-one relay]",
+        "test_precopy[multifd-two with zstd]",
+        "test_relay_killed_within_ram_and_the_next_try_succeeds[two]",
+        "test_lost_shut_leaves_the_source_running_and_the_destination_paused",
+    ),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        kept = KEPT.get(item.path.name)
+        if kept is not None and item.name not in kept:
+            item.add_marker("exhaustive")
