@@ -9,7 +9,7 @@ import pytest
 
 from vmth.channel.forms import FORM_NAMES, forms_mask
 from vmth.errors import ChannelError, UsageError
-from vmth.form_tuner import FormTuner, tuner_for
+from vmth.form_tuner import FormTuner, idle_seconds, tuner_for
 from vmth.options import ALL_FORMS, MigrateOptions
 from vmth.stats import FormDecision, TransferCounters
 from vmth.tuning import Tuning
@@ -53,6 +53,7 @@ class World:
             clock=lambda: self.now_ns,
             emit=self.told.append,
             fixed_level=fixed_level,
+            idle=lambda: 2 * self.now_ns / 1e9,
         )
 
     def interval(self, link_bps: float) -> None:
@@ -77,6 +78,27 @@ def test_a_choice_that_stays_is_told_once() -> None:
         world.interval(12.5e6)
     # What is measured keeps being raw: the world does not care what was chosen.
     assert len(world.told) == len(world.sender.set) <= 10
+
+
+def test_a_machine_without_an_idle_core_does_not_compress() -> None:
+    world = World()
+    world.tuner = FormTuner(
+        world.sender,
+        ALL_FORMS,
+        page_bytes=4096,
+        workers=2,
+        limit_bps=lambda: 0,
+        clock=lambda: world.now_ns,
+        emit=world.told.append,
+        idle=lambda: 0.0,
+    )
+    for _ in range(20):
+        world.interval(3e9)
+    assert all(mask & forms_mask(["zstd"]) == 0 for mask, _ in world.sender.set)
+
+
+def test_idle_seconds_are_those_of_the_cores_that_may_be_used() -> None:
+    assert idle_seconds() > 0
 
 
 def test_fixed_forms_are_set_once_and_no_thread_looks() -> None:

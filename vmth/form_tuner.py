@@ -21,7 +21,7 @@ from vmth.policy.forms import FormChoice, FormChooser, FormCost, FormsView
 from vmth.stats import FormDecision, TransferCounters
 from vmth.tuning import Tuning
 
-__all__ = ["INTERVAL_NS", "FormSender", "FormTuner", "tuner_for"]
+__all__ = ["INTERVAL_NS", "FormSender", "FormTuner", "idle_seconds", "tuner_for"]
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,23 @@ class FormSender(Protocol):
     def set_forms(self, mask: int, zstd_level: int = 1) -> None: ...
 
 
+def idle_seconds(stat: str = "/proc/stat") -> float:
+    """Time that this machine's cores have idled, of those that this process may use; proc(5)."""
+    cpus, ticks = os.sched_getaffinity(0), 0
+    with open(stat) as file:
+        for line in file:
+            name, *values = line.split()
+            if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cpus:
+                ticks += int(values[3]) + int(values[4])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 class FormTuner:
     """A context manager: a thread named ``vmth-forms`` looks ten times a second inside it.
     ``limit_bps`` is asked anew each time, so that a cap that changes changes the choice.
 
-    ``fixed_level`` other than None: all forms at once, at that zstd level, and no thread.
+    ``idle`` tells the seconds that cores have idled. ``fixed_level`` other than None: all forms at
+    once, at that zstd level, and no thread.
     """
 
     def __init__(
@@ -57,20 +69,22 @@ class FormTuner:
         clock: Callable[[], int],
         emit: Callable[[FormDecision], None],
         fixed_level: int | None = None,
+        idle: Callable[[], float] | None = None,
     ) -> None:
+        self._idle = idle or idle_seconds
         self.decisions: list[FormDecision] = []
         self._sender = sender
         self._allowed = frozenset(allowed)
         self._chooser = FormChooser(self._allowed, page_bytes)
         self._chosen: FormChoice | None = None
         self._workers = workers
-        self._cores = len(os.sched_getaffinity(0))
         self._limit_bps = limit_bps
         self._clock = clock
         self._emit = emit
         self._fixed_level = fixed_level
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vmth-forms", daemon=True)
+        self._idle_s = self._idle()
         self._before = sender.counters()
         self._began_ns = self._looked_ns = clock()
 
@@ -103,9 +117,10 @@ class FormTuner:
         pages -= before.normal_pages + before.formed_pages
         cost = FormCost(pages, after.cpu_ns - before.cpu_ns, after.wire_bytes - before.wire_bytes)
         acked_bps = (after.acked_bytes - before.acked_bytes) * 1e9 / interval_ns
-        return FormsView(
-            interval_ns, cost, acked_bps, self._limit_bps(), self._workers, self._cores
-        )
+        idle_s = self._idle()
+        cores = (cost.cpu_ns + (idle_s - self._idle_s) * 1e9) / interval_ns
+        self._idle_s = idle_s
+        return FormsView(interval_ns, cost, acked_bps, self._limit_bps(), self._workers, cores)
 
     def _set(self, forms: frozenset[str], level: int, reason: str) -> None:
         self._sender.set_forms(forms_mask(forms - _ALWAYS), level or 1)

@@ -59,6 +59,8 @@ WORTH_A_CHANGE = 1.05
 BUSY_SHARE = 0.85
 #: Workers that could do so many times what the link takes have time to look for something better.
 HEADROOM = 1.5
+#: A share of a core is always had.
+LEAST_CORES = 0.1
 #: Share by which what was measured on other rungs gives way to what the present one suggests.
 FADE = 0.03
 #: Share of a new measurement in the running cost.
@@ -88,7 +90,7 @@ class FormsView:
     acked_bps: float
     limit_bps: int
     workers: int  #: page channels
-    cores: int  #: that they may use
+    cores: float  #: that they used or could have used: their own time, and what idled
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +174,11 @@ class FormChooser:
 
     def _by_cpu(self, at: int, view: FormsView) -> float:
         """Pages a second that the workers could do on that rung."""
-        return max(1, min(view.workers, view.cores)) * 1e9 / self._costs()[at][0]
+        return _workers(view) * 1e9 / self._costs()[at][0]
 
     def rates(self, view: FormsView) -> list[float]:
         """Non-zero pages a second that each rung promises."""
-        workers = max(1, min(view.workers, view.cores))
+        workers = _workers(view)
         link_bps = self._link_bps
         if view.limit_bps:
             link_bps = min(link_bps, view.limit_bps) if self._link_is_known else view.limit_bps
@@ -205,7 +207,7 @@ class FormChooser:
                 cpu_ns, wire_bytes = self._cost(at, self._at)
                 other.cpu_ns += FADE * (cpu_ns - other.cpu_ns)
                 other.wire_bytes += FADE * (wire_bytes - other.wire_bytes)
-        workers = max(1, min(view.workers, view.cores))
+        workers = _workers(view)
         busy = cost.cpu_ns / max(1, view.interval_ns * workers)
         capped = 0 < view.limit_bps <= view.acked_bps * WORTH_A_CHANGE
         if busy < BUSY_SHARE or capped:
@@ -249,6 +251,11 @@ class FormChooser:
             f"{rates[at]:.0f} pages/s expected at {cpu_ns / 1e3:.1f} us of CPU and "
             f"{wire_bytes:.0f} bytes a page; link {link}"
         )
+
+
+def _workers(view: FormsView) -> float:
+    """As many as can work at the same time."""
+    return max(LEAST_CORES, min(view.workers, view.cores))
 
 
 def _rungs(allowed: frozenset[str]) -> tuple[Rung, ...]:
