@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # who imports this has a vmth of its own
+    sys.path.insert(0, str(ROOT))
 
 from vmth.wire.handover import DESTINATION_TABLE, SOURCE_TABLE, Transition  # noqa: E402
 

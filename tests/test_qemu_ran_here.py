@@ -77,6 +77,7 @@ def test_a_guest_that_is_stopped_by_order_at_once_has_run(world: World, held: He
 
 def test_an_event_from_before_the_load_is_no_proof(world: World, held: HeldQemu) -> None:
     world.fake.emit("RESUME")
+    held.qmp.status()  # its answer comes behind the event
     world.fake.answers["cont"] = FakeError("GenericError", 'Failed to get "write" lock')
     with pytest.raises(GuestError, match="write"):
         held.resume()
