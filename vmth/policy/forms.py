@@ -45,9 +45,9 @@ _ALL = _DELTA | {"zstd"}
 
 LADDER: tuple[Rung, ...] = (
     Rung("raw", frozenset({"zero"}), 0, 900.0, 1.0),
-    Rung("same, dedup", _CHEAP, 0, 250.0, 0.9),
-    Rung("delta", _DELTA, 0, 700.0, 0.9),
-    Rung("zstd 1", _ALL, 1, 12_000.0, 0.55),
+    Rung("same, dedup", _CHEAP, 0, 250.0, 1.0),
+    Rung("delta", _DELTA, 0, 700.0, 1.0),
+    Rung("zstd 1", _ALL, 1, 12_000.0, 0.5),
     Rung("zstd 3", _ALL, 3, 8_000.0, 0.94),
     Rung("zstd 6", _ALL, 6, 30_000.0, 0.96),
     Rung("zstd 9", _ALL, 9, 45_000.0, 0.98),
@@ -59,10 +59,12 @@ WORTH_A_CHANGE = 1.05
 BUSY_SHARE = 0.85
 #: Workers that could do so many times what the link takes have time to look for something better.
 HEADROOM = 1.5
+#: On faster links a look at a page costs about as long as sending it: it must have shown its worth.
+SLOW_LINK_BPS = 3e8
 #: A share of a core is always had.
 LEAST_CORES = 0.1
 #: Share by which what was measured on other rungs gives way to what the present one suggests.
-FADE = 0.03
+FADE = 0.01
 #: Share of a new measurement in the running cost.
 LEARN = 0.5
 LEARN_LINK = 0.25
@@ -138,16 +140,22 @@ class FormChooser:
     def choose(self, view: FormsView) -> FormChoice:
         """At the end of every interval, a fraction of a second long."""
         self._intervals += 1
-        if self._settled:
-            self._learn(view)
+        if not self._settled:  # this interval still had packets of the choice before
+            self._settled = True
+            rung = self.rungs[self._at]
+            return FormChoice(rung, f"{rung.name}: just begun")
+        self._learn(view)
         rates = self.rates(view)
         at = self._best(rates, view)
-        if at == self._at and self._at > 0 and not self._link_is_known:
-            if self._intervals % PROBE_EVERY == 0:
+        if at == self._at and self._intervals % PROBE_EVERY == 0:
+            if self._at > 0 and not self._link_is_known:
                 return self._move(self._at - 1, "tried, to see what the link carries")
-        elif at != self._at:
+            up = self._at + 1
+            uncompressed = self.rungs[self._at].level == 0 and up < len(rates)
+            if uncompressed and self._link_is_known and self._by_cpu(up, view) > rates[at]:
+                return self._move(up, "tried, to see what it saves")
+        if at != self._at:
             return self._move(at, self._reason(at, rates))
-        self._settled = True
         return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
 
     def _move(self, at: int, reason: str) -> FormChoice:
@@ -163,7 +171,7 @@ class FormChooser:
         best = max(range(len(rates)), key=lambda at: rates[at])
         while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
             best -= 1
-        if self._link_is_known:
+        if self._link_is_known and self._link_bps < SLOW_LINK_BPS:
             while best + 1 < len(rates) and self.rungs[best].level == 0:
                 if self._by_cpu(best + 1, view) < HEADROOM * rates[best]:
                     break
