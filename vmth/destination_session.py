@@ -231,8 +231,9 @@ class DestinationSession:
         record.apply(DestinationEvent.ACCEPT)
 
     def _features(self, offer: Offer) -> list[str]:
-        """What this release and this guest can take of what is offered."""
-        beyond = BASED_FORMS if self._scope == "stream" else ()
+        """What this release and this guest can take of what is offered. A page can be built on
+        another one only where all of them are held here."""
+        beyond = BASED_FORMS if any(area.hostless for area in self._memory) else ()
         return [name for name in common_features(offer) if name not in beyond]
 
     def _call_make_guest(self, incoming: Incoming) -> Guest:
