@@ -35,7 +35,10 @@ NATIVE_FACES = (
 #: Layers from the ground up; a module imports only from its own layer and those below. A module of
 #: the package's root that stands in no layer is a coordinator, below the command line alone.
 LAYERS = [
-    ("vmth.errors", "vmth.types", "vmth.units", "vmth.uri", "vmth.stats", "vmth._native"),
+    (
+        *("vmth.errors", "vmth.types", "vmth.units", "vmth.uri", "vmth.stats", "vmth.child"),
+        "vmth._native",
+    ),
     (
         *("vmth.wire", "vmth.policy", "vmth.guest"),
         *("vmth.kernels", "vmth.codec", "vmth.packet", "vmth.memory"),

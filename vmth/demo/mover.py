@@ -22,6 +22,7 @@ from typing import BinaryIO, TypeAlias
 
 import msgspec
 
+from vmth.child import module_command
 from vmth.demo.arrival import Arrival, receive_one
 from vmth.demo.settings import ArrivalSettings
 from vmth.errors import CancelledError, ExitCode, MigrationError, VmthError
@@ -75,14 +76,13 @@ class DestinationMover:
         source_memory: Sequence[int] = (),
         uri: str = "tcp:127.0.0.1:0",
     ) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        command, environment = module_command("vmth.demo.mover")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vmth.demo.mover"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=source_memory,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
             process_group=0,  # the terminal's Ctrl-C is the demonstration's
         )
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmth.child import module_command
 from vmth.errors import GuestError, RefusedError, UsageError
 from vmth.guests import requests as rq
 from vmth.guests.client import HolderConnection, HolderGoneError, HolderGuest, reap_left_alone
@@ -183,14 +183,10 @@ class ReadyHolder:
     def __init__(self) -> None:
         reap_left_alone()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = dict(os.environ)
-        root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [root, environment.get("PYTHONPATH", "")])
-        )
+        command, environment = module_command("vmth.guests.holder", str(theirs.fileno()))
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vmth.guests.holder", str(theirs.fileno())],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

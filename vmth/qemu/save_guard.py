@@ -18,9 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from vmth.child import module_command
 from vmth.errors import ChannelError, GuestError, NotResumedError, RefusedError, VmthError
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import is_over, migration_status, put_back
@@ -93,13 +93,9 @@ class SaveGuard:
             "ran": ran,
             "resume": resume,
         }
-        environment = dict(os.environ)
-        root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [root, environment.get("PYTHONPATH", "")])
-        )
+        command, environment = module_command(__name__)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            command,
             bufsize=0,  # nothing is left to be flushed into a pipe whose reader has ended
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmth.child import module_command
 from vmth.errors import ChannelError, GuestError, RefusedError, UsageError, VmthError
 from vmth.journal import note_path
 from vmth.qemu.qmp import Qmp, QmpError
@@ -72,13 +73,9 @@ class Watchdog:
             "settle": shlex.join(settle),
             "was_running": was_running,
         }
-        environment = dict(os.environ)
-        root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [root, environment.get("PYTHONPATH", "")])
-        )
+        command, environment = module_command(__name__)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            command,
             bufsize=0,  # nothing is left to be flushed into a pipe whose reader has ended
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
