@@ -187,6 +187,14 @@ def test_a_proof_that_ends_at_the_stream_says_so_at_both_ends(world: World) -> N
     assert world.made[0].handed_pages() == {"ram": ram, "rom": rom}
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pages_are_built_on_others_only_where_all_are_held(world: World, in_place: bool) -> None:
+    """``rom`` is handed on in both cases: nothing could be based on it."""
+    world.options["in_place"] = in_place
+    (decision,) = world.move(fixed_forms=True).form_decisions
+    assert decision.forms == ("same", "zero", "zstd")
+
+
 def test_a_source_that_wants_more_proof_is_refused(world: World) -> None:
     world.options["in_place"] = False
     with pytest.raises(RefusedError, match=r"features: received .*, allowed with 'scope-stream'"):

@@ -16,12 +16,13 @@ bytes than the one before:
 Costs are those measured in this migration; what was not tried yet is taken from priors that say how
 a rung compares with the one that was. The link is what acknowledged bytes and the cap tell: while
 the workers wait for it, it is what they reach; while they do not, it carries more than that, and
-a cheaper rung is tried from time to time to see how much.
+a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
+something better: there compression stays on as long as it costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["LADDER", "FormChoice", "FormChooser", "FormCost", "FormsView", "Rung"]
@@ -70,7 +71,8 @@ LEARN = 0.5
 LEARN_LINK = 0.25
 #: Intervals with fewer non-zero pages than this teach nothing.
 MIN_PAGES = 64
-#: While the link is not known, a cheaper rung is tried for one interval in so many.
+#: Every so many intervals another rung is tried: a cheaper one to see what the link carries, while
+#: that is not known, else a dearer one that does not compress, to see what it saves.
 PROBE_EVERY = 16
 
 
@@ -126,6 +128,7 @@ class FormChooser:
 
     allowed: frozenset[str]
     page_bytes: int = 4096
+    rungs: tuple[Rung, ...] = field(init=False)  #: of the ladder, those of allowed forms
     _known: dict[int, _Known] = field(default_factory=dict)
     _at: int = 0
     _link_bps: float = 0.0
@@ -133,9 +136,8 @@ class FormChooser:
     _intervals: int = 0
     _settled: bool = True
 
-    @property
-    def rungs(self) -> Sequence[Rung]:
-        return _rungs(self.allowed)
+    def __post_init__(self) -> None:
+        self.rungs = _rungs(self.allowed)
 
     def choose(self, view: FormsView) -> FormChoice:
         """At the end of every interval, a fraction of a second long."""
@@ -277,8 +279,3 @@ def _rungs(allowed: frozenset[str]) -> tuple[Rung, ...]:
             seen.add((forms, level))
             found.append(Rung(rung.name, forms, level, rung.cpu_ns, rung.shrink))
     return tuple(found)
-
-
-def describe(choice: FormChoice) -> Mapping[str, object]:
-    """For the JSON of a result."""
-    return {"forms": sorted(choice.forms), "zstd_level": choice.level, "reason": choice.reason}
