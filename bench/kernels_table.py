@@ -168,6 +168,15 @@ def cases() -> dict[str, tuple[str, Callable[[], object]]]:
         f"zero scan, zero pages, {default}",
         with_kernel("zero", default, lambda: kernels.page_hash_zero(zero, 4096, 1, hashes)),
     )
+    for name in kernels.kernels()["content"]:
+        table[f"content hash (BLAKE2b), {name}"] = (
+            "content hash (BLAKE2b), scalar",
+            with_kernel(
+                "content",
+                name,
+                lambda: kernels.content_hash(random, 4096, bytes(32), hashes),
+            ),
+        )
     empty = np.zeros(EMPTY_NBITS // 64, dtype=np.uint64)
     empty.fill(0)  # pages of its own: the kernel's one zero page would stay in the cache
     sparse_bits = np.random.default_rng(1).random(NBITS, dtype=np.float32) < 0.01

@@ -23,7 +23,7 @@ NOT_BUILT = "neon" if platform.machine() == "x86_64" else "avx2"
 
 
 def test_every_family_ends_with_its_scalar_twin() -> None:
-    assert set(kernels.kernels()) == {"bitmap", "zero", "hash", "delta"}
+    assert set(kernels.kernels()) == {"bitmap", "zero", "hash", "delta", "content"}
     for names in kernels.kernels().values():
         assert names[-1] == "scalar"
 

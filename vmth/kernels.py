@@ -35,6 +35,7 @@ __all__ = [
     "bitmap_set_range",
     "bitmap_to_bytes",
     "checksum64",
+    "content_hash",
     "digest_fill_of",
     "digest_of",
     "is_zero",
@@ -124,6 +125,13 @@ def page_hash(pages: U8, page_bytes: int, seed: int, out: U64) -> None:
 def page_hash_zero(pages: U8, page_bytes: int, seed: int, out: U64) -> tuple[U64, int]:
     """``page_hash`` and ``zero_scan`` in one pass over memory; returns what ``zero_scan`` does."""
     return _kernels.page_hash_zero(pages, page_bytes, seed, out)
+
+
+def content_hash(pages: U8, page_bytes: int, key: bytes, out: U64) -> None:
+    """BLAKE2b with a 16-byte digest and the 32-byte ``key`` of each page into ``out``, shape
+    (npages, 2): the memory of a row is the digest, as ``hashlib.blake2b`` returns it.
+    """
+    _kernels.content_hash(pages, page_bytes, key, out)
 
 
 def checksum64(data: U8, seed: int) -> int:

@@ -6,6 +6,7 @@
  *   zero      zero_page.c      zero_scalar.c        x86/zero_*.c     aarch64/zero_neon.c
  *   hash      page_hash.c      hash_scalar.c        x86/hash_*.c     aarch64/hash_neon.c
  *   delta     delta.c          delta_scalar.c       x86/delta_*.c    aarch64/delta_neon.c
+ *   content   content_hash.c   content_scalar.c     x86/content_*.c
  *
  * The scalar twin defines the answer. A public function checks arguments, asks for the selected
  * implementation once a call, and does everything that is not worth a vector itself. */
@@ -14,6 +15,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "vmth/common.h"
 
 struct run_sink;
 
@@ -54,6 +57,14 @@ struct delta_ops {
     uint64_t (*changed)(const uint8_t *base, const uint8_t *now, uint64_t masks[DELTA_PIECE_LINES]);
 };
 
+struct content_ops {
+    const char *name;
+    /* BLAKE2b of each of npages pages (page_bytes a multiple of 128), from the chain `start` that the
+     * key's block left; the digest's first 16 bytes go to out. */
+    void (*hash)(const uint64_t start[8], const uint8_t *const *pages, size_t page_bytes,
+                 size_t npages, struct vmth_u128 *out);
+};
+
 /* Each is defined only where it is built: kernel_table.c asks. */
 extern const struct bitmap_ops bitmap_scalar;
 extern const struct bitmap_ops bitmap_avx2;
@@ -71,11 +82,15 @@ extern const struct delta_ops delta_scalar;
 extern const struct delta_ops delta_avx2;
 extern const struct delta_ops delta_avx512;
 extern const struct delta_ops delta_neon;
+extern const struct content_ops content_scalar;
+extern const struct content_ops content_avx2;
+extern const struct content_ops content_avx512;
 
 /* The selected implementation; resolved to the default at the first use. Never NULL. */
 const struct bitmap_ops *kernel_bitmap(void);
 const struct zero_ops *kernel_zero(void);
 const struct hash_ops *kernel_hash(void);
 const struct delta_ops *kernel_delta(void);
+const struct content_ops *kernel_content(void);
 
 #endif

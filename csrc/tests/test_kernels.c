@@ -5,6 +5,7 @@
 
 #include "t_check.h"
 #include "vmth/bitmap.h"
+#include "vmth/content_hash.h"
 #include "vmth/page_hash.h"
 #include "vmth/zero_page.h"
 
@@ -97,6 +98,41 @@ static void test_hash_equals_scalar(void)
         T_EQUAL(zero_word, 1);
         T_EQUAL(nzero, 1);
     }
+}
+
+/* The same values as in tests/test_kernels_content.py, which takes them from another implementation. */
+static void test_content_hash_equals_scalar_and_golden(void)
+{
+    const char *name = vmth_kernel_selected("content");
+    uint8_t secret[VMTH_CONTENT_KEY_BYTES];
+    const uint8_t *pages[NPAGES];
+    struct vmth_content_key key;
+    struct vmth_u128 want[NPAGES];
+    struct vmth_u128 got[NPAGES];
+
+    for (size_t i = 0; i < sizeof(secret); i++) {
+        secret[i] = (uint8_t)i;
+    }
+    vmth_content_key_init(&key, secret);
+    fill_golden(memory, PAGE_BYTES);
+    T_EQUAL(vmth_content_hash_run(&key, memory, PAGE_BYTES, 1, got), 0);
+    T_EQUAL(got[0].lo, 0xe9c5c4b4a6fac5f3);
+    T_EQUAL(got[0].hi, 0xb78cba2d72283678);
+    t_fill(&state, memory, NPAGES * PAGE_BYTES);
+    for (size_t i = 0; i < NPAGES; i++) {
+        pages[i] = memory + i * 7 % NPAGES * PAGE_BYTES; /* in an order of their own */
+    }
+    for (size_t npages = 0; npages <= NPAGES; npages++) {
+        select_or_fail("content", "scalar");
+        T_EQUAL(vmth_content_hash(&key, pages, PAGE_BYTES, npages, want), 0);
+        select_or_fail("content", name);
+        memset(got, 0, sizeof(got));
+        T_EQUAL(vmth_content_hash(&key, pages, PAGE_BYTES, npages, got), 0);
+        T_CHECK(memcmp(got, want, npages * sizeof(got[0])) == 0);
+        T_CHECK(npages == NPAGES || (got[npages].lo == 0 && got[npages].hi == 0));
+    }
+    T_EQUAL(vmth_content_hash(&key, pages, PAGE_BYTES - 1, 1, got), -EINVAL);
+    T_EQUAL(vmth_content_hash_run(&key, memory, PAGE_BYTES / 2, 1, got), -EINVAL);
 }
 
 /* Buffers end where the memory ends, so that a sanitizer sees any byte read past it. */
@@ -271,6 +307,7 @@ int main(void)
     test_selection_outcomes();
     t_each_kernel("hash", test_golden_hashes);
     t_each_kernel("hash", test_hash_equals_scalar);
+    t_each_kernel("content", test_content_hash_equals_scalar_and_golden);
     t_each_kernel("zero", test_hash_equals_scalar);
     t_each_kernel("zero", test_zero_at_every_length_and_position);
     t_each_kernel("bitmap", test_runs_cover_the_bitmap);

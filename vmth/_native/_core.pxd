@@ -46,6 +46,18 @@ cdef extern from "vmth/page_hash.h" nogil:
     uint64_t vmth_checksum64(const void *data, size_t nbytes, uint64_t seed)
 
 
+cdef extern from "vmth/content_hash.h" nogil:
+    enum:
+        VMTH_CONTENT_KEY_BYTES
+
+    struct vmth_content_key:
+        pass
+
+    void vmth_content_key_init(vmth_content_key *key, const uint8_t *secret)
+    int vmth_content_hash_run(const vmth_content_key *key, const uint8_t *base, size_t page_bytes,
+                              size_t npages, vmth_u128 *out)
+
+
 cdef extern from "vmth/memory_digest.h" nogil:
     struct vmth_digest:
         vmth_u128 sum

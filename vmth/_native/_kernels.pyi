@@ -26,6 +26,9 @@ def page_hash(pages: U8, page_bytes: int, seed: int, out: U64) -> None:
     """``out`` is (npages, 2): lo, hi."""
 
 def page_hash_zero(pages: U8, page_bytes: int, seed: int, out: U64) -> tuple[U64, int]: ...
+def content_hash(pages: U8, page_bytes: int, key: bytes, out: U64) -> None:
+    """``key`` is 32 bytes; ``out`` is (npages, 2): a row is the 16 bytes of a digest."""
+
 def checksum64(data: U8, seed: int) -> int: ...
 
 # memory digest: tables are (npages, 2) uint64; digests are (lo, hi, pages)

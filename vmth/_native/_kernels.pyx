@@ -213,6 +213,24 @@ def page_hash_zero(const uint8_t[::1] pages, page_bytes, uint64_t seed, uint64_t
     return words, nzero
 
 
+def content_hash(const uint8_t[::1] pages, page_bytes, const uint8_t[::1] key,
+                 uint64_t[:, ::1] out):
+    cdef size_t npages = _count_pages(pages, page_bytes)
+    cdef size_t size = page_bytes
+    cdef vmth_content_key expanded
+    cdef int result
+    if key.shape[0] != VMTH_CONTENT_KEY_BYTES:
+        raise ValueError(f"a content key has {VMTH_CONTENT_KEY_BYTES} bytes, not {key.shape[0]}")
+    _need_hashes(out, npages)
+    if npages:
+        with nogil:
+            vmth_content_key_init(&expanded, &key[0])
+            result = vmth_content_hash_run(&expanded, &pages[0], size, npages,
+                                           <vmth_u128 *>&out[0, 0])
+        if result != 0:
+            raise ValueError(f"content_hash refused its arguments ({result})")
+
+
 def checksum64(const uint8_t[::1] data, uint64_t seed):
     cdef uint64_t value
     with nogil:

@@ -6,6 +6,7 @@
  *   zero     zero test, scan, partition                scalar avx2 avx512 neon
  *   hash     page hash, also fused with the zero test  scalar avx2 avx512 neon
  *   delta    the bytes of a page that changed          scalar avx2 avx512 neon
+ *   content  cryptographic hash of a page's content    scalar avx2 avx512
  *
  * All implementations of a family give the same answers; the scalar one defines them. Until one is
  * selected a family runs its default: the first that this build has and this CPU can run, in an
