@@ -168,7 +168,7 @@ def reseal(data: bytes) -> bytes:
         (32, b"\x07", "desc_bytes: received 208, allowed 176"),
         (40, b"\x98", "npages: received 920, allowed 919"),
         (28, b"\xb5", "payload_bytes: received 17589, allowed 17588"),
-        (64 + 12, b"\x09", "desc.form: received 9, allowed 8"),
+        (64 + 12, b"\x0a", "desc.form: received 10, allowed 9"),
         (64 + 13, b"\x01", "desc.flags: received 1, allowed 0"),
         (64 + 16 + 8, b"\x00", "desc.npages: received 0, allowed 1"),
         (64 + 32 + 11, b"\xff", "desc.npages: received 4278190980, allowed 1316"),
@@ -213,6 +213,16 @@ def test_a_delta_may_be_packed() -> None:
     data = encode_packet(PacketKind.PAGES, 1, [packed], block=2, channel=1, checksum_seed=SEED)
     assert data[64 + 13] == 1
     assert decode_descriptors(data, LIMITS, checksum_seed=SEED) == [packed]
+
+
+def test_reuse_has_a_hash_a_page_as_payload() -> None:
+    run = Desc(1500, 16, PageForm.REUSE, payload_bytes=16 * 16)
+    data = encode_packet(PacketKind.PAGES, 1, [run], block=2, channel=1, checksum_seed=SEED)
+    assert data[64:] == struct.pack("<QIBBH", 1500, 16, 9, 0, 0)
+    assert decode_descriptors(data, LIMITS, checksum_seed=SEED) == [run]
+    short = replace(run, payload_bytes=16 * 15)
+    data = encode_packet(PacketKind.PAGES, 1, [short], block=2, channel=1, checksum_seed=SEED)
+    assert "payload_bytes: received 240, allowed 256" in refusal(data)
 
 
 def test_every_cut_is_refused() -> None:

@@ -57,6 +57,7 @@ class PageForm(enum.IntEnum):
     DEDUP = 6
     DELTA = 7
     ZSTD = 8
+    REUSE = 9
 
 
 class AckStatus(enum.IntEnum):
@@ -100,6 +101,7 @@ class Header:
 class Desc:
     """A run of pages in one form. ``result`` is the hash (lo, hi) of a dedup or delta page.
 
+    A reuse descriptor's payload is a content hash a page, 16 bytes each.
     A zstd descriptor without payload has its pages in the frame of the next that has one.
     ``packed``: a delta's payload is a zstd frame of the delta.
     """

@@ -217,6 +217,7 @@ size_t vmth_desc_bytes(uint8_t form)
     case VMTH_FORM_HOLE:
     case VMTH_FORM_FREE:
     case VMTH_FORM_SAME:
+    case VMTH_FORM_REUSE:
         return VMTH_DESC_BYTES;
     case VMTH_FORM_ZSTD:
         return VMTH_DESC_ZSTD_BYTES;
@@ -290,6 +291,13 @@ static int check_form(struct vmth_desc *desc, const struct vmth_packet_limits *l
         }
         desc->payload_bytes = (uint32_t)content_bytes;
     }
+    if (desc->form == VMTH_FORM_REUSE) {
+        if (desc->npages > VMTH_PACKET_MAX_PAYLOAD_BYTES / VMTH_REUSE_HASH_BYTES) {
+            return refuse(error, "desc.npages", desc->npages,
+                          VMTH_PACKET_MAX_PAYLOAD_BYTES / VMTH_REUSE_HASH_BYTES);
+        }
+        desc->payload_bytes = desc->npages * VMTH_REUSE_HASH_BYTES;
+    }
     if (desc->form == VMTH_FORM_DELTA) {
         if (desc->payload_bytes == 0) {
             return refuse(error, "desc.payload_bytes", 0, 1);
@@ -339,7 +347,7 @@ int vmth_desc_decode(const uint8_t *in, size_t room, uint16_t block,
     int result;
 
     if (nbytes == 0) {
-        return refuse(error, "desc.form", got.form, VMTH_FORM_ZSTD);
+        return refuse(error, "desc.form", got.form, VMTH_FORM_REUSE);
     }
     if (((limits->forms >> got.form) & 1) == 0) {
         return refuse(error, "desc.form (not negotiated)", got.form, limits->forms);

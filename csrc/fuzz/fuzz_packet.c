@@ -10,7 +10,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes);
 static const uint64_t block_npages[3] = {10, 78, 1516};
 
 static const struct vmth_packet_limits limits = {
-    .page_bytes = 4096, .nblocks = 3, .block_npages = block_npages, .forms = 0x1fe, .channel = 1};
+    .page_bytes = 4096, .nblocks = 3, .block_npages = block_npages, .forms = 0x3fe, .channel = 1};
 
 static void require(int holds)
 {

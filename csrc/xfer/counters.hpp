@@ -43,7 +43,7 @@ struct Counters {
     Counter zerocopy_sends;
     Counter zerocopy_copied;
     Counter cpu_ns;  // of the threads that send
-    std::array<FormCounters, VMTH_FORM_ZSTD + 1> forms;  // by vmth_page_form, from SAME on
+    std::array<FormCounters, VMTH_FORM_REUSE + 1> forms;  // by vmth_page_form, from SAME on
 };
 
 // Of the slowest channel; zeros where no channel is TCP.

@@ -17,7 +17,8 @@ constexpr size_t piece_bytes = 256 * 1024;
 constexpr size_t max_piece_pages = 64;
 
 constexpr uint32_t forms_of_content =
-    form_bit(VMTH_FORM_DEDUP) | form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD);
+    form_bit(VMTH_FORM_DEDUP) | form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD) |
+    form_bit(VMTH_FORM_REUSE);
 
 void check(int result)
 {
@@ -77,6 +78,7 @@ PacketBuilder::PacketBuilder(const BuilderContext &context, unsigned channel)
                                       max_piece_pages)),
       parts_(context.memory.page_bytes(), context.packet_bytes),
       delta_(context.memory.page_bytes(), context.deltas, context.counters.forms[VMTH_FORM_DELTA]),
+      reuse_(context.reuse, context.counters.forms[VMTH_FORM_REUSE], context.memory.page_bytes()),
       zstd_(context.memory.page_bytes(), context.counters.forms[VMTH_FORM_ZSTD])
 {
 }
@@ -247,6 +249,9 @@ void PacketBuilder::emit_content(const Piece &piece, size_t first, size_t end)
                         return delta_.take(page, round_, forms_, parts_);
                     });
     }
+    if (forms_.on(VMTH_FORM_REUSE)) {
+        left = reuse(piece, left);
+    }
     for (size_t i = first; forms_.on(VMTH_FORM_ZSTD) && i < end; i++) {
         if (bit(left, i) && zstd_.take(staged(piece, i), forms_.zstd_level, parts_)) {
             left &= ~(uint64_t{1} << i);
@@ -293,6 +298,25 @@ uint64_t PacketBuilder::take(const Piece &piece, uint64_t pages, FormCounters &c
     }
     counters.tried_pages.add(static_cast<uint64_t>(__builtin_popcountll(pages)));
     counters.cpu_ns.add(thread_cpu_ns() - started_ns);
+    return left;
+}
+
+// The pages together, since they are hashed together; returns those that were not taken.
+uint64_t PacketBuilder::reuse(const Piece &piece, uint64_t pages)
+{
+    StagedPage staged_pages[max_piece_pages] = {};
+    size_t n = 0;
+    for (uint64_t rest = pages; rest != 0; rest &= rest - 1) {
+        staged_pages[n++] = staged(piece, static_cast<size_t>(__builtin_ctzll(rest)));
+    }
+    const uint64_t taken = reuse_.take(staged_pages, n, parts_);
+    uint64_t left = pages;
+    size_t k = 0;
+    for (uint64_t rest = pages; rest != 0; rest &= rest - 1, k++) {
+        if (bit(taken, k)) {
+            left &= ~(rest & -rest);
+        }
+    }
     return left;
 }
 

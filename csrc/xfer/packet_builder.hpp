@@ -28,6 +28,7 @@
 #include "xfer/packet_parts.hpp"
 #include "xfer/page_forms.hpp"
 #include "xfer/prefault.hpp"
+#include "xfer/reuse_encoder.hpp"
 #include "xfer/zstd_encoder.hpp"
 
 namespace vmth {
@@ -40,6 +41,7 @@ struct BuilderContext {
     KnownLanded &known;
     ContentPlaces &places;
     DeltaCache &deltas;
+    const ReuseState &reuse;
     const FormsSwitch &forms;
     Counters &counters;
     size_t packet_bytes;
@@ -83,6 +85,7 @@ private:
     template <typename Take>
     uint64_t take(const Piece &piece, uint64_t pages, FormCounters &counters, Take take_page);
     bool dedup(const StagedPage &page);
+    uint64_t reuse(const Piece &piece, uint64_t pages);
 
     const BuilderContext context_;
     const unsigned channel_;
@@ -94,6 +97,7 @@ private:
     vmth_digest fresh_ = {};
     PacketParts parts_;
     DeltaEncoder delta_;
+    ReuseEncoder reuse_;
     ZstdEncoder zstd_;
     std::vector<uint8_t> staging_;  // a piece, where a form works on content
     std::vector<uint8_t> head_;

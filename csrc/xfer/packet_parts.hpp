@@ -69,7 +69,7 @@ private:
     size_t npages_ = 0;
     size_t payload_bytes_ = 0;
     size_t coded_bytes_ = 0;
-    std::array<uint64_t, VMTH_FORM_ZSTD + 1> counts_ = {};
+    std::array<uint64_t, VMTH_FORM_REUSE + 1> counts_ = {};
     std::vector<vmth_desc> descs_;
     std::vector<vmth_run> content_runs_;
     std::vector<vmth_run> zero_runs_;

@@ -62,6 +62,8 @@ const char *form_name(unsigned form) noexcept
         return "delta";
     case VMTH_FORM_ZSTD:
         return "zstd";
+    case VMTH_FORM_REUSE:
+        return "reuse";
     default:
         return "unknown";
     }

@@ -24,7 +24,8 @@ constexpr uint32_t plain_forms = form_bit(VMTH_FORM_NORMAL) | form_bit(VMTH_FORM
                                  form_bit(VMTH_FORM_HOLE) | form_bit(VMTH_FORM_FREE);
 // That a session may agree on.
 constexpr uint32_t cheaper_forms = form_bit(VMTH_FORM_SAME) | form_bit(VMTH_FORM_DEDUP) |
-                                   form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD);
+                                   form_bit(VMTH_FORM_DELTA) | form_bit(VMTH_FORM_ZSTD) |
+                                   form_bit(VMTH_FORM_REUSE);
 // Of those, the ones that compare hashes: nothing without a digest.
 constexpr uint32_t hashing_forms =
     form_bit(VMTH_FORM_SAME) | form_bit(VMTH_FORM_DEDUP) | form_bit(VMTH_FORM_DELTA);

@@ -32,7 +32,8 @@ ReceiverOptions checked(ReceiverOptions options)
 ReceiverShared::ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
                                const ReceiverOptions &given)
     : options(checked(given)), memory(std::move(blocks), page_bytes),
-      hashes(memory, options.hash_seed, options.digest), gate(memory, options.channels),
+      hashes(memory, options.hash_seed, options.digest),
+      store(options.reuse, options.reuse_key, page_bytes, options.files), gate(memory, options.channels),
       prefault(memory, options.populate)
 {
     for (size_t block = 0; block < memory.nblocks(); block++) {

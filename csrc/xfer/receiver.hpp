@@ -25,6 +25,7 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/page_forms.hpp"
+#include "xfer/page_store.hpp"
 #include "xfer/prefault.hpp"
 #include "xfer/round_gate.hpp"
 #include "xfer/stream_sink.hpp"
@@ -39,6 +40,9 @@ struct ReceiverOptions {
     unsigned channels = 1;
     uint32_t forms = 0;                           // bits of the cheaper forms that both ends agreed on
     StreamSinkOptions sink;                       // needed where a block is hostless
+    std::vector<StoreSource> reuse;               // files with pages, in the order they are asked
+    uint8_t reuse_key[VMTH_CONTENT_KEY_BYTES] = {};  // of their indexes
+    const vmth_file_ops *files = nullptr;         // nullptr: the kernel's
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
     const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
 };
@@ -55,6 +59,7 @@ public:
     const ReceiverOptions options;
     const GuestMemory memory;
     HashTable hashes;
+    PageStore store;  // what reuse finds; its files may be none
     RoundGate gate;
     // Bit set: our page may hold non-zero bytes. Written by whoever claimed the page.
     std::vector<AtomicBitmap> maybe_nonzero;
@@ -75,6 +80,7 @@ class Receiver {
 public:
     // `maybe_nonzero[i]` points at `nwords[i]` words, copied: the pages of block i that may hold
     // non-zero bytes now. A page whose bit is clear is a proven hole, and a zero page leaves it one.
+    // The arrays and files of options.reuse are read until close().
     Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes, const ReceiverOptions &options,
              const std::vector<const uint64_t *> &maybe_nonzero, const std::vector<size_t> &nwords);
     ~Receiver();
@@ -89,6 +95,8 @@ public:
 
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
+    // Pages that each file of `reuse` gave.
+    std::vector<uint64_t> reused() const { return shared_.store.served(); }
     std::vector<std::string> fallbacks() const;
 
 private:

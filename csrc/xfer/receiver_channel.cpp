@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/endian.h"
 #include "xfer/thread_clock.hpp"
 #include "xfer/worker_thread.hpp"
 
@@ -24,7 +25,8 @@ using Clock = std::chrono::steady_clock;
 ReceiverChannel::ReceiverChannel(ReceiverShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
       forms_(plain_forms | (shared.options.forms & ~form_bit(VMTH_FORM_SAME))), lander_(shared, index),
-      references_(shared.memory, shared.hashes.key(), frames_, channel_.name()), flush_([this] { flush_acks(); })
+      references_(shared.memory, shared.hashes.key(), frames_, channel_.name()),
+      stored_(shared.store), flush_([this] { flush_acks(); })
 {
 }
 
@@ -218,6 +220,7 @@ void ReceiverChannel::land_payload(uint32_t block, vmth_digest *fresh)
         case VMTH_FORM_DEDUP:
         case VMTH_FORM_DELTA:
         case VMTH_FORM_ZSTD:
+        case VMTH_FORM_REUSE:
             land_coded(block, i, fresh);
             break;
         default:
@@ -257,6 +260,10 @@ void ReceiverChannel::land_coded(uint32_t block, size_t index, vmth_digest *fres
     if (desc.payload_bytes > 0) {
         land_piece(block, fresh);  // its content comes first in the stream
         payload = payload_of(index);
+    }
+    if (desc.form == VMTH_FORM_REUSE) {
+        land_reuse(block, desc, payload, fresh);
+        return;
     }
     if (desc.form != VMTH_FORM_ZSTD) {
         land_reference(block, desc, payload, fresh);
@@ -325,6 +332,38 @@ void ReceiverChannel::land_reference(uint32_t block, const vmth_desc &desc, cons
         lander_.from_buffer(block, one_run_, content, fresh);
     }
     shared_.counters.forms[desc.form].cpu_ns.add(thread_cpu_ns() - started_ns);
+}
+
+// What no file has, or not any more, is missed.
+void ReceiverChannel::land_reuse(uint32_t block, const vmth_desc &desc, const uint8_t *hashes,
+                                 vmth_digest *fresh)
+{
+    const size_t page_bytes = shared_.memory.page_bytes();
+    const uint64_t started_ns = thread_cpu_ns();
+    const size_t at_once = std::min(StoredPages::most, lander_.piece_pages());
+    found_.resize(at_once * page_bytes);
+    for (uint64_t done = 0; done < desc.npages;) {
+        const size_t n = static_cast<size_t>(std::min<uint64_t>(at_once, desc.npages - done));
+        vmth_u128 wanted[StoredPages::most];
+        for (size_t i = 0; i < n; i++, hashes += VMTH_REUSE_HASH_BYTES) {
+            wanted[i] = {load_le64(hashes), load_le64(hashes + 8)};
+        }
+        const uint64_t right = stored_.read(wanted, n, found_.data());
+        for (size_t first = 0, end; first < n; first = end) {
+            const uint64_t is_right = right >> first & 1;
+            for (end = first + 1; end < n && (right >> end & 1) == is_right; end++) {
+            }
+            const vmth_run run = {desc.page + done + first, end - first};
+            if (is_right == 0) {
+                missed_.push_back(run);
+                continue;
+            }
+            one_run_.assign(1, run);
+            lander_.from_buffer(block, one_run_, found_.data() + first * page_bytes, fresh);
+        }
+        done += n;
+    }
+    shared_.counters.forms[VMTH_FORM_REUSE].cpu_ns.add(thread_cpu_ns() - started_ns);
 }
 
 // ---- acknowledging --------------------------------------------------------------------------------

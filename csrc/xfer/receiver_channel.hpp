@@ -12,6 +12,7 @@
 #include "xfer/channel.hpp"
 #include "xfer/frame_decoder.hpp"
 #include "xfer/page_lander.hpp"
+#include "xfer/page_store.hpp"
 #include "xfer/receiver.hpp"
 #include "xfer/reference_pages.hpp"
 
@@ -40,6 +41,7 @@ private:
                     vmth_digest *fresh);
     void land_reference(uint32_t block, const vmth_desc &desc, const uint8_t *payload,
                         vmth_digest *fresh);
+    void land_reuse(uint32_t block, const vmth_desc &desc, const uint8_t *hashes, vmth_digest *fresh);
     const uint8_t *payload_of(size_t index);
     void count(const vmth_desc &desc);
     bool read(void *buffer, size_t nbytes);
@@ -55,13 +57,15 @@ private:
     PageLander lander_;
     FrameDecoder frames_;
     ReferencePages references_;
+    StoredPages stored_;
     uint64_t seq_ = 0;    // of the last packet read
     uint32_t round_ = 0;  // of the last packet read
     std::vector<uint8_t> desc_bytes_;
     std::vector<vmth_desc> descs_;
     std::vector<vmth_run> piece_;       // normal pages whose content is the next in the stream
     size_t piece_npages_ = 0;
-    std::vector<vmth_run> one_run_;     // of a page made from others
+    std::vector<vmth_run> one_run_;     // of a page made from others, or found in a file
+    std::vector<uint8_t> found_;        // pages from files, until they land
     std::vector<vmth_run> frame_runs_;  // of the frame that is next in the stream
     std::vector<uint8_t> coded_;        // payload of coded descriptors, read together ...
     size_t coded_at_ = 0;               // ... up to here taken

@@ -48,7 +48,7 @@ SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
       places(memory, hashes, known, forms.usable(VMTH_FORM_DEDUP) ? options.dedup_index_bytes : 0),
       deltas(page_bytes, forms.usable(VMTH_FORM_DELTA) ? options.delta_cache_bytes : 0,
              memory.total_pages()),
-      prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
+      reuse(memory, forms.usable(VMTH_FORM_REUSE)), prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }
@@ -151,6 +151,35 @@ void Sender::add_channel(int fd, unsigned index)
     } catch (const std::exception &error) {
         shared_.fail(TransferError(ErrorKind::io, std::string("thread: ") + error.what()));
         shared_.latch.check();
+    }
+}
+
+void Sender::check_reuse() const
+{
+    check_open();
+    if (!shared_.reuse.enabled()) {
+        throw TransferError(ErrorKind::usage, "a reuse filter, allowed where reuse was agreed on");
+    }
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    if (!shared_.channels.empty()) {
+        throw TransferError(ErrorKind::usage, "the reuse filter comes before the first channel");
+    }
+}
+
+void Sender::begin_reuse(const uint8_t secret[VMTH_CONTENT_KEY_BYTES], uint64_t entries)
+{
+    check_reuse();
+    shared_.reuse.filter.begin(secret, entries);
+}
+
+void Sender::add_reuse(uint64_t base, uint64_t count, const uint8_t *data, size_t nbytes, bool last)
+{
+    check_reuse();
+    if (count > 0) {  // nothing at all is a set, too
+        shared_.reuse.filter.add(base, count, data, nbytes);
+    }
+    if (last) {
+        shared_.reuse.filter.complete();
     }
 }
 

@@ -33,6 +33,7 @@
 #include "xfer/missed_pages.hpp"
 #include "xfer/page_forms.hpp"
 #include "xfer/prefault.hpp"
+#include "xfer/reuse_encoder.hpp"
 
 namespace vmth {
 
@@ -73,6 +74,7 @@ public:
     KnownLanded known;
     ContentPlaces places;  // of dedup, if that was agreed on
     DeltaCache deltas;     // of delta, if that was agreed on
+    ReuseState reuse;      // of reuse, if that was agreed on
     Prefault prefault;
     FlowControl flow;
     JobQueue queue;
@@ -98,6 +100,12 @@ public:
 
     // Channels are added before the first barrier; the descriptor is duplicated.
     void add_channel(int fd, unsigned index);
+
+    // What the destination says it has: the key and the number of entries, then the parts in order, all
+    // before the first channel. Throws protocol for a set that is not one, and usage where reuse was not
+    // agreed on.
+    void begin_reuse(const uint8_t secret[VMTH_CONTENT_KEY_BYTES], uint64_t entries);
+    void add_reuse(uint64_t base, uint64_t count, const uint8_t *data, size_t nbytes, bool last);
 
     // `words` is the whole block's bitmap (`nwords` long); the pages of [page, page + npages) whose bit
     // is set are queued, and read any time before barrier() returns true. Throws usage, and queues
@@ -143,6 +151,7 @@ private:
     void check_open() const;
     void check_no_barrier() const;
     void check_channels() const;
+    void check_reuse() const;
     void join_workers();
     void join_readers();
     void push(Job &&job);

@@ -16,6 +16,8 @@ namespace {
 // A packet stops growing at these, so that zero-dense memory fills packets without delaying acks.
 constexpr uint64_t grow_pages = 16384;
 constexpr size_t grow_descs = 4096;
+// Each of these is read from a file over there before the packet is acknowledged.
+constexpr uint64_t grow_reused = 2048;
 // Below this, pinning pages costs more than copying them.
 constexpr uint64_t zerocopy_min_bytes = 32 * 1024;
 constexpr int completion_poll_ms = 50;
@@ -43,7 +45,7 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
     : shared_(shared), channel_(fd, index, shared.options.ops),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
-                shared.deltas, shared.forms, shared.counters, shared.options.packet_bytes},
+                shared.deltas, shared.reuse, shared.forms, shared.counters, shared.options.packet_bytes},
                index)
 {
     if (!shared.options.zerocopy) {
@@ -123,7 +125,8 @@ void SenderChannel::send_batch(Batch &batch)
     round_ = batch.round;
     builder_.begin(batch.block, batch.round);
     add(batch);
-    while (read && builder_.pages_read() < grow_pages && builder_.ndesc() < grow_descs) {
+    while (read && builder_.pages_read() < grow_pages && builder_.ndesc() < grow_descs &&
+           builder_.parts().pages(VMTH_FORM_REUSE) < grow_reused) {
         // Pages in cheap forms take little room: fill up, but only from what is there now.
         uint64_t room = (limit - builder_.payload_bytes()) / page_bytes;
         if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(batch, room)) {
@@ -447,6 +450,7 @@ void SenderChannel::take_missed(SentPacket &sent, const vmth_ack &ack,
         throw packet_error(channel_.name(), {"missed pages", missed.size(), sent.runs.size()});
     }
     shared_.missed.add(sent.block, missed);
+    shared_.reuse.missed(sent.block, missed);
     if (shared_.hashes.enabled()) {
         const vmth_u128 sum = shared_.hashes.sum(sent.block, missed);
         const bool borrow = sent.digest.lo < sum.lo;

@@ -33,7 +33,7 @@ def encode_desc(page, npages, form, flags, payload_bytes, base_block, base_page,
     desc.result.lo, desc.result.hi = lo, hi
     used = vmth_desc_encode(&desc, out, VMTH_DESC_REF_BYTES)
     if used == 0:
-        raise PacketError("desc.form", form, 8)
+        raise PacketError("desc.form", form, 9)
     return (<const char *>out)[:used]
 
 

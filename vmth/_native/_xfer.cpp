@@ -7,9 +7,11 @@
 #include <pybind11/stl.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -194,13 +196,67 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
 }
 
+// (fd, hashes, places, frames) of each file, and the arrays that stay alive as long as they are read.
+struct ReuseSources {
+    std::vector<vmth::StoreSource> sources;
+    std::vector<Words> arrays;
+};
+
+ReuseSources reuse_sources(const py::sequence &files)
+{
+    ReuseSources result;
+    for (const py::handle &item : files) {
+        const auto file = py::cast<py::tuple>(item);
+        const Words hashes = words_of(file[1]);
+        const Words places = words_of(file[2]);
+        const Words frames = words_of(file[3]);
+        if (hashes.size() != 2 * places.size() || frames.size() % 4 != 0) {
+            throw usage("hashes, places and frames do not fit one another");
+        }
+        vmth::StoreSource source;
+        source.fd = py::cast<int>(file[0]);
+        source.hashes = reinterpret_cast<const vmth_u128 *>(hashes.data());
+        source.places = places.data();
+        source.npages = static_cast<size_t>(places.size());
+        source.frames = reinterpret_cast<const vmth::StoredFrame *>(frames.data());
+        source.nframes = static_cast<size_t>(frames.size() / 4);
+        result.sources.push_back(source);
+        result.arrays.insert(result.arrays.end(), {hashes, places, frames});
+    }
+    return result;
+}
+
+const uint8_t *content_key(const py::bytes &key)
+{
+    const std::string_view view = key;
+    if (view.size() != VMTH_CONTENT_KEY_BYTES) {
+        throw usage("content key of " + std::to_string(view.size()) + " bytes, allowed " +
+                    std::to_string(VMTH_CONTENT_KEY_BYTES));
+    }
+    return reinterpret_cast<const uint8_t *>(view.data());
+}
+
+// (base, count, data, last): the next part for the wire.
+py::tuple next_part(vmth::FilterWriter &writer)
+{
+    vmth::FilterWriter::Part part;
+    {
+        py::gil_scoped_release release;
+        part = writer.next();
+    }
+    return py::make_tuple(part.base, part.count,
+                          py::bytes(reinterpret_cast<const char *>(part.data.data()),
+                                    part.data.size()),
+                          part.last);
+}
+
 // (fd, section id, idstrs as they are on the wire)
 using Sink = std::optional<std::tuple<int, uint32_t, std::vector<std::string>>>;
 
 std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
 make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest,
               const py::sequence &maybe_nonzero, unsigned channels, const Sink &sink,
-              uint32_t forms)
+              uint32_t forms, const py::sequence &reuse, const py::bytes &reuse_key)
 {
     vmth::ReceiverOptions options;
     options.hash_seed = hash_seed;
@@ -209,6 +265,11 @@ make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool 
     options.forms = forms;
     if (sink) {
         std::tie(options.sink.fd, options.sink.section_id, options.sink.idstrs) = *sink;
+    }
+    const ReuseSources files = reuse_sources(reuse);
+    if (!files.sources.empty()) {
+        options.reuse = files.sources;
+        std::copy_n(content_key(reuse_key), VMTH_CONTENT_KEY_BYTES, options.reuse_key);
     }
     std::vector<Words> arrays;
     std::vector<const uint64_t *> words;
@@ -319,6 +380,21 @@ void bind_sender(py::module_ &module)
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
              py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0,
              py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20)
+        .def(
+            "begin_reuse",
+            [](Sender &self, const py::bytes &key, uint64_t entries) {
+                self.begin_reuse(content_key(key), entries);
+            },
+            py::arg("key"), py::arg("entries"))
+        .def(
+            "add_reuse",
+            [](Sender &self, uint64_t base, uint64_t count, const py::bytes &data, bool last) {
+                const std::string_view view = data;
+                py::gil_scoped_release release;
+                self.add_reuse(base, count, reinterpret_cast<const uint8_t *>(view.data()),
+                               view.size(), last);
+            },
+            py::arg("base"), py::arg("count"), py::arg("data"), py::arg("last"))
         .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"), Release())
         .def(
             "send",
@@ -386,7 +462,8 @@ void bind_receiver(py::module_ &module)
     py::class_<Receiver, Holder<Receiver>>(module, "Receiver")
         .def(py::init(&make_receiver), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("maybe_nonzero"),
-             py::arg("channels"), py::arg("sink") = py::none(), py::arg("forms") = 0)
+             py::arg("channels"), py::arg("sink") = py::none(), py::arg("forms") = 0,
+             py::arg("reuse") = py::tuple(), py::arg("reuse_key") = py::bytes())
         .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
         .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
         .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })
@@ -402,9 +479,23 @@ void bind_receiver(py::module_ &module)
                uint64_t step) { return subdigests(self.hashes(), block, page, npages, step); },
             py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("step"))
         .def("counters", [](const Receiver &self) { return counters_of(self.counters(), {}); })
+        .def("reused", &Receiver::reused)
         .def("fallbacks", &Receiver::fallbacks)
         .def("cancel", &Receiver::cancel, py::arg("reason"), Release())
         .def("close", &Receiver::close, Release());
+}
+
+// What a destination's files have, for the wire. The arrays belong to the caller.
+void bind_filter(py::module_ &module)
+{
+    using vmth::FilterWriter;
+    py::class_<FilterWriter>(module, "FilterWriter")
+        .def(py::init([](const py::sequence &files) {
+                 return std::make_unique<FilterWriter>(reuse_sources(files).sources);
+             }),
+             py::arg("files"), py::keep_alive<1, 2>())
+        .def_property_readonly("entries", &FilterWriter::entries)
+        .def("next", &next_part);
 }
 
 }  // namespace
@@ -422,6 +513,7 @@ PYBIND11_MODULE(_xfer, module)
     py::register_exception_translator(&translate);
     bind_sender(module);
     bind_receiver(module);
+    bind_filter(module);
     module.def("connect_options", &connect_options, py::arg("fd"), py::kw_only(),
                py::arg("dscp") = -1, py::arg("keepalive_s") = 0, py::arg("user_timeout_ms") = 0,
                py::arg("send_buffer_bytes") = 0, py::arg("receive_buffer_bytes") = 0);

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
+ReuseFile = tuple[int, U64, U64, U64]  # fd, hashes, places, frames (vmth.channel.reuse)
 Content = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 class TransferError(Exception):
@@ -38,6 +39,10 @@ class Sender:
         dedup_index_bytes: int = 64 << 20,  # at most; 32 bytes a page of the guest are enough
         delta_cache_bytes: int = 256 << 20,  # at most; taken as pages are sent
     ) -> None: ...
+    def begin_reuse(self, key: bytes, entries: int) -> None:
+        """What the destination says it has, before the first channel; the parts follow."""
+
+    def add_reuse(self, base: int, count: int, data: bytes, last: bool) -> None: ...
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble; the sender duplicates it. Starts its
         threads."""
@@ -125,6 +130,8 @@ class Receiver:
         # duplicated; id of the ram section; idstr of every block): where the pages of hostless
         # blocks are handed on, as PART sections of QEMU's stream
         forms: int = 0,  # bit f: both ends agreed on form f
+        reuse: Sequence[ReuseFile] = (),  # read until close(); the owner keeps arrays and files
+        reuse_key: bytes = b"",  # 32 bytes, where there are such files
     ) -> None: ...
     def attach(self, fd: int, index: int) -> None:
         """A connected socket past its preamble; duplicated. Starts its thread."""
@@ -137,9 +144,21 @@ class Receiver:
     def hashes(self, block: int, page: int, npages: int) -> U64: ...
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
     def counters(self) -> dict[str, Any]: ...
+    def reused(self) -> list[int]:
+        """Pages that each file gave."""
+
     def fallbacks(self) -> list[str]: ...
     def cancel(self, reason: str) -> None: ...
     def close(self) -> None: ...
+
+class FilterWriter:
+    """The fingerprints of what files have, for the wire. One thread; keeps ``files``."""
+
+    def __init__(self, files: Sequence[ReuseFile]) -> None: ...
+    @property
+    def entries(self) -> int: ...
+    def next(self) -> tuple[int, int, bytes, bool]:
+        """(base, count, data, last)"""
 
 def connect_options(
     fd: int,

@@ -21,10 +21,11 @@ VMTH_BEGIN_DECLS
 
 #define VMTH_PACKET_MAGIC 0x50544d56u /* "VMTP" */
 #define VMTH_PACKET_HEADER_BYTES 64u
-#define VMTH_DESC_BYTES 16u          /* normal, zero, hole, free, same */
+#define VMTH_DESC_BYTES 16u          /* normal, zero, hole, free, same, reuse */
 #define VMTH_DESC_ZSTD_BYTES 32u
 #define VMTH_DESC_REF_BYTES 48u      /* dedup, delta */
 #define VMTH_ACK_BYTES 32u
+#define VMTH_REUSE_HASH_BYTES 16u    /* a page, in the payload */
 #define VMTH_PACKET_MAX_DESC_BYTES (1u << 20)
 #define VMTH_PACKET_MAX_PAYLOAD_BYTES (8u << 20)
 #define VMTH_PACKET_MAX_FRAME_BYTES (2u << 20) /* content of one zstd frame: the largest page */
@@ -46,7 +47,8 @@ enum vmth_page_form {
     VMTH_FORM_SAME = 5,   /* unchanged since it landed */
     VMTH_FORM_DEDUP = 6,  /* content of another page that landed */
     VMTH_FORM_DELTA = 7,  /* against what landed before at this page */
-    VMTH_FORM_ZSTD = 8    /* npages pages of a frame, which comes with the last descriptor of its pages */
+    VMTH_FORM_ZSTD = 8,   /* npages pages of a frame, which comes with the last descriptor of its pages */
+    VMTH_FORM_REUSE = 9   /* content that a file at the receiver has: npages content hashes in the payload */
 };
 
 enum vmth_desc_flag {
@@ -77,7 +79,8 @@ struct vmth_desc {
     uint32_t npages;
     uint8_t form;
     uint8_t flags;            /* delta: VMTH_DESC_PACKED; else 0 */
-    uint32_t payload_bytes;   /* of this descriptor; normal: npages * page size; zstd: 0 where the pages
+    uint32_t payload_bytes;   /* of this descriptor; normal: npages * page size; reuse: npages *
+                               * VMTH_REUSE_HASH_BYTES; zstd: 0 where the pages
                                * are in the frame of the next zstd descriptor that has a payload */
     uint16_t base_block;      /* dedup */
     uint64_t base_page;       /* dedup */
