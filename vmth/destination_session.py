@@ -22,8 +22,8 @@ from vmth import __version__
 from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import BASED_FORMS, agreed_forms
-from vmth.channel.interface import PageReceiver
 from vmth.channel.pages import NativeReceiver
+from vmth.channel.reuse import REUSE, ReusedFile, filter_messages
 from vmth.channel.watch import IdleRule
 from vmth.destination_record import DestinationRecord
 from vmth.dirty.populated import populated_bits
@@ -103,6 +103,7 @@ class ReceiveResult:
     memory_bytes: int
     wire_bytes: int
     fallbacks: tuple[str, ...] = ()  #: what was slower than asked at this end
+    reused: tuple[ReusedFile, ...] = ()  #: what each file of ``ReceiveOptions.reuse`` gave
 
 
 class DestinationSession:
@@ -143,7 +144,7 @@ class DestinationSession:
         self._record: DestinationRecord | None = None
         self._guest: Guest | None = None
         self._offer: Offer | None = None
-        self._receiver: PageReceiver | None = None
+        self._receiver: NativeReceiver | None = None
         self._memory: list[MappedBlock] = []
 
     # -- called by the listener's threads ----------------------------------------------------------
@@ -229,11 +230,16 @@ class DestinationSession:
             features.append(SCOPE_STREAM)
         record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
+        if REUSE in features:
+            for message in filter_messages(self._options.reuse):
+                self._control.send(message)
 
     def _features(self, offer: Offer) -> list[str]:
         """What this release and this guest can take of what is offered. A page can be built on
         another one only where all of them are held here."""
-        beyond = BASED_FORMS if any(area.hostless for area in self._memory) else ()
+        beyond = [*BASED_FORMS] if any(area.hostless for area in self._memory) else []
+        if not self._options.reuse:
+            beyond.append(REUSE)
         return [name for name in common_features(offer) if name not in beyond]
 
     def _call_make_guest(self, incoming: Incoming) -> Guest:
@@ -248,7 +254,7 @@ class DestinationSession:
                 RefuseCode.GUEST, f"the destination made no guest: {error}"
             ) from error
 
-    def _make_receiver(self, guest: Guest, offer: Offer) -> PageReceiver:
+    def _make_receiver(self, guest: Guest, offer: Offer) -> NativeReceiver:
         try:
             receiver = NativeReceiver(
                 self._memory,
@@ -259,6 +265,7 @@ class DestinationSession:
                 channels=offer.channels,
                 sink=guest.page_sink() if isinstance(guest, CanTakePages) else None,
                 forms=agreed_forms(self._features(offer)),
+                reuse=self._options.reuse,
             )
         except (VmthError, OSError, MemoryError) as error:
             raise OfferRefused(RefuseCode.MEMORY, f"the page tables: {error}") from error
@@ -485,6 +492,10 @@ class DestinationSession:
                 *self._receiver.fallbacks(),
                 *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
                 *self._announce_note,
+            ),
+            reused=tuple(
+                ReusedFile(source.path, pages)
+                for source, pages in zip(self._options.reuse, self._receiver.reused(), strict=True)
             ),
         )
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from vmth import __version__
 from vmth.channel.forms import FORM_NAMES
+from vmth.channel.reuse import REUSE
 from vmth.channel.sockets import LinkOptions, dial
 from vmth.errors import ChannelError, RefusedError, StreamError
-from vmth.options import MigrateOptions
+from vmth.options import WIRE_PAGE_BYTES, MigrateOptions
 from vmth.types import BlockFlags, Gpa, Mapping, RamBlock
 from vmth.uri import Endpoint
 from vmth.wire.framing import (
@@ -43,8 +44,6 @@ __all__ = [
     "receive_before",
 ]
 
-#: One size a session; the two ends' backing pages may differ.
-WIRE_PAGE_BYTES = 4096
 #: Page forms beyond normal, zero and hole that this release speaks.
 FEATURES: tuple[str, ...] = FORM_NAMES
 #: Offered: the source may be let go although guest memory was verified as handed on to the program
@@ -201,12 +200,18 @@ def make_offer(
             )
             for block in blocks
         ],
-        features=[*FEATURES, *features],
+        features=[*_offered(options), *features],
         audit=options.audit,
         peer_timeout_ms=int(options.peer_timeout_s * 1000),
         vmth_version=__version__,
         guest=guest,
     )
+
+
+def _offered(options: MigrateOptions) -> list[str]:
+    """A destination tells what it has where reuse is offered: not for a source that will not use
+    it."""
+    return [name for name in FEATURES if name != REUSE or name in options.forms]
 
 
 def accepted_scope(offer: Offer, accept: Accept) -> str:

@@ -3,20 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmth.channel.forms import FORM_NAMES
+from vmth.channel.reuse import ReuseSource, check_sources
 from vmth.channel.sockets import LinkOptions
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall, Policy
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.messages import Mode
 
-__all__ = ["ALL_FORMS", "MAX_CHANNELS", "MigrateOptions", "ReceiveOptions", "check_plaintext"]
+__all__ = [
+    "ALL_FORMS",
+    "MAX_CHANNELS",
+    "WIRE_PAGE_BYTES",
+    "MigrateOptions",
+    "ReceiveOptions",
+    "check_plaintext",
+]
 
 MAX_CHANNELS = 64
+#: One size a session; the two ends' backing pages may differ.
+WIRE_PAGE_BYTES = 4096
 #: Zero pages are always told from others; the rest are the features that two ends agree on.
 ALL_FORMS = ("zero", *FORM_NAMES)
 
@@ -87,8 +97,10 @@ class ReceiveOptions:
     linger_s: float = 30.0  #: how long ``receive`` answers a source that has not said Released
     state_dir: Path | None = None
     link: LinkOptions = field(default_factory=LinkOptions)
+    reuse: Sequence[ReuseSource] = ()  #: files with pages, asked in their order; kept by the caller
 
     def __post_init__(self) -> None:
+        check_sources(self.reuse, WIRE_PAGE_BYTES)
         for name, least in (
             ("peer_timeout_s", 0.1),
             ("idle_timeout_s", 0.1),

@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import agreed_forms
 from vmth.channel.interface import Digest
 from vmth.channel.pages import NativeSender
+from vmth.channel.reuse import REUSE, hear_filter
 from vmth.channel.watch import ProgressWatch
 from vmth.errors import (
     CancelledError,
@@ -220,6 +222,9 @@ class SourceSession:
         )
         self._resources.callback(self._close_sender)
         sender.set_bandwidth(self.tuning.bandwidth_bps)
+        if REUSE in accept.features:
+            assert self._control is not None
+            hear_filter(partial(self._control.receive, ACCEPT_TIMEOUT_S), sender)
         for index in range(self._options.channels):
             preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
             with open_connection(self._endpoint, self._options.link, preamble, index + 1) as sock:

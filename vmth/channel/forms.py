@@ -19,6 +19,7 @@ _FORMS = {
     "dedup": PageForm.DEDUP,
     "delta": PageForm.DELTA,
     "zstd": PageForm.ZSTD,
+    "reuse": PageForm.REUSE,
 }
 #: What this release speaks.
 FORM_NAMES: tuple[str, ...] = tuple(_FORMS)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vmth._native import _xfer
 from vmth.channel.interface import Digest, PageContent, PageRuns, StreamSink
+from vmth.channel.reuse import ReuseSource, native_files
 from vmth.errors import CancelledError, ChannelError, StreamError, UsageError, VmthError
 from vmth.memory import MappedBlock
 from vmth.stats import FormCounters, TransferCounters
@@ -159,6 +160,16 @@ class NativeSender(_NativeEnd):
         self._memory = memory  # stays mapped as long as its views live
         self._lent: deque[tuple[int, memoryview]] = deque()  # (ticket, what it reads)
 
+    def begin_reuse(self, key: bytes, entries: int) -> None:
+        """The destination has ``entries`` contents at most, hashed under ``key``; then the parts in
+        their order, all before the first channel. StreamError for a set that is not one."""
+        with _translate:
+            self._native.begin_reuse(key, entries)
+
+    def add_reuse(self, base: int, count: int, data: bytes, last: bool) -> None:
+        with _translate:
+            self._native.add_reuse(base, count, data, last)
+
     def add_channel(self, fd: int, index: int) -> None:
         """A connected stream socket past its preamble, duplicated. Before the first barrier."""
         with _translate:
@@ -271,9 +282,10 @@ class NativeReceiver(_NativeEnd):
         channels: int,
         sink: StreamSink | None = None,
         forms: int = 0,
+        reuse: Sequence[ReuseSource] = (),
     ) -> None:
         """``sink``: where the pages of hostless blocks are handed on; needed where there is one.
-        ``forms``: what both ends agreed on."""
+        ``forms``: what both ends agreed on. ``reuse``: files with pages, asked in their order."""
         with _translate:
             native = _xfer.Receiver(
                 _areas(memory, page_bytes),
@@ -284,9 +296,18 @@ class NativeReceiver(_NativeEnd):
                 channels=channels,
                 sink=None if sink is None else _wire_sink(sink),
                 forms=forms,
+                reuse=native_files(reuse),
+                reuse_key=reuse[0].key if reuse else b"",
             )
+        # What native threads may read is dropped after the receiver that joins them.
         self._native: _xfer.Receiver = native
+        self._reuse = tuple(reuse)
         self._memory = memory  # stays mapped as long as its views live
+
+    def reused(self) -> list[int]:
+        """Pages that each file of ``reuse`` gave."""
+        with _translate:
+            return self._native.reused()
 
     def attach(self, fd: int, index: int) -> None:
         with _translate:

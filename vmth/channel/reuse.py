@@ -13,21 +13,42 @@ space may have holes between them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from vmth.errors import UsageError
+from vmth._native import _xfer
+from vmth.errors import StreamError, UsageError
+from vmth.wire.checks import MAX_REUSE_ENTRIES
+from vmth.wire.messages import Message, ReuseFilter, ReusePart
 
-__all__ = ["KEY_BYTES", "MAX_FRAME_BYTES", "MAX_REUSE_PAGES", "ReuseSource"]
+__all__ = [
+    "KEY_BYTES",
+    "MAX_FRAME_BYTES",
+    "MAX_REUSE_PAGES",
+    "REUSE",
+    "ReuseSource",
+    "ReusedFile",
+    "TakesFilter",
+    "check_sources",
+    "filter_messages",
+    "hear_filter",
+    "native_files",
+]
+
+#: The form's name, and the feature's in Offer and Accept.
+REUSE = "reuse"
 
 #: Of the content hash (``vmth/content_hash.h``).
 KEY_BYTES = 32
 #: A packed frame's pages: what is unpacked, and kept, for a single page of it.
 MAX_FRAME_BYTES = 1 << 20
-#: Contents of one source: 4 GiB of index for 1 TiB of 4 KiB pages.
-MAX_REUSE_PAGES = 1 << 28
+#: Contents of all sources of a session, 256 GiB of 4 KiB pages. Each takes 24 bytes of index at the
+#: destination, some 2.3 bytes on the wire and 4.5 bytes of memory at the source.
+MAX_REUSE_PAGES = MAX_REUSE_ENTRIES
 
 U64 = npt.NDArray[np.uint64]
 
@@ -87,7 +108,10 @@ class ReuseSource:
         if not in_bounds.all():
             row = int(np.flatnonzero(~in_bounds)[0])
             raise UsageError(f"{self.path}: frame {row}: {self.frames[row].tolist()} out of bounds")
-        packed = nbytes != pages * np.uint64(self.page_bytes)
+        content = pages * np.uint64(self.page_bytes)
+        packed = nbytes != content
+        if (nbytes > content).any():
+            raise UsageError(f"{self.path}: a frame is longer than its pages")
         if (pages[packed] * np.uint64(self.page_bytes) > MAX_FRAME_BYTES).any():
             raise UsageError(
                 f"{self.path}: packed frames: received {int(pages[packed].max())} pages of "
@@ -95,3 +119,68 @@ class ReuseSource:
             )
         if (first[1:] < (first + pages)[:-1]).any():
             raise UsageError(f"{self.path}: frames overlap or do not rise by first page")
+
+
+@dataclass(frozen=True, slots=True)
+class ReusedFile:
+    """What one file gave to an arrival."""
+
+    path: str
+    pages: int
+
+
+class TakesFilter(Protocol):
+    """``vmth.channel.pages.NativeSender``."""
+
+    def begin_reuse(self, key: bytes, entries: int) -> None: ...
+    def add_reuse(self, base: int, count: int, data: bytes, last: bool) -> None: ...
+
+
+def check_sources(sources: Sequence[ReuseSource], page_bytes: int) -> None:
+    """Whether they fit one session. Raises UsageError."""
+    for source in sources:
+        if source.page_bytes != page_bytes:
+            raise UsageError(
+                f"{source.path}: page size: received {source.page_bytes}, allowed {page_bytes}"
+            )
+        if source.key != sources[0].key:
+            raise UsageError(
+                f"{source.path}: its index has another key than that of {sources[0].path}; "
+                "allowed: one key for all"
+            )
+    npages = sum(len(source.places) for source in sources)
+    if npages > MAX_REUSE_PAGES:
+        raise UsageError(f"reuse: received {npages} pages, allowed up to {MAX_REUSE_PAGES}")
+
+
+def native_files(
+    sources: Sequence[ReuseSource],
+) -> list[tuple[int, U64, U64, U64]]:
+    """As ``vmth._native._xfer`` takes them."""
+    return [(source.fd, source.hashes, source.places, source.frames) for source in sources]
+
+
+def filter_messages(sources: Sequence[ReuseSource]) -> Iterator[Message]:
+    """At the destination: what follows an Accept with the feature. ``sources`` is not empty."""
+    writer = _xfer.FilterWriter(native_files(sources))
+    yield ReuseFilter(sources[0].key, writer.entries)
+    last = False
+    while not last:
+        base, count, data, last = writer.next()
+        yield ReusePart(base, count, data, last)
+
+
+def hear_filter(receive: Callable[[], Message], sender: TakesFilter) -> None:
+    """At the source: take what follows an Accept with the feature, and return after the last part.
+    Raises StreamError for anything else, and what ``receive`` raises."""
+    first = receive()
+    if not isinstance(first, ReuseFilter):
+        raise StreamError(f"received {type(first).__name__}, allowed ReuseFilter")
+    sender.begin_reuse(first.key, first.entries)
+    last = False
+    while not last:
+        part = receive()
+        if not isinstance(part, ReusePart):
+            raise StreamError(f"received {type(part).__name__}, allowed ReusePart")
+        sender.add_reuse(part.base, part.count, part.data, part.last)
+        last = part.last

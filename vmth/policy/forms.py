@@ -9,7 +9,7 @@ and the ladder below is climbed as far as that grows. Each rung is dearer in CPU
 bytes than the one before:
 
     zero                     bytes as they are
-    + same, dedup            a hash and a look into a table
+    + same, dedup, reuse     a hash and a look into a table
     + delta                  a copy of what was sent is kept, and compared
     + zstd 1, 3, 6, 9 ...    compression
 
@@ -40,7 +40,7 @@ class Rung:
     shrink: float
 
 
-_CHEAP = frozenset({"zero", "same", "dedup"})
+_CHEAP = frozenset({"zero", "same", "dedup", "reuse"})
 _DELTA = _CHEAP | {"delta"}
 _ALL = _DELTA | {"zstd"}
 

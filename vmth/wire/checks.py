@@ -22,6 +22,7 @@ __all__ = [
     "MAX_DIGEST_BYTES",
     "MAX_FEATURES",
     "MAX_IDSTR_BYTES",
+    "MAX_REUSE_ENTRIES",
     "MAX_STATE_CHUNK_BYTES",
     "MAX_TEXT_BYTES",
     "RULES",
@@ -35,6 +36,9 @@ MAX_FEATURES = 64
 MAX_IDSTR_BYTES = 255
 MAX_STATE_CHUNK_BYTES = 1 << 20
 MAX_DIGEST_BYTES = 1 << 20
+MAX_REUSE_ENTRIES = 1 << 26  #: as in csrc/include/vmth/content_filter.h, like the next two
+REUSE_PART_ENTRIES = 16384
+REUSE_PART_BYTES = 61440
 MAX_TEXT_BYTES = 4096  #: reasons and details, for people
 
 #: Returns None, or (received, allowed) in words. The second argument is the whole message.
@@ -148,6 +152,14 @@ def _step(value: int, request: m.DigestRequest | m.DigestReply) -> tuple[str, st
     return f"{steps} steps", f"at most {MAX_DIGEST_BYTES // 16}"
 
 
+def _part_count(value: int, part: m.ReusePart) -> tuple[str, str] | None:
+    """Only a set of nothing has a part of nothing: parts have an end."""
+    least = 0 if part.last else 1
+    if least <= value <= REUSE_PART_ENTRIES:
+        return None
+    return str(value), f"{least} to {REUSE_PART_ENTRIES}"
+
+
 _ID = size(ID_BYTES, ID_BYTES)
 _U32 = between(0, U32)
 _U64 = between(0, U64)
@@ -229,6 +241,13 @@ RULES: dict[type[m.Message], dict[str, Check]] = {
     },
     m.Ping: {"number": _U64},
     m.Pong: {"number": _U64},
+    m.ReuseFilter: {"key": size(32, 32), "entries": between(0, MAX_REUSE_ENTRIES)},
+    m.ReusePart: {
+        "base": _U64,
+        "count": _part_count,
+        "data": size(0, REUSE_PART_BYTES),
+        "last": anything,
+    },
 }
 
 

@@ -41,6 +41,8 @@ __all__ = [
     "RefuseCode",
     "Released",
     "ReleasedSeen",
+    "ReuseFilter",
+    "ReusePart",
     "Role",
     "RoundDone",
     "Running",
@@ -153,6 +155,24 @@ class Accept(Message, frozen=True):
 class Refuse(Message, frozen=True):
     code: int
     reason: str
+
+
+class ReuseFilter(Message, frozen=True):
+    """Destination, right after an Accept with the feature ``reuse``: what its files have follows in
+    parts, ``entries`` fingerprints at most. ``key`` is that of the content hash."""
+
+    key: bytes
+    entries: int
+
+
+class ReusePart(Message, frozen=True):
+    """Destination: ``count`` fingerprints from ``base`` on, which rise through all parts
+    (``csrc/include/vmth/content_filter.h``). Rounds begin after the ``last``."""
+
+    base: int
+    count: int
+    data: bytes
+    last: bool
 
 
 class RoundDone(Message, frozen=True):
@@ -310,5 +330,7 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     0x0012: Answer,
     0x0013: Ping,
     0x0014: Pong,
+    0x0015: ReuseFilter,
+    0x0016: ReusePart,
     0x8001: RoundDone,
 }
