@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from listener_world import open_files
 from memory_guest import PAGE, MemoryGuest
+from warm_file import stored
 
 from vmth.channel.interface import StreamSink
+from vmth.channel.reuse import ReuseSource
 from vmth.errors import MigrationError, RefusedError
 from vmth.guest import DirtySource, StateStream
 from vmth.handshake import SCOPE_STREAM, Incoming
@@ -137,8 +140,13 @@ class World:
         self.source = MemoryGuest(NPAGES, idstrs=NAMES)
         self.source.resume()
         self._tmp_path = tmp_path
-        receive = ReceiveOptions(state_dir=tmp_path / "destination", peer_timeout_s=0.4)
-        self.listener = Listener("tcp:127.0.0.1:0", self.make_guest, receive)
+        self.listener = self.listen()
+
+    def listen(self, reuse: Sequence[ReuseSource] = ()) -> Listener:
+        receive = ReceiveOptions(
+            state_dir=self._tmp_path / "destination", peer_timeout_s=0.4, reuse=reuse
+        )
+        return Listener("tcp:127.0.0.1:0", self.make_guest, receive)
 
     def make_guest(self, incoming: Incoming) -> HandingGuest:
         self.made.append(HandingGuest(incoming, **self.options))
@@ -193,6 +201,27 @@ def test_pages_are_built_on_others_only_where_all_are_held(world: World, in_plac
     world.options["in_place"] = in_place
     (decision,) = world.move(fixed_forms=True).form_decisions
     assert decision.forms == ("same", "zero", "zstd")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pages_of_files_are_handed_on_too(world: World, tmp_path: Path, in_place: bool) -> None:
+    """Their content comes from a file and is hashed, so it needs nothing that landed."""
+    world.options["in_place"] = in_place
+    world.source.pause()  # it writes
+    ram, rom = (bytes(view) for view in world.source.views)
+    warm = stored(tmp_path / "warm.raw", np.frombuffer(ram + rom, dtype=np.uint8))
+    try:
+        world.listener.close()
+        world.listener = world.listen([warm])
+        result = world.move(fixed_forms=True)
+        received = world.listener.wait_for_guest(5)
+        assert result.transfer.forms["reuse"].pages >= NPAGES - 2
+        assert received.reused[0].pages == result.transfer.forms["reuse"].pages
+        handed = world.made[0].handed_pages()
+        assert handed["rom"] == rom and handed.get("ram", ram) == ram and received.verified
+    finally:
+        world.listener.close()
+        os.close(warm.fd)
 
 
 def test_a_source_that_wants_more_proof_is_refused(world: World) -> None:

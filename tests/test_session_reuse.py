@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from memory_guest import PAGE, MemoryGuest
+from warm_file import KEY, Pages, stored
 
-from vmth import kernels
 from vmth.channel.reuse import KEY_BYTES, ReuseSource, filter_messages, hear_filter
 from vmth.destination_session import ReceiveResult
 from vmth.errors import MigrationError, StreamError, UsageError
@@ -26,28 +25,7 @@ from vmth.stats import MigrationResult
 from vmth.uri import parse_endpoint
 from vmth.wire import messages as m
 
-KEY = bytes(range(KEY_BYTES))
 NPAGES = 2048
-
-Pages = npt.NDArray[np.uint8]
-
-
-def stored(path: Path, pages: Pages) -> ReuseSource:
-    """A raw file of these pages and its index; the test closes the descriptor."""
-    path.write_bytes(pages.tobytes())
-    npages = len(pages) // PAGE
-    hashes = np.zeros((npages, 2), dtype=np.uint64)
-    kernels.content_hash(pages, PAGE, KEY, hashes)
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-    return ReuseSource(
-        path=str(path),
-        fd=os.open(path, os.O_RDONLY | os.O_CLOEXEC),
-        page_bytes=PAGE,
-        key=KEY,
-        hashes=np.ascontiguousarray(hashes[order]),
-        places=order.astype(np.uint64),
-        frames=np.array([[0, npages, 0, len(pages)]], dtype=np.uint64),
-    )
 
 
 class World:
