@@ -339,6 +339,17 @@ def test_the_idle_rule_counts_from_the_last_thing_that_happened() -> None:
     assert "nothing has happened for 100 s" in str(rule.judge(1389, 2, 66))
 
 
+def test_channels_are_not_missed_while_the_source_is_told_what_is_here() -> None:
+    """A filter may take longer on a slow link than channels take to come; but not for ever."""
+    rule = IdleRule(channels=2, attach_s=10, idle_s=100, now_s=1000)
+    for now_s in range(1000, 1100, 5):
+        rule.not_before(now_s)
+        assert rule.judge(now_s, 0, 0) is None
+    assert rule.judge(1100, 0, 0) is None
+    rule.not_before(1101)
+    assert "nothing has happened for 100 s" in str(rule.judge(1101, 0, 0))
+
+
 # -- where it listens ------------------------------------------------------------------------------
 
 

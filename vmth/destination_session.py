@@ -129,6 +129,7 @@ class DestinationSession:
         self._control = ControlConnection(sock, peer_timeout_s=options.peer_timeout_s)
         self._resources = contextlib.ExitStack()
         self._ready = threading.Event()
+        self._told = threading.Event()  #: all that goes before the first page channel
         self._ended = threading.Event()
         self._channels_lock = threading.Lock()
         self._claimed: set[int] = set()  #: page channels, by index
@@ -233,6 +234,7 @@ class DestinationSession:
         if REUSE in features:
             for message in filter_messages(self._options.reuse):
                 self._control.send(message)
+        self._told.set()
 
     def _features(self, offer: Offer) -> list[str]:
         """What this release and this guest can take of what is offered. A page can be built on
@@ -305,6 +307,8 @@ class DestinationSession:
                 else:
                     all_ended = self._receiver.wait(int(look_s * 1e9))
                 wire_bytes = self._receiver.counters().wire_bytes
+                if not self._told.is_set():
+                    rule.not_before(time.monotonic())
                 # While a message is handled it is we who are slow: with a state, with a resume().
                 busy = time.monotonic_ns() if self._handling else 0
                 trouble = rule.judge(

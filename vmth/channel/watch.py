@@ -71,6 +71,10 @@ class IdleRule:
         self._moved_s = now_s
         self._seen: tuple[int, ...] = ()
 
+    def not_before(self, now_s: float) -> None:
+        """Until now no channel could have come: the peer was being told something first."""
+        self._began_s = now_s
+
     def judge(self, now_s: float, attached: int, *seen: int) -> ChannelError | None:
         """Why the session is over. ``seen``: counters that grow with whatever happens."""
         if attached < self._channels and now_s - self._began_s > self._attach_s:
