@@ -31,16 +31,18 @@ std::optional<uint64_t> find_place(const StoreSource &source, const vmth_u128 &h
     return source.places[found - source.hashes];
 }
 
-const StoredFrame *find_frame(const StoreSource &source, uint64_t place)
+// By value: the array may be a mapping of a file that somebody writes to, so it is read once.
+std::optional<StoredFrame> find_frame(const StoreSource &source, uint64_t place)
 {
     const StoredFrame *end = source.frames + source.nframes;
     const StoredFrame *after =
         std::upper_bound(source.frames, end, place,
                          [](uint64_t page, const StoredFrame &frame) { return page < frame.first; });
-    if (after == source.frames || place - after[-1].first >= after[-1].npages) {
-        return nullptr;
+    if (after == source.frames) {
+        return std::nullopt;
     }
-    return after - 1;
+    const StoredFrame frame = after[-1];
+    return place - frame.first < frame.npages ? std::optional(frame) : std::nullopt;
 }
 
 }  // namespace
@@ -108,8 +110,8 @@ bool StoredPages::fetch(size_t source, uint64_t place, uint8_t *to)
 {
     const size_t page_bytes = store_.page_bytes();
     const StoreSource &from = store_.source(source);
-    const StoredFrame *frame = find_frame(from, place);
-    if (frame == nullptr || frame->npages > UINT64_MAX / page_bytes) {
+    const std::optional<StoredFrame> frame = find_frame(from, place);
+    if (!frame || frame->npages > UINT64_MAX / page_bytes) {
         return false;
     }
     const uint64_t inside = (place - frame->first) * page_bytes;
@@ -129,14 +131,15 @@ bool StoredPages::fetch(size_t source, uint64_t place, uint8_t *to)
 // The frame's pages; nullptr: it does not unpack to just these.
 const uint8_t *StoredPages::unpack(size_t source, const StoredFrame &frame)
 {
-    if (unpacked_of_ == &frame) {
+    if (unpacked_from_ == source && memcmp(&unpacked_of_, &frame, sizeof(frame)) == 0) {
         return unpacked_;
     }
     const uint64_t content_bytes = frame.npages * store_.page_bytes();
     if (content_bytes > PageStore::max_frame_bytes || frame.nbytes > content_bytes) {
         return nullptr;
     }
-    unpacked_of_ = &frame;  // also where it fails: it is not tried again for each of its pages
+    unpacked_from_ = source;
+    unpacked_of_ = frame;  // also where it fails: it is not tried again for each of its pages
     unpacked_ = nullptr;
     packed_.resize(static_cast<size_t>(frame.nbytes));
     if (vmth_file_read_at(store_.ops(), store_.source(source).fd, packed_.data(), packed_.size(),

@@ -85,8 +85,9 @@ private:
     PageStore &store_;
     FrameDecoder decoder_;
     std::vector<uint8_t> packed_;
-    const uint8_t *unpacked_ = nullptr;  // the content of unpacked_of_, if it has any
-    const StoredFrame *unpacked_of_ = nullptr;
+    const uint8_t *unpacked_ = nullptr;  // of that frame of that source, if it has any
+    size_t unpacked_from_ = SIZE_MAX;
+    StoredFrame unpacked_of_ = {};
 };
 
 // The fingerprints of all that the sources have, part by part for the wire. Belongs to one thread.
