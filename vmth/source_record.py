@@ -14,6 +14,7 @@ from collections.abc import Callable
 from vmth.errors import (
     CancelledError,
     GuestError,
+    MigrationError,
     NotConvergedError,
     StreamError,
     VerificationError,
@@ -37,7 +38,7 @@ from vmth.wire.messages import (
     Seal,
 )
 
-__all__ = ["SourceRecord", "abort_code"]
+__all__ = ["SourceRecord", "abort_code", "abort_error"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,15 @@ def abort_code(error: BaseException) -> AbortCode:
         if isinstance(error, kind):
             return code
     return AbortCode.FAILED
+
+
+def abort_error(abort: Abort) -> MigrationError:
+    """What a migration ends with that the destination has ended."""
+    kind = {
+        AbortCode.VERIFICATION: VerificationError,
+        AbortCode.CANCELLED: CancelledError,
+    }.get(AbortCode(abort.code), MigrationError)
+    return kind(f"the destination ended the migration: {abort.reason}")
 
 
 class SourceRecord:

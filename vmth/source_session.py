@@ -64,7 +64,7 @@ from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
-from vmth.source_record import SourceRecord, abort_code
+from vmth.source_record import SourceRecord, abort_code, abort_error
 from vmth.source_stats import job_stats
 from vmth.state_streams import StateSender
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
@@ -75,7 +75,6 @@ from vmth.wire.framing import Preamble
 from vmth.wire.handover import SourceEvent, SourceState
 from vmth.wire.messages import (
     Abort,
-    AbortCode,
     Aborted,
     Accept,
     Message,
@@ -492,11 +491,7 @@ class SourceSession:
         if self._cancelled:
             return CancelledError(self._cancelled)
         if self._peer_abort is not None:
-            kind = {
-                AbortCode.VERIFICATION: VerificationError,
-                AbortCode.CANCELLED: CancelledError,
-            }.get(AbortCode(self._peer_abort.code), MigrationError)
-            return kind(f"the destination ended the migration: {self._peer_abort.reason}")
+            return abort_error(self._peer_abort)
         if self._peer_gone is not None and isinstance(error, (ChannelError, CancelledError)):
             return MigrationError(str(self._peer_gone))
         if isinstance(error, (MigrationError, UsageError, KeyboardInterrupt, SystemExit)):
