@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saved VMs as files: format, writer, reader (docs/images.md)."""
 
-from vmth.qemu.image.atomic import AtomicFile
+from vmth.atomic import AtomicFile
 from vmth.qemu.image.codec import DEFAULT_LEVEL, MAX_LEVEL, check_level
 from vmth.qemu.image.digest import FrameDigest, digest_text
 from vmth.qemu.image.frames import Frame

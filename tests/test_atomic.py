@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from vmth.atomic import AtomicFile
 from vmth.errors import RefusedError
-from vmth.qemu.image import AtomicFile
 
 
 @pytest.fixture(params=["unnamed", "named"])

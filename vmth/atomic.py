@@ -56,9 +56,21 @@ class AtomicFile:
         return self._folder / f".{self.path.name[:200]}.{secrets.token_hex(4)}.vmth"
 
     def write(self, data: bytes | memoryview) -> None:
+        """Behind what was written before. Any buffer of bytes."""
         rest = memoryview(data)
         while len(rest):
             rest = rest[os.write(self._fd, rest) :]
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """What lies between this and what is written elsewhere is a hole."""
+        rest = memoryview(data)
+        while len(rest):
+            written = os.pwrite(self._fd, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def extend(self, nbytes: int) -> None:
+        """The file is this long, whatever was written of it."""
+        os.truncate(self._fd, nbytes)
 
     @property
     def identity(self) -> tuple[int, int]:
