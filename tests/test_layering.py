@@ -46,7 +46,7 @@ LAYERS = [
     ("vmth.dirty", "vmth.channel", "vmth.journal", "vmth.events", "vmth.tuning"),
     ("vmth.guests", "vmth.precopy", "vmth.memory_pass", "vmth.rounds"),
     ("vmth",),
-    ("vmth.qemu",),
+    ("vmth.qemu", "vmth.reuse"),
     ("vmth.cli", "vmth.demo", "vmth.__main__"),
 ]
 

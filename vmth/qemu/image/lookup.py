@@ -119,6 +119,22 @@ class PageIndex:
         first, last = int(self._first_run[number]), int(self._first_run[number + 1])
         return self.runs[first:last], int(self._data_pages[number])
 
+    def data_places(self) -> npt.NDArray[np.uint64]:
+        """A row for each frame that has data pages, in the order of the file: number of the first
+        among all data pages, pages, offset and bytes of what holds them, number of the frame. Raises
+        StreamError."""
+        npages = self._data_pages.astype(np.uint64)
+        runs = np.diff(self._first_run)
+        head = np.uint64(RECORD_BYTES + FRAME_HEAD.size) + runs * np.uint64(RUN16.itemsize)
+        offset = self._offsets[:-1] + head
+        if not (offset <= self._offsets[1:]).all():
+            damaged("index", "bytes of a frame", "less than its runs take", "its runs and pages")
+        nbytes = self._offsets[1:] - offset
+        first = np.cumsum(npages, dtype=np.uint64) - npages
+        numbers = np.arange(len(npages), dtype=np.uint64)
+        rows = np.column_stack([first, npages, offset, nbytes, numbers])
+        return np.ascontiguousarray(rows[npages > 0])
+
     def newest(self, block: int, page: int) -> int | None:
         """The number of the frame that has the page last."""
         number = int(self._map(block)[page])

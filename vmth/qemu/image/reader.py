@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
+
 from vmth.errors import StreamError, UsageError
 from vmth.qemu.image.codec import Unpacker
 from vmth.qemu.image.digest import FrameDigest
@@ -142,6 +145,19 @@ class Image:
                     return bytes(self.page_bytes)
                 return bytes(frame.data[row + page - first])
         raise AssertionError("a frame's runs are those of the index")
+
+    def fileno(self) -> int:
+        """Its own, until ``close()``."""
+        return self._fd
+
+    def data_places(self) -> npt.NDArray[np.uint64]:
+        """For a reader of one's own: ``PageIndex.data_places``."""
+        return self.index.data_places()
+
+    def load_frame(self, number: int) -> Frame:
+        """A frame as it stands in the file, checked: pages that a later one has again are in it.
+        Raises StreamError."""
+        return self._load_frame(number).frame
 
     def pages(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """(block, page, content) of every page, each once, in the order of the file; None is a page
