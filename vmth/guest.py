@@ -18,6 +18,7 @@ from vmth.types import Bitmap, Bitmaps, RamBlock
 
 if TYPE_CHECKING:
     from vmth.channel.interface import StreamSink
+    from vmth.memory import Memory
 
 __all__ = [
     "CanAnnounce",
@@ -25,6 +26,7 @@ __all__ = [
     "CanDescribe",
     "CanHold",
     "CanNote",
+    "CanReadMemory",
     "CanReportPopulated",
     "CanTakePages",
     "CanTell",
@@ -117,6 +119,19 @@ class CanReportPopulated(Protocol):
     def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
         """Set bit (page + i) of ``out`` (a whole-block bitmap) for every page that may hold
         non-zero bytes. A page left clear is sent as a hole and must read as zeros."""
+
+
+@runtime_checkable
+class CanReadMemory(Protocol):
+    """Optional, for a source with blocks that have no memory in this process: their bytes can be
+    read once more before the guest is released."""
+
+    def read_memory(
+        self, blocks: Sequence[int], take: Callable[[int, int, Memory], None]
+    ) -> Sequence[str]:
+        """Call ``take(block, offset, bytes)`` for stretches of the blocks with these numbers: whole
+        pages of 4096 bytes, each page once at least. Stretches of zeros may be left out. Returns
+        what could not be read, for people. The guest is paused."""
 
 
 @runtime_checkable

@@ -54,6 +54,7 @@ class MigrateOptions:
     peer_timeout_s: float = 10.0
     query_timeout_s: float = 10.0  #: how long a granted source asks before it is in doubt
     state_dir: Path | None = None
+    keep_image: Path | None = None  #: where the guest's memory is kept once it has left
     guest_info: Mapping[str, str] = field(default_factory=dict)  #: ``Incoming.guest`` over there
     link: LinkOptions = field(default_factory=LinkOptions)
 

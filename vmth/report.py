@@ -7,12 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from vmth.meter import MoverCost
-from vmth.stats import DowntimeParts, RoundStats, TransferCounters
+from vmth.stats import DowntimeParts, KeptMemory, RoundStats, TransferCounters
+from vmth.units import format_duration, format_size
 
 __all__ = [
     "NS_PER_MS",
     "cost_values",
     "fact_line",
+    "kept_line",
+    "kept_values",
     "part_values",
     "round_values",
     "transfer_values",
@@ -63,6 +66,19 @@ def cost_values(cost: MoverCost | None) -> dict[str, Any] | None:
 
 def transfer_values(counters: TransferCounters) -> dict[str, Any]:
     return asdict(counters)
+
+
+def kept_values(kept: KeptMemory | None) -> dict[str, Any] | None:
+    return None if kept is None else asdict(kept)
+
+
+def kept_line(kept: KeptMemory) -> str:
+    """For people; only of a file that was written."""
+    return fact_line(
+        "memory kept",
+        f"{kept.path}: {format_size(kept.stored_bytes)} of {format_size(kept.memory_bytes)} are "
+        f"not zeros; written in {format_duration(kept.duration_ns)} while the guest ran there",
+    )
 
 
 def fact_line(name: str, text: str) -> str:

@@ -57,6 +57,7 @@ from vmth.handshake import (
     open_connection,
 )
 from vmth.journal import Side, StateDirectory, default_state_dir
+from vmth.kept_image import KeptImage
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import MigrateOptions, check_plaintext
 from vmth.policy.standard import StandardPolicy
@@ -123,10 +124,8 @@ class SourceSession:
         self._endpoint = endpoint
         self._options = options
         self._clock = clock
-        self._fallbacks: list[str] = []
         plaintext = check_plaintext(endpoint, options.insecure)
-        if plaintext is not None:
-            self._fallbacks.append(plaintext)
+        self._fallbacks = [plaintext] if plaintext is not None else []
         self._make_engine = make_engine
         self._features = features
         if make_engine is make_precopy and options.mode is Mode.LIVE and not guest.dirty:
@@ -140,6 +139,7 @@ class SourceSession:
         self._scope = "memory"
         self._record: SourceRecord | None = None
         self._memory: list[MappedBlock] = []
+        self._kept = KeptImage(options.keep_image)
         self._cancelled = ""
         self._peer_gone: VmthError | None = None
         self._peer_abort: Abort | None = None
@@ -202,11 +202,11 @@ class SourceSession:
             self._resources.close()
 
     def _meet(self) -> None:
-        blocks = self._guest.blocks
-        check_blocks(blocks)
-        directory = StateDirectory(self._options.state_dir or default_state_dir())
-        self._resources.enter_context(directory)
-        memory = self._memory = self._resources.enter_context(map_blocks(blocks))
+        check_blocks(self._guest.blocks)
+        self._resources.enter_context(self._kept)
+        where = self._options.state_dir or default_state_dir()
+        directory = self._resources.enter_context(StateDirectory(where))
+        memory = self._memory = self._resources.enter_context(map_blocks(self._guest.blocks))
         accept = self._offer()
         self._begin_record(directory, accept)
         sender = self._sender = NativeSender(
@@ -262,7 +262,7 @@ class SourceSession:
         record.tell_kept = lambda abort: tell_kept(
             self._endpoint, self._options.link, self.session_id, abort
         )
-        record.before_release = self._stop_tracking
+        record.before_release = self._before_release
         self._record = record
         try:
             record.apply(SourceEvent.START)
@@ -374,6 +374,8 @@ class SourceSession:
             total_ns=self._running_ns - self._started_ns,
             downtime_ns=parts.total_ns,
             downtime_parts=parts,
+            kept_image=self._kept.result,
+            fallbacks=(*draft.fallbacks, *self._kept.notes),
         )
 
     def _send_seal(self, seal: Seal) -> None:
@@ -422,8 +424,8 @@ class SourceSession:
                 if record.state is SourceState.GRANTED:
                     record.apply(SourceEvent.CONNECTION_LOST)
         if record.state is SourceState.IN_DOUBT:
+            self._running_ns = 0
             settle(record, self._options.query_timeout_s)
-            self._running_ns = self._clock()
         elif record.state is SourceState.KEPT:
             raise MigrationError(f"it runs here as before, the destination gave it back{why}")
 
@@ -521,6 +523,11 @@ class SourceSession:
             self._peer_abort = message
             self._heard_why.set()
             self._wake(MigrationError(message.reason))
+
+    def _before_release(self) -> None:
+        self._running_ns = self._running_ns or self._clock()
+        self._stop_tracking()
+        self._kept.write(self._guest, self._memory)
 
     def _stop_tracking(self) -> None:
         """Once, before the guest is released or when all is over; never changes the outcome."""

@@ -12,6 +12,7 @@ __all__ = [
     "FormCounters",
     "FormDecision",
     "JobStats",
+    "KeptMemory",
     "MigrationResult",
     "RoundStats",
     "TransferCounters",
@@ -132,6 +133,19 @@ class JobStats:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptMemory:
+    """The memory of a guest that has left, in a file at the source. ``stored_bytes`` are not zeros;
+    ``missing``: what of it could not be read. With an ``error`` there is no new file."""
+
+    path: str
+    memory_bytes: int
+    stored_bytes: int
+    missing: tuple[str, ...]
+    duration_ns: int  #: while the guest ran at the destination
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationResult:
     """How a migration went. ``verified`` is True only when the digests of all guest memory were
     equal before the grant; ``verified_scope`` says how far the proof reaches ("memory", "none")."""
@@ -155,6 +169,7 @@ class MigrationResult:
     session_id: str = ""
     receiver_id: str = ""
     peer: Mapping[str, Any] = field(default_factory=dict)
+    kept_image: KeptMemory | None = None  #: where it was asked for
 
 
 def round_stats(

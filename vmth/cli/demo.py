@@ -114,6 +114,12 @@ __all__ = ["demo"]
     "--zero-copy", type=ON_OFF, default="on", show_default=True, help="MSG_ZEROCOPY where it helps."
 )
 @form_options
+@click.option(
+    "--keep-image",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep the guest's memory here once it runs over there, for --reuse when it comes back.",
+)
 @click.option("--timeout", type=DURATION_S, default="0", help="Of the whole move; 0: none.")
 @click.option(
     "--on-stall",
@@ -196,6 +202,7 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         **form_choices(given),
         insecure=given["insecure"],
         state_dir=given["state_dir"],
+        keep_image=given["keep_image"],
         link=link,
     )
     return DemoSettings(

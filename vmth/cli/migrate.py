@@ -72,6 +72,12 @@ __all__ = ["migrate"]
     help="Digest of all memory, compared before the source is let go. Off: nothing is verified.",
 )
 @form_options
+@click.option(
+    "--keep-image",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep the guest's memory here once it runs over there, for --reuse when it comes back.",
+)
 @click.option("--postcopy", is_flag=True, help="Not supported yet.")
 @click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
 @click.option("--interface", default="", help="Local network interface to use.")
@@ -125,6 +131,7 @@ def _options(given: dict[str, Any]) -> QemuMigrateOptions:
         **form_choices(given),
         insecure=given["insecure"],
         state_dir=given["state_dir"],
+        keep_image=given["keep_image"],
         link=LinkOptions(
             source_address=given["bind"], interface=given["interface"], dscp=given["dscp"]
         ),

@@ -16,6 +16,8 @@ from vmth.report import (
     NS_PER_MS,
     cost_values,
     fact_line,
+    kept_line,
+    kept_values,
     part_values,
     round_values,
     transfer_values,
@@ -70,6 +72,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "dirty_rate_reached_bps": record.rate_reached_bps if record else None,
         "transfer": transfer_values(result.transfer) if result else None,
         "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
+        "kept_image": kept_values(result.kept_image) if result else None,
         "movers": {
             "source": cost_values(outcome.source_cost),
             "destination": cost_values(arrival.cost if arrival else None),
@@ -135,6 +138,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
     lines += _time_lines(outcome)
     lines += _check_lines(outcome)
     lines += _cost_lines(outcome)
+    kept = outcome.result.kept_image if outcome.result else None
+    if kept is not None and not kept.error:
+        lines.append(kept_line(kept))
     for what in _fallbacks(outcome):
         lines.append(fact_line("fell back", what))
     for note in outcome.notes:

@@ -18,6 +18,8 @@ from vmth.report import (
     NS_PER_MS,
     cost_values,
     fact_line,
+    kept_line,
+    kept_values,
     part_values,
     round_values,
     transfer_values,
@@ -117,6 +119,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
         "digest_destination": (result.digest_destination or None) if result else None,
         "transfer": transfer_values(result.transfer) if result else None,
         "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
+        "kept_image": kept_values(result.kept_image) if result else None,
         "movers": {"source": cost_values(departure.cost)},
         "on_success": departure.options.on_success,
         "fallbacks": departure.fallbacks,
@@ -162,6 +165,9 @@ def departure_lines(departure: Departure) -> list[str]:
                 f"({format_size(above)} above idle)",
             )
         )
+    kept = result.kept_image if result else None
+    if kept is not None and not kept.error:
+        lines.append(kept_line(kept))
     lines += [fact_line("fell back", what) for what in departure.fallbacks]
     lines += [fact_line("note", note) for note in departure.notes]
     return [*lines, *_end_lines(departure)]

@@ -26,7 +26,7 @@ from vmth.qemu.qmp import Qmp, QmpError
 from vmth.types import Mapping, RamBlock
 from vmth.units import format_size
 
-__all__ = ["MAX_BESIDE_BYTES", "Land", "Landing", "choose_landing", "listed_blocks"]
+__all__ = ["MAX_BESIDE_BYTES", "Land", "Landing", "choose_landing", "listed_blocks", "open_shared"]
 
 #: Of blocks that cannot be written in place although the landing is "memory".
 MAX_BESIDE_BYTES = 128 << 20
@@ -132,6 +132,15 @@ def choose_landing(qmp: Qmp, offered: Sequence[RamBlock], wanted: Land) -> Landi
         why_not,
         (f"landed in QEMU's stream, verified as handed over and not in place: {why_not}",),
     )
+
+
+def open_shared(
+    qmp: Qmp, blocks: Sequence[RamBlock], opened: contextlib.ExitStack
+) -> list[Mapping]:
+    """Where QEMU's memory of each block is, in files that are opened into ``opened``; an empty
+    Mapping for one that QEMU does not share, or that cannot be opened here."""
+    found = _Search(qmp, listed_blocks(qmp) or {}, opened).all(blocks)
+    return [place.mapping for place in found]
 
 
 def _compare(qmp: Qmp, offered: Sequence[RamBlock], listed: dict[str, ListedBlock]) -> None:

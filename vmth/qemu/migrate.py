@@ -102,6 +102,7 @@ class QemuMigrateOptions:
     peer_timeout_s: float = 10.0
     query_timeout_s: float = 10.0
     state_dir: Path | None = None
+    keep_image: Path | None = None  #: where the guest's memory is kept once it has left
     link: LinkOptions = field(default_factory=LinkOptions)
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class QemuMigrateOptions:
             peer_timeout_s=self.peer_timeout_s,
             query_timeout_s=self.query_timeout_s,
             state_dir=self.state_dir,
+            keep_image=self.keep_image,
             link=self.link,
         )
 

@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from vmth.errors import ChannelError, GuestError, MigrationError, RefusedError
 from vmth.guest import DirtySource, Guest, StateStream
 from vmth.guests.spawn import find as find_held_guest
+from vmth.memory import Memory
 from vmth.qemu.destination import DEVICE_STREAM, DEVICE_STREAM_VERSION
+from vmth.qemu.guest_memory import read_guest_memory
 from vmth.qemu.launch import process_identity
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
@@ -141,8 +143,8 @@ class StoppedQemu:
 
 
 class QemuSource(StoppedQemu):
-    """One whose guest is being moved: ``CanHold`` besides. ``open()`` before the session begins;
-    the session's thread calls all but ``close``."""
+    """One whose guest is being moved: ``CanHold`` and ``CanReadMemory`` besides. ``open()``
+    before the session begins; the session's thread calls all but ``close``."""
 
     def __init__(
         self,
@@ -240,6 +242,11 @@ class QemuSource(StoppedQemu):
             if is_over(status) or time.monotonic() > deadline:
                 raise MigrationError(f"the source QEMU's migration is {status!r} at its end")
             time.sleep(LOOK_S)
+
+    def read_memory(
+        self, blocks: Sequence[int], take: Callable[[int, int, Memory], None]
+    ) -> list[str]:
+        return read_guest_memory(self.qmp, self.blocks, blocks, take)
 
     def resume(self) -> None:
         self._stream.close()

@@ -121,8 +121,8 @@ class PageIndex:
 
     def data_places(self) -> npt.NDArray[np.uint64]:
         """A row for each frame that has data pages, in the order of the file: number of the first
-        among all data pages, pages, offset and bytes of what holds them, number of the frame. Raises
-        StreamError."""
+        among all data pages, pages, offset and bytes of what holds them, number of the frame.
+        Raises StreamError."""
         npages = self._data_pages.astype(np.uint64)
         runs = np.diff(self._first_run)
         head = np.uint64(RECORD_BYTES + FRAME_HEAD.size) + runs * np.uint64(RUN16.itemsize)
