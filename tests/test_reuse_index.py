@@ -5,8 +5,11 @@ its content at a place that has it; and no index that does not fit its file is e
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -497,3 +500,45 @@ def test_the_bytes_of_an_index(tmp_path: Path) -> None:
     written = packed[:144] + packed[-8:] + rows.hashes.tobytes() + rows.places.tobytes()
     assert not any(packed[144:-8])
     assert written.hex() == "".join(GOLDEN.read_text().split())
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vmth", "index", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_indexes_ahead(tmp_path: Path) -> None:
+    path = raw(tmp_path / "file", [1, 0, 2, 2])
+    done = command(str(path))
+    assert done.returncode == 0 and done.stdout.splitlines() == [
+        (
+            f"{path} (raw): 2 different contents in 4 pages, 1 zero or holes, 1 repeated; index "
+            f"{index_path(path)}, 48B"
+        ),
+        f"note: {path}: its index was built: there was none",
+    ]
+    told = json.loads(command("--json", str(path)).stdout)
+    assert told["files"][0]["built"] is False and told["files"][0]["contents"] == 2
+    assert told["index_memory_bytes"] == 2 * ENTRY_BYTES and told["notes"] == []
+    with WarmFiles([path]) as warm:
+        assert not warm.files[0].built
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_not_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(b"QFI\xfb".ljust(PAGE, b"\0"))
+    done = command("--json", str(path))
+    assert done.returncode == 3 and json.loads(done.stdout)["exit_code"] == 3
+    assert "is a qcow2 image" in done.stderr
+    assert command("--reuse-memory", "1", str(path)).returncode == 2
+    assert command("--reuse-memory", "lots", str(path)).returncode == 2
+    assert command().returncode == 2

@@ -15,6 +15,7 @@ from vmth import __version__
 from vmth.cli.answers import fail
 from vmth.cli.check import check
 from vmth.cli.demo import demo
+from vmth.cli.index import index
 from vmth.cli.inspect import inspect
 from vmth.cli.migrate import migrate
 from vmth.cli.probe import probe
@@ -50,6 +51,7 @@ def cli() -> None:
 
 cli.add_command(check)
 cli.add_command(demo)
+cli.add_command(index)
 cli.add_command(inspect)
 cli.add_command(migrate)
 cli.add_command(probe)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth import kernels
-from vmth.channel.reuse import KEY_BYTES, MAX_REUSE_PAGES
+from vmth.channel.reuse import KEY_BYTES
 
 __all__ = [
     "ENTRY_BYTES",
@@ -38,7 +38,8 @@ VERSION = 1
 HEADER_BYTES = 4096
 #: Of one content: its hash and its place. This is what the memory of an index is counted by.
 ENTRY_BYTES = 24
-MAX_FILE_PAGES = 1 << 40
+#: 24 GiB, of 4 TiB of different pages.
+MAX_ENTRIES = 1 << 30
 
 _HEADER = struct.Struct("<8sHHII4xQQqQQQQQQQ32s")
 _ZEROS = bytes(HEADER_BYTES - _HEADER.size - 8)
@@ -135,8 +136,8 @@ class Header:
             raise UnusableError(f"kind {kind} or header of {header_bytes} bytes are not known")
         if not 4096 <= page_bytes <= 2 << 20 or page_bytes & (page_bytes - 1):
             raise UnusableError(f"its pages have {page_bytes} bytes, allowed 4096 to {2 << 20}")
-        if entries > MAX_REUSE_PAGES:
-            raise UnusableError(f"it has {entries} entries, allowed {MAX_REUSE_PAGES}")
+        if entries > MAX_ENTRIES:
+            raise UnusableError(f"it has {entries} entries, allowed {MAX_ENTRIES}")
         return cls(
             FileKind(kind),
             page_bytes,

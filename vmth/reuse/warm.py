@@ -23,9 +23,16 @@ from vmth.reuse.index import ContentIndex, build, index_path, usable
 from vmth.reuse.layout import ENTRY_BYTES, UnusableError
 from vmth.units import format_size
 
-__all__ = ["DEFAULT_MEMORY_BYTES", "MAX_FILES", "IndexProgress", "WarmFile", "WarmFiles"]
+__all__ = [
+    "DEFAULT_MEMORY_BYTES",
+    "MAX_FILES",
+    "IndexProgress",
+    "ReuseChoice",
+    "WarmFile",
+    "WarmFiles",
+]
 
-#: Of the indexes of all files: 174 GiB of different pages.
+#: Of the indexes of all files: 170 GiB of different pages.
 DEFAULT_MEMORY_BYTES = 1 << 30
 MAX_FILES = 64
 
@@ -55,6 +62,21 @@ class WarmFile:
     contents: int
     left_pages: int
     memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseChoice:
+    """What a destination was told to reuse."""
+
+    paths: tuple[Path, ...] = ()
+    folder: Path | None = None  #: for the indexes; None: each beside its file
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+
+    def open(self, progress: Callable[[IndexProgress], None] = lambda _: None) -> WarmFiles:
+        """As ``WarmFiles``."""
+        return WarmFiles(
+            self.paths, folder=self.folder, memory_bytes=self.memory_bytes, progress=progress
+        )
 
 
 @dataclass(slots=True)
@@ -102,9 +124,9 @@ class WarmFiles:
         try:
             opened = [self._open(path, index_path(path, folder), page_bytes) for path in paths]
             key = self._agree_on_key(opened)
-            left = memory_bytes // ENTRY_BYTES
+            left = min(memory_bytes // ENTRY_BYTES, MAX_REUSE_PAGES)
             for one in opened:
-                left -= self._take(one, key, min(left, MAX_REUSE_PAGES))
+                left -= self._take(one, key, left)
         except BaseException:
             self.close()
             raise
@@ -174,8 +196,8 @@ class WarmFiles:
         if left_pages:
             self.notes.append(
                 f"{file.path}: {left_pages} pages, spread over the file, are not reused: the "
-                f"indexes may take {format_size(ENTRY_BYTES * limit)} for this file; "
-                "--reuse-memory allows more"
+                f"index of this file may take {format_size(ENTRY_BYTES * limit)}; --reuse-memory "
+                f"allows more, up to {format_size(ENTRY_BYTES * MAX_REUSE_PAGES)} for all files"
             )
         try:
             source = ReuseSource(
