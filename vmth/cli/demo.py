@@ -12,6 +12,7 @@ import click
 from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
 from vmth.cli.forms import form_choices, form_options
+from vmth.cli.reuse import reuse_choice, reuse_options
 from vmth.cli.values import DURATION_MS, DURATION_S, JUMP, ON_OFF, RATE, SIZE
 from vmth.demo.outcome import Outcome
 from vmth.demo.report import json_object, summary_lines
@@ -114,6 +115,7 @@ __all__ = ["demo"]
     "--zero-copy", type=ON_OFF, default="on", show_default=True, help="MSG_ZEROCOPY where it helps."
 )
 @form_options
+@reuse_options
 @click.option(
     "--keep-image",
     type=click.Path(path_type=Path),
@@ -155,6 +157,8 @@ def demo(context: click.Context, /, as_json: bool, **given: Any) -> None:
       vmth demo
       vmth demo --memory 4GiB --workload zipf --dirty-rate 200MB/s --channels 4 --audit
       vmth demo --workload always --on-stall cancel --timeout 10s
+      vmth demo --seed 7 --keep-image vm.memory           and then, with nearly nothing to send:
+      vmth demo --seed 7 --reuse vm.memory
       vmth demo --receive tcp:0.0.0.0:4444 --insecure     and on another host:
       vmth demo --send tcp:HOST:4444 --insecure
     """
@@ -177,12 +181,14 @@ def _run(given: dict[str, Any], console: Console) -> Outcome:
         raise UsageError("received both --send and --receive, allowed one of them")
     if given["receive"]:
         return run_receive(
-            ArrivalSettings(given["guest"] or "", given["run_on"]),
+            ArrivalSettings(given["guest"] or "", given["run_on"], reuse_choice(given)),
             ReceiveOptions(insecure=given["insecure"], state_dir=given["state_dir"], link=link),
             given["receive"],
             console,
         )
     settings = _settings(given, link)
+    if given["send"] and given["reuse"]:
+        raise UsageError("received --reuse with --send, allowed where a guest arrives")
     if given["send"]:
         return run_send(settings, given["send"], console)
     return run_local(settings, console)
@@ -218,4 +224,5 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         warm_up_ns=given["warm_up"],
         run_on_ns=given["run_on"],
         migrate=migrate,
+        reuse=reuse_choice(given),
     )

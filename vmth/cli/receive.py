@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from vmth.cli.answers import answer
+from vmth.cli.reuse import reuse_choice, reuse_options
 from vmth.errors import MigrationError
 from vmth.interrupts import Interrupts
 from vmth.options import ReceiveOptions
@@ -23,6 +24,7 @@ from vmth.qemu.receive import (
     outcome_values,
     serve,
 )
+from vmth.reuse.report import index_progress
 
 __all__ = ["receive"]
 
@@ -41,6 +43,7 @@ __all__ = ["receive"]
     help="Write pages into QEMU's shared memory, or into its stream; auto: memory where it is "
     "shared.",
 )
+@reuse_options
 @click.option(
     "--once/--keep-listening", default=True, show_default=True, help="End after one migration."
 )
@@ -73,6 +76,7 @@ def receive(
     \b
     Examples:
       vmth receive --qmp dst.sock tcp:0.0.0.0:4444 --insecure
+      vmth receive --qmp dst.sock --reuse vm.memory tcp:0.0.0.0:4444 --insecure
       vmth receive tcp:127.0.0.1:4444 -- qemu-system-x86_64 -machine q35 -m 1G -accel kvm
     """
     console = Console(sys.stderr if as_json else sys.stdout)
@@ -84,9 +88,11 @@ def receive(
         for line in outcome_lines(outcome):
             console.say(line)
 
+    target, land = QemuTarget(qmp, command), Land(given["land"])
     with (
         Interrupts() as interrupts,
-        QemuReceiver(uri, QemuTarget(qmp, command), options, land=Land(given["land"])) as receiver,
+        reuse_choice(given).open(index_progress(console.say)) as warm,
+        QemuReceiver(uri, target, options, land=land, warm=warm) as receiver,
     ):
         console.say(f"listening at {receiver.display} for {qmp or command[0]}")
         with interrupts.cancelling(receiver.cancel):

@@ -12,6 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -26,7 +27,9 @@ from vmth.guests.spawn import ReadyHolder, choose_guest, spawn_destination
 from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.meter import MoverCost, MoverMeter
-from vmth.options import ReceiveOptions
+from vmth.options import WIRE_PAGE_BYTES, ReceiveOptions
+from vmth.reuse.report import FileReused, reused_of
+from vmth.reuse.warm import IndexProgress
 from vmth.uri import parse_endpoint
 
 __all__ = ["Arrival", "receive_one"]
@@ -52,6 +55,8 @@ class Arrival(msgspec.Struct, frozen=True):
     check: GuestCheckReport
     cost: MoverCost
     fallbacks: tuple[str, ...]
+    reused: tuple[FileReused, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def receive_one(
@@ -62,14 +67,16 @@ def receive_one(
     source_memory: Sequence[int] = (),
     on_listening: Callable[[Listener], None] = lambda _: None,
     on_running: Callable[[ReceiveResult], None] = lambda _: None,
+    on_indexing: Callable[[IndexProgress], None] = lambda _: None,
     ended: threading.Event | None = None,
 ) -> Arrival:
     """Listen at ``uri``, take in one guest of a demonstration, let it run on, check it and end it.
 
     ``source_memory``: see ArrivingGuest. Raises what ``vmth.receive`` raises, and GuestError when
     the guest cannot be asked; no guest is left behind then. A failed check raises nothing: it
-    stands in ``check``. To end the wait from another thread, put a CancelledError into the
-    listener's ``outcomes``; ``ended`` cuts the time short that the guest runs on.
+    stands in ``check``. Files to reuse are indexed first (``on_indexing``). To end the wait from
+    another thread, put a CancelledError into the listener's ``outcomes``; ``ended`` cuts the time
+    short that the guest runs on.
     """
     holder: ReadyHolder
     made: list[ArrivingGuest] = []
@@ -85,6 +92,8 @@ def receive_one(
         return guest
 
     with contextlib.ExitStack() as resources:
+        warm = resources.enter_context(settings.reuse.open(on_indexing))
+        options = replace(options, reuse=warm.sources)
         resources.callback(_end, made)
         holder = ReadyHolder()  # started before a guest comes, as a host has its hypervisor ready
         resources.callback(holder.close)
@@ -116,6 +125,8 @@ def receive_one(
             check=check,
             cost=meter.cost,
             fallbacks=(*listener.fallbacks, *result.fallbacks),
+            reused=reused_of(warm.files, result.reused, WIRE_PAGE_BYTES),
+            notes=tuple(warm.notes),
         )
 
 

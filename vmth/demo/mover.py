@@ -28,6 +28,7 @@ from vmth.demo.settings import ArrivalSettings
 from vmth.errors import CancelledError, ExitCode, MigrationError, VmthError
 from vmth.listener import Listener
 from vmth.options import ReceiveOptions
+from vmth.reuse.warm import ReuseChoice
 
 __all__ = ["DestinationMover", "main"]
 
@@ -44,6 +45,9 @@ class Begin(msgspec.Struct, frozen=True):
     state_dir: str
     peer_timeout_s: float
     source_memory: list[int]
+    reuse: list[str]
+    reuse_index: str | None
+    reuse_memory: int
 
 
 class Listening(msgspec.Struct, frozen=True, tag=True):
@@ -95,6 +99,9 @@ class DestinationMover:
             state_dir=str(options.state_dir),
             peer_timeout_s=options.peer_timeout_s,
             source_memory=list(source_memory),
+            reuse=[str(path.absolute()) for path in settings.reuse.paths],
+            reuse_index=str(settings.reuse.folder.absolute()) if settings.reuse.folder else None,
+            reuse_memory=settings.reuse.memory_bytes,
         )
         try:
             self._send(begin)
@@ -181,7 +188,7 @@ def main() -> int:
     try:
         arrival = receive_one(
             begin.uri,
-            ArrivalSettings(begin.guest, begin.run_on_ns),
+            ArrivalSettings(begin.guest, begin.run_on_ns, _choice(begin)),
             ReceiveOptions(state_dir=Path(begin.state_dir), peer_timeout_s=begin.peer_timeout_s),
             source_memory=begin.source_memory,
             on_listening=on_listening,
@@ -192,6 +199,14 @@ def main() -> int:
         return int(error.exit_code)
     _tell(sink, Arrived(arrival))
     return int(ExitCode.OK)
+
+
+def _choice(begin: Begin) -> ReuseChoice:
+    return ReuseChoice(
+        tuple(Path(path) for path in begin.reuse),
+        Path(begin.reuse_index) if begin.reuse_index else None,
+        begin.reuse_memory,
+    )
 
 
 def _watch(listener: Listener, ended: threading.Event) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vmth import __version__
+from vmth.demo.arrival import Arrival
 from vmth.demo.check import GuestCheckReport
 from vmth.demo.outcome import Outcome
 from vmth.report import (
@@ -22,6 +23,7 @@ from vmth.report import (
     round_values,
     transfer_values,
 )
+from vmth.reuse.report import reused_lines
 from vmth.units import format_duration, format_rate, format_size
 
 __all__ = ["json_object", "summary_lines"]
@@ -73,6 +75,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "transfer": transfer_values(result.transfer) if result else None,
         "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
         "kept_image": kept_values(result.kept_image) if result else None,
+        "reused": [asdict(file) for file in arrival.reused] if arrival else [],
         "movers": {
             "source": cost_values(outcome.source_cost),
             "destination": cost_values(arrival.cost if arrival else None),
@@ -218,7 +221,13 @@ def _time_lines(outcome: Outcome) -> list[str]:
         )
         if arrival.digest:
             lines.append(fact_line("digest", f"{arrival.digest} (equal to the source's)"))
+    if arrival is not None:
+        lines += [fact_line("reused", line) for line in _reused(arrival)]
     return lines
+
+
+def _reused(arrival: Arrival) -> list[str]:
+    return reused_lines(arrival.reused, arrival.memory_bytes)
 
 
 def _check_lines(outcome: Outcome) -> list[str]:

@@ -33,6 +33,7 @@ from vmth.listener import Listener
 from vmth.meter import MoverMeter
 from vmth.options import MigrateOptions, ReceiveOptions, check_plaintext
 from vmth.progress import Console
+from vmth.reuse.report import index_progress
 from vmth.units import format_duration, format_size
 from vmth.uri import parse_endpoint
 
@@ -95,7 +96,12 @@ def run_receive(
 
     with _filling(outcome):
         outcome.arrival = receive_one(
-            uri, settings, options, on_listening=on_listening, on_running=on_running
+            uri,
+            settings,
+            options,
+            on_listening=on_listening,
+            on_running=on_running,
+            on_indexing=index_progress(console.say),
         )
         outcome.guest, outcome.guest_reason = outcome.arrival.guest, outcome.arrival.guest_reason
         outcome.notes.append(
@@ -197,7 +203,7 @@ def _spawn_mover(
     try:
         return resources.enter_context(
             DestinationMover(
-                ArrivalSettings(guest.holder.kind, settings.run_on_ns),
+                ArrivalSettings(guest.holder.kind, settings.run_on_ns, settings.reuse),
                 ReceiveOptions(
                     state_dir=_state_dir(outcome, resources), peer_timeout_s=options.peer_timeout_s
                 ),
@@ -285,6 +291,7 @@ def _judge_arrival(outcome: Outcome) -> None:
     """A guest that lost something was not moved, whatever the digests say."""
     arrival = outcome.arrival
     assert arrival is not None
+    outcome.notes += arrival.notes
     if not arrival.check.passed:
         failures = "; ".join(arrival.check.failures)
         outcome.fail(VerificationError(f"after the move: {failures}"))

@@ -12,6 +12,7 @@ from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
 from vmth.guests.memory import plan_blocks
 from vmth.guests.schedule import Workload
 from vmth.options import MigrateOptions
+from vmth.reuse.warm import ReuseChoice
 
 __all__ = ["DIRTY_SOURCES", "GUEST_KINDS", "ArrivalSettings", "DemoSettings", "new_seed"]
 
@@ -46,6 +47,7 @@ class DemoSettings:
     warm_up_ns: int = 500_000_000
     run_on_ns: int = 500_000_000
     migrate: MigrateOptions = field(default_factory=MigrateOptions)
+    reuse: ReuseChoice = field(default_factory=ReuseChoice)  #: at the destination
 
     def __post_init__(self) -> None:
         plan_blocks(self.memory_bytes)
@@ -80,6 +82,7 @@ class ArrivalSettings:
 
     guest: str = ""
     run_on_ns: int = 500_000_000
+    reuse: ReuseChoice = field(default_factory=ReuseChoice)
 
     def __post_init__(self) -> None:
         _check_name("guest", self.guest, GUEST_KINDS)

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -27,12 +27,14 @@ from vmth.guest import Guest
 from vmth.handshake import Incoming
 from vmth.journal import default_state_dir
 from vmth.listener import Listener
-from vmth.options import ReceiveOptions
+from vmth.options import WIRE_PAGE_BYTES, ReceiveOptions
 from vmth.qemu.destination import HeldQemu, QemuDestination, find_qemu, make_destination
 from vmth.qemu.facts import Facts, gather
 from vmth.qemu.landing import Land
 from vmth.qemu.launch import QemuProcess, check_command, sweep
 from vmth.qemu.qmp import Qmp
+from vmth.reuse.report import FileReused, reused_lines, reused_of
+from vmth.reuse.warm import WarmFile, WarmFiles
 from vmth.units import format_size
 from vmth.uri import parse_endpoint
 
@@ -86,6 +88,7 @@ class Arrival:
     memory_bytes: int
     wire_bytes: int
     fallbacks: tuple[str, ...]
+    reused: tuple[FileReused, ...] = ()
 
 
 class QemuReceiver:
@@ -103,11 +106,16 @@ class QemuReceiver:
         options: ReceiveOptions | None = None,
         *,
         land: Land = Land.AUTO,
+        warm: WarmFiles | None = None,
     ) -> None:
+        """``warm``: files to reuse, open until this is closed."""
         self.cancelled = False
         self._target = target
         self._land = land
         self._options = options or ReceiveOptions()
+        self._files = warm.files if warm is not None else []
+        if warm is not None:
+            self._options = replace(self._options, reuse=warm.sources)
         self._state_dir = self._options.state_dir or default_state_dir()
         endpoint = parse_endpoint(uri, listening=True)
         if target.qmp:
@@ -117,7 +125,7 @@ class QemuReceiver:
         self._waiting: tuple[int, Facts] | None = None
         self._prepared = threading.Event()
         self._listener = Listener(endpoint, self._make_guest, self._options, find_qemu)
-        self.notes = self._listener.fallbacks
+        self.notes = (*self._listener.fallbacks, *(warm.notes if warm is not None else ()))
         try:  # what an earlier receiver left has been quit now
             self.notes += tuple(sweep(self._state_dir))
             if target.qmp:
@@ -148,7 +156,7 @@ class QemuReceiver:
                     result.session_id,
                     self._options.linger_s,
                 )
-            return _arrival(result, guest, self.notes)
+            return _arrival(result, guest, self.notes, self._files)
         finally:
             guest.close()
 
@@ -256,6 +264,7 @@ def outcome_values(outcome: Arrival | MigrationError) -> dict[str, Any]:
         "wire_bytes": arrival.wire_bytes if arrival else None,
         "digest_destination": (arrival.digest or None) if arrival else None,
         "fallbacks": list(arrival.fallbacks) if arrival else [],
+        "reused": [asdict(file) for file in arrival.reused] if arrival else [],
         "session_id": arrival.session_id if arrival else None,
         "peer": arrival.peer if arrival else None,
         "role": "receive",
@@ -278,6 +287,7 @@ def outcome_lines(outcome: Arrival | MigrationError) -> list[str]:
         f"  verified   {proof}",
         f"  digest     {outcome.digest or '-'}",
         f"  received   {format_size(outcome.wire_bytes)}",
+        *(f"  reused     {line}" for line in reused_lines(outcome.reused, outcome.memory_bytes)),
         f"  monitor    {outcome.qmp} (process {outcome.pid})",
         *(f"  note       {note}" for note in outcome.fallbacks),
     ]
@@ -295,7 +305,9 @@ def _waiting(path: str) -> tuple[int, Facts]:
         return qmp.pid, gather(qmp)
 
 
-def _arrival(result: ReceiveResult, guest: HeldQemu, notes: Sequence[str]) -> Arrival:
+def _arrival(
+    result: ReceiveResult, guest: HeldQemu, notes: Sequence[str], files: Sequence[WarmFile]
+) -> Arrival:
     landed = guest.landing if isinstance(guest, QemuDestination) else None
     try:
         status = guest.qmp.status()
@@ -317,4 +329,5 @@ def _arrival(result: ReceiveResult, guest: HeldQemu, notes: Sequence[str]) -> Ar
         memory_bytes=result.memory_bytes,
         wire_bytes=result.wire_bytes,
         fallbacks=(*notes, *result.fallbacks),
+        reused=reused_of(files, result.reused, WIRE_PAGE_BYTES),
     )

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from vmth.channel.reuse import ReusedFile
 from vmth.reuse.warm import IndexProgress, WarmFile
 from vmth.units import format_size
 
-__all__ = ["file_line", "file_values", "index_progress", "reused_line"]
+__all__ = ["FileReused", "file_line", "file_values", "index_progress", "reused_lines", "reused_of"]
 
 #: Of one file, in pages, between two lines: a tenth of it, but not less than this (1 GiB).
 LEAST_STEP_PAGES = 1 << 18
@@ -35,11 +36,45 @@ def file_line(file: WarmFile) -> str:
     )
 
 
-def reused_line(path: str, pages: int, page_bytes: int, of_bytes: int) -> str:
+@dataclass(frozen=True, slots=True)
+class FileReused:
     """What one file gave to a guest."""
-    nbytes = pages * page_bytes
-    share = 100 * nbytes / max(1, of_bytes)
-    return f"{pages} pages, {format_size(nbytes)} ({share:.1f} % of memory), from {path}"
+
+    path: str
+    kind: str
+    pages: int
+    nbytes: int
+    contents: int  #: different ones that it has
+    left_pages: int  #: of the file, not in the index
+    index_bytes: int  #: memory of the index
+
+
+def reused_of(
+    files: Sequence[WarmFile], reused: Sequence[ReusedFile], page_bytes: int
+) -> tuple[FileReused, ...]:
+    """``reused`` has a row for each file."""
+    return tuple(
+        FileReused(
+            file.path,
+            file.kind,
+            given.pages,
+            given.pages * page_bytes,
+            file.contents,
+            file.left_pages,
+            file.memory_bytes,
+        )
+        for file, given in zip(files, reused, strict=True)
+    )
+
+
+def reused_lines(files: Sequence[FileReused], memory_bytes: int) -> list[str]:
+    """A line a file; ``memory_bytes`` of the guest."""
+    return [
+        f"{file.pages} pages, {format_size(file.nbytes)} "
+        f"({100 * file.nbytes / max(1, memory_bytes):.1f} % of memory), from {file.path}; "
+        f"its index takes {format_size(file.index_bytes)}"
+        for file in files
+    ]
 
 
 def index_progress(say: Callable[[str], None]) -> Callable[[IndexProgress], None]:
