@@ -39,6 +39,25 @@ def test_a_qemu_leaves_its_memory_behind(shared: bool) -> None:
         world.check(b)
 
 
+@pytest.mark.parametrize("land", ["memory", "stream"])
+def test_a_guest_that_comes_back_brings_what_changed(land: str) -> None:
+    home, away = build("SRC"), build("DST")
+    with World(IDLE, (home, away)) as world:
+        a, b = world.boot("a", home), world.await_guest("b", away)
+        path = str(world.folder / "kept")
+        first = world.move(a, b, "memory", ("--on-success", "quit", "--keep-image", path))
+        b.wait_beats(3)
+        back = world.await_guest("back", home, shared=land == "memory")
+        again = world.move(b, back, land, ("--fixed-forms",), ("--reuse", path))
+        (given,) = again.destination["reused"]
+        assert given["path"] == path and given["nbytes"] == 4096 * given["pages"]
+        assert given["nbytes"] > first.source["kept_image"]["stored_bytes"] * 9 // 10
+        assert again.source["wire_bytes"] < first.source["wire_bytes"] // 10
+        assert again.source["verified_scope"] == land
+        back.wait_beats(3)
+        world.check(back)
+
+
 def test_a_file_that_cannot_be_written_harms_nothing() -> None:
     home, away = build("SRC"), build("DST")
     with World(IDLE, (home, away)) as world:

@@ -50,7 +50,7 @@ def find_contents(
     """Read all of ``file``; at most ``limit`` rows. ``progress`` is called now and then with the
     pages that are behind and all pages, and may raise. Raises RefusedError if it cannot be read.
 
-    Memory: three to four times what the rows take (24 bytes each), and a few pieces.
+    Memory: up to six times what the rows take (24 bytes each), and a few pieces.
     """
     gathered = _Gathered(limit)
     for first, hashes, is_zero in _hashed(file.pieces(), key, file.page_bytes):
