@@ -147,5 +147,10 @@ def test_a_receiver_on_another_host_reuses(tmp_path: Path) -> None:
     (given,) = received.told["reused"]
     assert given["pages"] > 1000 and len(os.listdir(indexes)) == 1
     assert not index_path(path).exists()
+    disk = tmp_path / "disk.qcow2"
+    disk.write_bytes(b"QFI\xfb".ljust(PAGE, b"\0"))
+    for arguments in (small("--reuse", str(disk)), command("--receive", uri, "--reuse", str(disk))):
+        refused = run(arguments)
+        assert refused.code == 3 and "is a qcow2 image" in refused.told["error"]
     wrong = run(small("--send", uri, "--reuse", str(path)))
     assert wrong.code == 2 and "allowed where a guest arrives" in wrong.stderr

@@ -50,6 +50,7 @@ def run_local(settings: DemoSettings, console: Console) -> Outcome:
         options = settings.migrate
         if options.state_dir is None:
             options = replace(options, state_dir=_state_dir(outcome, resources))
+        _index(outcome, settings, console)
         guest = _spawn_guest(outcome, settings, console, resources)
         mover = _spawn_mover(outcome, settings, options, guest, resources)
         console.say(f"destination mover (pid {mover.pid}) listens at {mover.uri}")
@@ -174,6 +175,12 @@ def _spawn_guest(
     return guest
 
 
+def _index(outcome: Outcome, settings: DemoSettings, console: Console) -> None:
+    """Here, where it is shown and may take its time; the destination's mover finds it done."""
+    with settings.reuse.open(index_progress(console.say)) as warm:
+        outcome.notes += warm.notes
+
+
 def _choose(settings: DemoSettings) -> tuple[str, str]:
     """(kind, reason); a dirty source that was asked for decides where no guest was."""
     if not settings.guest and settings.dirty_source:
@@ -291,7 +298,7 @@ def _judge_arrival(outcome: Outcome) -> None:
     """A guest that lost something was not moved, whatever the digests say."""
     arrival = outcome.arrival
     assert arrival is not None
-    outcome.notes += arrival.notes
+    outcome.notes += (note for note in arrival.notes if note not in outcome.notes)
     if not arrival.check.passed:
         failures = "; ".join(arrival.check.failures)
         outcome.fail(VerificationError(f"after the move: {failures}"))
