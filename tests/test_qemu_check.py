@@ -304,7 +304,12 @@ def test_a_qemu_that_knows_nothing_gives_facts_that_are_not_known(tmp_path: Path
     assert not any(finding.level is Level.REFUSED for finding in findings)
 
 
-def test_facts_of_the_fake(tmp_path: Path) -> None:
+#: How a QEMU tells where a PCI device sits; 11 has no legacy-addr any more.
+SEATS = {"up to QEMU 10": {"legacy-addr": "05.0", "addr": 40}, "QEMU 11": {"addr": 40}}
+
+
+@pytest.mark.parametrize("seat", SEATS.values(), ids=SEATS)
+def test_facts_of_the_fake(tmp_path: Path, seat: dict[str, Any]) -> None:
     with FakeQmp(tmp_path / "qmp") as fake, Qmp(fake.path) as qmp:
         fake.answers["human-monitor-command"] = RAMBLOCKS
         fake.answers["query-block-jobs"] = [{"type": "mirror", "device": "n1"}]
@@ -321,13 +326,15 @@ def test_facts_of_the_fake(tmp_path: Path) -> None:
         )
 
         def properties(asked: Any) -> Any:
-            found = {"parent_bus": "/machine/q35/pcie.0", "legacy-addr": "05.0"}
+            found = {"parent_bus": "/machine/q35/pcie.0", "share": True} | seat
             if asked["property"] not in found:
                 raise FakeError("GenericError", "no such property")
             return found[asked["property"]]
 
         fake.answers["qom-get"] = properties
+        fake.answers["query-memdev"] = [{"id": "shared before 6.1"}, {"id": "not", "share": False}]
         facts = gather(qmp)
+    assert facts.shared_backends == ["shared before 6.1"]
     assert facts.ram == [
         RamRow("a name with spaces", 4096, 1 << 21),
         RamRow("pc.ram", 1 << 30, 1 << 30),

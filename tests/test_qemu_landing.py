@@ -30,7 +30,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.resources = contextlib.ExitStack()
         self.backends: list[dict[str, Any]] = []
-        self.mem_paths: dict[str, str] = {}
+        self.properties: dict[tuple[str, str], Any] = {}  #: (backend, name) -> value
         self.rows: list[str] = []
         self.offered: list[RamBlock] = []
         self.shows_addresses = False
@@ -43,11 +43,11 @@ class World:
         self.fake = fake
         self.qmp = self.resources.enter_context(Qmp(fake.path))
 
-    def _qom_get(self, arguments: dict[str, str]) -> str:
-        name = arguments["path"].removeprefix("/objects/")
-        if arguments["property"] != "mem-path" or name not in self.mem_paths:
+    def _qom_get(self, arguments: dict[str, str]) -> Any:
+        asked = arguments["path"].removeprefix("/objects/"), arguments["property"]
+        if asked not in self.properties:
             raise FakeError("GenericError", "Property not found")
-        return self.mem_paths[name]
+        return self.properties[asked]
 
     def memfd(self, nbytes: int = 2 * MIB) -> int:
         fd = os.memfd_create("memory-backend-memfd")
@@ -104,7 +104,7 @@ def lands_in(landing: Landing, fd: int) -> bool:
 def test_a_file_backend_is_written_in_place(world: World, tmp_path: Path) -> None:
     world.backend("pc.ram")
     fd = world.file(tmp_path / "ram")
-    world.mem_paths["pc.ram"] = str(tmp_path / "ram")
+    world.properties["pc.ram", "mem-path"] = str(tmp_path / "ram")
     landing = world.choose()
     assert landing.kind is Land.MEMORY and landing.verified_scope == "memory"
     assert landing.notes == ()
@@ -120,7 +120,7 @@ def test_a_memfd_backend_is_found_among_qemus_files(world: World) -> None:
 
 def test_a_backend_in_a_directory_whose_file_has_no_name(world: World, tmp_path: Path) -> None:
     world.backend("pc.ram")
-    world.mem_paths["pc.ram"] = str(tmp_path)
+    world.properties["pc.ram", "mem-path"] = str(tmp_path)
     fd = world.file(tmp_path / "gone")
     (tmp_path / "gone").unlink()
     assert lands_in(world.choose(Land.MEMORY), fd)
@@ -128,7 +128,7 @@ def test_a_backend_in_a_directory_whose_file_has_no_name(world: World, tmp_path:
 
 def test_a_path_that_names_another_file_now_is_not_written(world: World, tmp_path: Path) -> None:
     world.backend("pc.ram")
-    world.mem_paths["pc.ram"] = str(tmp_path / "ram")
+    world.properties["pc.ram", "mem-path"] = str(tmp_path / "ram")
     world.file(tmp_path / "ram")
     (tmp_path / "ram").unlink()
     (tmp_path / "ram").write_bytes(bytes(2 * MIB))
@@ -144,6 +144,19 @@ def test_two_candidates_are_not_guessed_between(world: World) -> None:
     landing = world.choose(Land.AUTO)
     assert landing.kind is Land.STREAM and "2 files" in landing.reason
     assert [landing.reason in note for note in landing.notes] == [True]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_before_qemu_6_1_the_backend_says_whether_it_is_shared(world: World, share: bool) -> None:
+    fd = world.memfd()
+    world.backend("pc.ram")
+    del world.backends[0]["share"]
+    world.properties["pc.ram", "share"] = share
+    if share:
+        assert lands_in(world.choose(Land.MEMORY), fd)
+    else:
+        with pytest.raises(RefusedError, match="'pc.ram' is not shared"):
+            world.choose(Land.MEMORY)
 
 
 def test_addresses_decide_between_candidates(world: World) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 from vmth.errors import StreamError, UsageError
 from vmth.guests.spawn import available_memory_bytes
-from vmth.qemu.landing import listed_blocks
+from vmth.qemu.landing import listed_blocks, memory_backends
 from vmth.qemu.qmp import Qmp, QmpError
 
 __all__ = ["Cpu", "Device", "Disk", "Facts", "RamRow", "gather", "refreshed"]
@@ -155,9 +155,7 @@ def gather(qmp: Qmp) -> Facts:
         vcpus=len(cpus),
         cpu=_cpu(qmp, str(cpus[0]["qom-path"])) if cpus else Cpu(),
         ram=_ram(qmp),
-        shared_backends=[
-            str(row.get("id", "")) for row in _ask(qmp, "query-memdev") or [] if row.get("share")
-        ],
+        shared_backends=_shared_backends(qmp),
         devices=sorted(
             (Device(kind, place) for kind, place in devices.values()),
             key=lambda device: (device.place, device.type),
@@ -224,6 +222,13 @@ def _ram(qmp: Qmp) -> list[RamRow]:
         (RamRow(row.idstr, row.used_length, row.max_length) for row in rows),
         key=lambda row: row.idstr,
     )
+
+
+def _shared_backends(qmp: Qmp) -> list[str]:
+    try:
+        return [name for name, row in memory_backends(qmp).items() if row["share"]]
+    except QmpError:
+        return []
 
 
 def _resident_bytes(pid: int) -> int:
@@ -304,6 +309,8 @@ def _place(path: str, seats: Mapping[str, Mapping[str, Any]]) -> str:
         number = name.rpartition(".")[2] if "." in name else ""
         name = _place(owner, seats) + (f":{number}" if number else "")
     own = seat["legacy-addr"]
+    if own is None and isinstance(seat["addr"], int):  # QEMU 11 gives slot and function only so
+        own = f"{seat['addr'] >> 3:02x}.{seat['addr'] & 7:x}"
     if own is None:
         own = "-".join(str(seat[key]) for key in _ON_A_BUS if seat[key] not in (None, ""))
     return f"{name}/{own}" if own else name

@@ -26,7 +26,15 @@ from vmth.qemu.qmp import Qmp, QmpError
 from vmth.types import Mapping, RamBlock
 from vmth.units import format_size
 
-__all__ = ["MAX_BESIDE_BYTES", "Land", "Landing", "choose_landing", "listed_blocks", "open_shared"]
+__all__ = [
+    "MAX_BESIDE_BYTES",
+    "Land",
+    "Landing",
+    "choose_landing",
+    "listed_blocks",
+    "memory_backends",
+    "open_shared",
+]
 
 #: Of blocks that cannot be written in place although the landing is "memory".
 MAX_BESIDE_BYTES = 128 << 20
@@ -97,6 +105,24 @@ def listed_blocks(qmp: Qmp) -> dict[str, ListedBlock] | None:
             block = ListedBlock(match["name"], int(match["used"], 16), int(match["total"], 16), hva)
             found[block.idstr] = block
     return found
+
+
+def memory_backends(qmp: Qmp) -> dict[str, dict[str, Any]]:
+    """By their id, what ``query-memdev`` says of QEMU's memory backends; ``share`` is always there.
+    Raises QmpError for a QEMU that does not know the question."""
+    backends = {str(row["id"]): dict(row) for row in qmp.execute("query-memdev") if "id" in row}
+    for name, row in backends.items():
+        if "share" not in row:  # before QEMU 6.1 only the object itself says it
+            row["share"] = _property(qmp, name, "share") is True
+    return backends
+
+
+def _property(qmp: Qmp, backend: str, key: str) -> Any:
+    """None where the backend does not have it."""
+    try:
+        return qmp.execute("qom-get", {"path": f"{_MEMDEV_PREFIX}{backend}", "property": key})
+    except QmpError:
+        return None
 
 
 def choose_landing(qmp: Qmp, offered: Sequence[RamBlock], wanted: Land) -> Landing:
@@ -187,7 +213,7 @@ class _Search:
         self._listed = listed
         self._opened = opened
         self._process = f"/proc/{qmp.pid}"
-        self._backends = {str(row["id"]): row for row in qmp.execute("query-memdev") if "id" in row}
+        self._backends = memory_backends(qmp)
         self._open_files = list(_open_files(self._process))
 
     def all(self, offered: Sequence[RamBlock]) -> list[_Place]:
@@ -198,7 +224,7 @@ class _Search:
         row = self._backends.get(name)
         if row is None:
             return _Place(Mapping(), "no memory backend")
-        if not row.get("share"):
+        if not row["share"]:
             return _Place(
                 Mapping(),
                 f"its memory backend {name!r} is not shared: use -object memory-backend-memfd,"
@@ -235,7 +261,7 @@ class _Search:
 
     def _candidates(self, name: str, size: int) -> list[_OpenFile]:
         """Of QEMU's open files those that could be the backend's memory."""
-        mem_path = self._property(name, "mem-path")
+        mem_path = str(_property(self._qmp, name, "mem-path") or "")
         if not mem_path:  # memory that never had a path
             return [
                 file
@@ -254,15 +280,6 @@ class _Search:
         return [
             file for file in self._open_files if (file.status.st_dev, file.status.st_ino) == wanted
         ]
-
-    def _property(self, name: str, key: str) -> str:
-        try:
-            value: Any = self._qmp.execute(
-                "qom-get", {"path": f"{_MEMDEV_PREFIX}{name}", "property": key}
-            )
-        except QmpError:
-            return ""
-        return str(value or "")
 
     def _mapped_at(self, hva: int) -> tuple[int, int]:
         """(inode, offset in the file) of what QEMU has mapped shared at an address."""
