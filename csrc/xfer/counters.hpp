@@ -46,6 +46,24 @@ struct Counters {
     std::array<FormCounters, VMTH_FORM_REUSE + 1> forms;  // by vmth_page_form, from SAME on
 };
 
+// Of one channel of the sender.
+struct ChannelCounters {
+    Counter pages;  // told or sent; pages that were the same are on no channel
+    Counter packets;
+    Counter wire_bytes;
+    Counter acked_bytes;
+};
+
+// What is told of one channel: its counters now, and its rate.
+struct ChannelInfo {
+    unsigned index = 0;
+    uint64_t pages = 0;
+    uint64_t packets = 0;
+    uint64_t wire_bytes = 0;
+    uint64_t acked_bytes = 0;
+    uint64_t acked_bps = 0;  // bytes/s acknowledged while it had bytes under way, of late; 0: unknown
+};
+
 // Of the slowest channel; zeros where no channel is TCP.
 struct PathInfo {
     uint64_t rtt_ns = 0;

@@ -3,6 +3,7 @@
 #include "xfer/job_queue.hpp"
 
 #include <algorithm>
+#include <chrono>
 
 namespace vmth {
 
@@ -11,10 +12,20 @@ namespace {
 // A batch that is not read costs next to nothing a page; its bounds keep packets and locks short.
 constexpr uint64_t told_pages = 1u << 20;
 constexpr size_t told_runs = 4096;
-// A shared remainder is not cut finer than this.
-constexpr uint64_t min_share_pages = 16;
 // Bits examined at once for runs: bounds the work of one pull where runs are longer than a batch.
 constexpr uint64_t scan_bits = 4096;
+
+using Clock = std::chrono::steady_clock;
+
+int64_t now_ns()
+{
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+bool is_read(const Job &job)
+{
+    return job.form == VMTH_FORM_NORMAL;  // lent ones are
+}
 
 void take_run(Job &job, Batch &batch, uint64_t page, uint64_t npages)
 {
@@ -85,10 +96,10 @@ void cut_runs(Job &job, Batch &batch)
 
 }  // namespace
 
-void JobQueue::add_worker() noexcept
+size_t JobQueue::add_worker()
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    workers_++;
+    return balance_.add_channel();
 }
 
 bool JobQueue::push(Job &&job)
@@ -128,50 +139,94 @@ void JobQueue::stop()
     room_.notify_all();
 }
 
-// Pages of one batch, so that what is left is shared among the workers.
-uint64_t JobQueue::share_locked(uint64_t max_pages) const
+uint64_t JobQueue::left_locked() const
 {
     uint64_t left = 0;
     for (const Job &waiting : jobs_) {
-        left += waiting.remaining;
+        left += is_read(waiting) ? waiting.remaining : 0;
     }
-    uint64_t share = left / std::max<uint64_t>(2 * workers_, 1);
-    return std::min(max_pages, std::max(share, min_share_pages));
+    return left;
 }
 
-void JobQueue::take_locked(Batch &batch, uint64_t max_pages)
+void JobQueue::take_locked(size_t worker, Batch &batch, uint64_t max_pages)
 {
     Job &job = jobs_.front();
     batch.runs.clear();
     batch.lent.clear();
     batch.npages = 0;
     batch.ticket = job.ticket;
+    max_pages = std::min(max_pages, batch.share);
     if (job.ticket != 0) {
-        cut_lent(job, batch, share_locked(max_pages));
-    } else if (job.form == VMTH_FORM_NORMAL) {
-        cut_bitmap(job, batch, share_locked(max_pages));
+        cut_lent(job, batch, max_pages);
+    } else if (is_read(job)) {
+        cut_bitmap(job, batch, max_pages);
     } else {
         cut_runs(job, batch);
+    }
+    if (is_read(job)) {
+        balance_.taken(worker, batch.npages);
+        batch.share -= batch.npages;
     }
     if (job.remaining == 0) {
         jobs_.pop_front();
         room_.notify_one();
+        if (held_back_ > 0) {
+            work_.notify_all();
+        }
     }
 }
 
-Pulled JobQueue::pull(Batch &batch, uint64_t max_pages, uint64_t &barriers)
+// Until the worker may take of the front job: true, with batch.share set. False when there is none any
+// more, or everything stopped. What others should have taken meanwhile, and have not, it takes after all:
+// a measured rate is the past's.
+bool JobQueue::wait_for_share_locked(std::unique_lock<std::mutex> &lock, size_t worker, Batch &batch)
+{
+    bool patient = false;
+    Clock::time_point until;
+    while (!stopped_ && !jobs_.empty()) {
+        if (!is_read(jobs_.front())) {
+            return true;
+        }
+        const Share share = balance_.share(worker, left_locked());
+        const Clock::time_point now = Clock::now();
+        if (share.pages > 0 || (patient && now >= until && share.patience_ns >= 0)) {
+            batch.share = std::max(share.pages, balance_.least_pages());
+            return true;
+        }
+        if (share.patience_ns >= 0 && !patient) {
+            patient = true;
+            until = now + std::chrono::nanoseconds(share.patience_ns);
+        }
+        held_back_++;
+        if (share.patience_ns >= 0) {
+            work_.wait_until(lock, until);
+        } else {
+            work_.wait(lock);  // for an acknowledgement of what it has under way
+        }
+        held_back_--;
+    }
+    return false;
+}
+
+Pulled JobQueue::pull(size_t worker, Batch &batch, uint64_t max_pages, uint64_t &barriers)
 {
     std::unique_lock<std::mutex> lock(mutex_);
-    work_.wait(lock, [&] { return stopped_ || !jobs_.empty() || barriers < barriers_ || closed_; });
-    if (stopped_) {
-        return Pulled::stopped;
-    }
-    if (!jobs_.empty()) {
-        batch.form = jobs_.front().form;
-        batch.block = jobs_.front().block;
-        batch.round = jobs_.front().round;
-        take_locked(batch, max_pages);
-        return Pulled::batch;
+    for (;;) {
+        work_.wait(lock,
+                   [&] { return stopped_ || !jobs_.empty() || barriers < barriers_ || closed_; });
+        if (stopped_) {
+            return Pulled::stopped;
+        }
+        if (jobs_.empty()) {
+            break;
+        }
+        if (wait_for_share_locked(lock, worker, batch)) {
+            batch.form = jobs_.front().form;
+            batch.block = jobs_.front().block;
+            batch.round = jobs_.front().round;
+            take_locked(worker, batch, max_pages);
+            return Pulled::batch;
+        }
     }
     if (barriers < barriers_) {
         barriers++;
@@ -181,10 +236,10 @@ Pulled JobQueue::pull(Batch &batch, uint64_t max_pages, uint64_t &barriers)
     return Pulled::end;
 }
 
-bool JobQueue::pull_more(Batch &batch, uint64_t max_pages)
+bool JobQueue::pull_more(size_t worker, Batch &batch, uint64_t max_pages)
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (stopped_ || jobs_.empty()) {
+    if (stopped_ || jobs_.empty() || batch.share == 0) {
         return false;
     }
     const Job &job = jobs_.front();
@@ -192,8 +247,39 @@ bool JobQueue::pull_more(Batch &batch, uint64_t max_pages)
         (job.ticket != 0) != (batch.ticket != 0)) {
         return false;
     }
-    take_locked(batch, max_pages);
+    take_locked(worker, batch, max_pages);
     return true;
+}
+
+void JobQueue::sent(size_t worker, uint64_t pages, uint64_t nbytes, uint64_t cpu_ns)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    balance_.sent(worker, pages, nbytes, cpu_ns, now_ns());
+    if (held_back_ > 0) {
+        work_.notify_all();
+    }
+}
+
+void JobQueue::acked(size_t worker, uint64_t nbytes)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    balance_.acked(worker, nbytes, now_ns());
+    if (held_back_ > 0) {
+        work_.notify_all();
+    }
+}
+
+void JobQueue::set_window(uint64_t nbytes)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    balance_.set_window(nbytes);
+    work_.notify_all();
+}
+
+uint64_t JobQueue::rate_bps(size_t worker) const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    return balance_.rate_bps(worker);
 }
 
 size_t JobQueue::waiting() const

@@ -4,7 +4,8 @@
 //   send() --> | job | job | --> pull() by whichever channel is free --> batch --> packet
 //              block, round, form, and a bitmap copy or a list of runs
 //
-// A job leaves the queue when its last batch was taken. A barrier is not a job: each worker sees it once,
+// Which channel takes how much is said by ChannelBalance: a slow one leaves the last pages of a round to
+// others. A job leaves the queue when its last batch was taken. A barrier is not a job: each worker sees it once,
 // when no job is left, and sends its own barrier packet behind its own pages.
 #ifndef VMTH_XFER_JOB_QUEUE_HPP
 #define VMTH_XFER_JOB_QUEUE_HPP
@@ -18,6 +19,7 @@
 
 #include "vmth/bitmap.h"
 #include "vmth/packet.h"
+#include "xfer/channel_balance.hpp"
 #include "xfer/lent_pages.hpp"
 
 namespace vmth {
@@ -30,6 +32,7 @@ struct Batch {
     std::vector<LentRun> lent;   // instead of runs
     uint64_t ticket = 0;         // of the lent runs; 0: none are lent
     uint64_t npages = 0;
+    uint64_t share = 0;  // pages that the worker may take yet for the packet of this batch
 };
 
 // What one send() asked for: a bitmap, lent runs (with a ticket), or runs that are only told. `words`
@@ -55,7 +58,8 @@ class JobQueue {
 public:
     explicit JobQueue(size_t capacity) : capacity_(capacity) {}
 
-    void add_worker() noexcept;
+    // Returns the worker's place, which it and its reader name themselves by.
+    size_t add_worker();
     // Blocks while `capacity` jobs wait. Returns false when stopped.
     bool push(Job &&job);
     // Every worker pulls `barrier` once, after the jobs queued before; batch.round is then this.
@@ -63,18 +67,25 @@ public:
     void close();  // every worker pulls `end`, after the jobs queued before
     void stop();   // every call returns at once, from now on
 
-    // `barriers` counts those this worker has pulled. A NORMAL batch has at most `max_pages` pages, and
-    // fewer where what is left should be shared among the workers.
-    Pulled pull(Batch &batch, uint64_t max_pages, uint64_t &barriers);
-    // More of the same block, round and form, lent as before or not, without waiting: false if there is
-    // none at the front. The ticket may be another one.
-    bool pull_more(Batch &batch, uint64_t max_pages);
+    // `barriers` counts those this worker has pulled. A batch of pages to be read has at most `max_pages`,
+    // and fewer where what is left should be shared among the workers; what it took so is told by sent().
+    Pulled pull(size_t worker, Batch &batch, uint64_t max_pages, uint64_t &barriers);
+    // More of the same block, round and form, lent as before or not, without waiting, within the share of
+    // the batch: false if there is none at the front. The ticket may be another one.
+    bool pull_more(size_t worker, Batch &batch, uint64_t max_pages);
+
+    // Any thread. The life of what a worker took: see ChannelBalance.
+    void sent(size_t worker, uint64_t pages, uint64_t nbytes, uint64_t cpu_ns);
+    void acked(size_t worker, uint64_t nbytes);
+    void set_window(uint64_t nbytes);
+    uint64_t rate_bps(size_t worker) const;
     // Jobs with pages not yet taken.
     size_t waiting() const;
 
 private:
-    void take_locked(Batch &batch, uint64_t max_pages);
-    uint64_t share_locked(uint64_t max_pages) const;
+    void take_locked(size_t worker, Batch &batch, uint64_t max_pages);
+    uint64_t left_locked() const;
+    bool wait_for_share_locked(std::unique_lock<std::mutex> &lock, size_t worker, Batch &batch);
 
     const size_t capacity_;
     mutable std::mutex mutex_;
@@ -82,7 +93,8 @@ private:
     std::condition_variable work_;  // pull waits for it
     // Under mutex_:
     std::deque<Job> jobs_;
-    uint64_t workers_ = 0;
+    ChannelBalance balance_;
+    unsigned held_back_ = 0;  // workers that leave the front to others, for now
     uint64_t barriers_ = 0;
     uint32_t barrier_round_ = 0;
     bool closed_ = false;

@@ -3,6 +3,7 @@
 #include "xfer/sender.hpp"
 
 #include <algorithm>
+#include <cassert>
 #include <chrono>
 
 #include "sys/sock_options.h"
@@ -130,22 +131,25 @@ void Sender::add_channel(int fd, unsigned index)
     if (any_barrier_) {
         throw TransferError(ErrorKind::usage, "channels are added before the first barrier");
     }
-    auto channel = std::make_unique<SenderChannel>(shared_, fd, index);
+    // Only this thread adds channels, so it looks at the list without the lock.
+    for (const std::unique_ptr<SenderChannel> &other : shared_.channels) {
+        if (other->channel().index() == index) {
+            throw TransferError(ErrorKind::usage,
+                                "channel " + std::to_string(index) + " was added before");
+        }
+    }
+    auto channel = std::make_unique<SenderChannel>(shared_, fd, index, shared_.channels.size());
     SenderChannel &added = *channel;
     {
         std::lock_guard<std::mutex> lock(shared_.mutex);
-        for (const std::unique_ptr<SenderChannel> &other : shared_.channels) {
-            if (other->channel().index() == index) {
-                throw TransferError(ErrorKind::usage,
-                                    "channel " + std::to_string(index) + " was added before");
-            }
-        }
         shared_.channels.push_back(std::move(channel));
         if (shared_.latch.failed()) {
             added.channel().shutdown();
         }
     }
-    shared_.queue.add_worker();
+    const size_t place = shared_.queue.add_worker();
+    assert(place == added.place());
+    (void)place;
     try {
         added.start();
     } catch (const std::exception &error) {
@@ -449,6 +453,25 @@ PathInfo Sender::path_info() const
         path.path_mtu = smaller ? info.path_mtu : path.path_mtu;
     }
     return path;
+}
+
+std::vector<ChannelInfo> Sender::channel_infos() const
+{
+    std::vector<ChannelInfo> infos;
+    std::lock_guard<std::mutex> lock(shared_.mutex);
+    for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+        const ChannelCounters &counters = channel->counters();
+        infos.push_back({channel->channel().index(), counters.pages.get(), counters.packets.get(),
+                         counters.wire_bytes.get(), counters.acked_bytes.get(),
+                         shared_.queue.rate_bps(channel->place())});
+    }
+    return infos;
+}
+
+void Sender::set_window(uint64_t nbytes)
+{
+    shared_.flow.set_window(nbytes);
+    shared_.queue.set_window(nbytes);
 }
 
 std::vector<std::string> Sender::fallbacks() const

@@ -137,13 +137,16 @@ public:
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
     PathInfo path_info() const;
+    // In the order in which they were added; none after close(). Any thread.
+    std::vector<ChannelInfo> channel_infos() const;
     void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
     // Obeyed from the next packet of each channel on; see FormsSwitch. Any thread.
     void set_forms(const FormsSetting &setting) { shared_.forms.set(setting); }
     // The destination may hold something else in these pages than is known: they are sent again even if
     // they are the same. Called before they are queued; the range is checked (usage).
     void forget(uint32_t block, uint64_t page, uint64_t npages);
-    void set_window(uint64_t nbytes) { shared_.flow.set_window(nbytes); }
+    // Most bytes in flight over all channels, shared among them by their rates; 0: no limit. Any thread.
+    void set_window(uint64_t nbytes);
     uint64_t in_flight() const { return shared_.flow.in_flight(); }
     std::vector<std::string> fallbacks() const;
 

@@ -13,8 +13,8 @@ namespace vmth {
 
 namespace {
 
-// A packet stops growing at these, so that zero-dense memory fills packets without delaying acks.
-constexpr uint64_t grow_pages = 16384;
+// A packet stops growing at this, or at its share of pages, so that zero-dense memory fills packets
+// without delaying acks.
 constexpr size_t grow_descs = 4096;
 // Each of these is read from a file over there before the packet is acknowledged.
 constexpr uint64_t grow_reused = 2048;
@@ -42,8 +42,8 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 
 }  // namespace
 
-SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index)
-    : shared_(shared), channel_(fd, index, shared.options.ops),
+SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place)
+    : shared_(shared), place_(place), channel_(fd, index, shared.options.ops),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
                 shared.deltas, shared.reuse, shared.forms, shared.counters, shared.options.packet_bytes},
                index)
@@ -89,7 +89,7 @@ void SenderChannel::work()
     uint64_t barriers = 0;
     for (;;) {
         uint64_t max_pages = shared_.flow.packet_payload() / shared_.memory.page_bytes();
-        switch (shared_.queue.pull(batch, max_pages, barriers)) {
+        switch (shared_.queue.pull(place_, batch, max_pages, barriers)) {
         case Pulled::batch:
             send_batch(batch);
             break;
@@ -123,38 +123,51 @@ void SenderChannel::send_batch(Batch &batch)
         return;
     }
     round_ = batch.round;
+    taken_pages_ = 0;
     builder_.begin(batch.block, batch.round);
     add(batch);
-    while (read && builder_.pages_read() < grow_pages && builder_.ndesc() < grow_descs &&
+    while (read && builder_.ndesc() < grow_descs &&
            builder_.parts().pages(VMTH_FORM_REUSE) < grow_reused) {
         // Pages in cheap forms take little room: fill up, but only from what is there now.
         uint64_t room = (limit - builder_.payload_bytes()) / page_bytes;
-        if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(batch, room)) {
+        if (room * 2 * page_bytes < limit || !shared_.queue.pull_more(place_, batch, room)) {
             break;
         }
         add(batch);
     }
     builder_.end();
+    const uint64_t built_ns = count_cpu();
     if (builder_.empty()) {
         shared_.flow.settle(reserved, 0);
+        shared_.queue.sent(place_, taken_pages_, 0, built_ns);
     } else {
         SentPacket sent = builder_.finish(++seq_);
         shared_.flow.settle(reserved, sent.bytes);
+        shared_.queue.sent(place_, taken_pages_, sent.bytes, built_ns);
         ledger_.push(std::move(sent));
         send_packet();
     }
-    const uint64_t now_ns = thread_cpu_ns();
-    shared_.counters.cpu_ns.add(now_ns - cpu_ns_);
-    cpu_ns_ = now_ns;
+    count_cpu();
     for (const auto &[ticket, npages] : lent_) {
         shared_.tickets.give_back(ticket, npages);
     }
     lent_.clear();
 }
 
+// Of this thread since the last call.
+uint64_t SenderChannel::count_cpu()
+{
+    const uint64_t now_ns = thread_cpu_ns();
+    const uint64_t spent_ns = now_ns - cpu_ns_;
+    shared_.counters.cpu_ns.add(spent_ns);
+    cpu_ns_ = now_ns;
+    return spent_ns;
+}
+
 void SenderChannel::add(const Batch &batch)
 {
     builder_.add(batch);
+    taken_pages_ += batch.form == VMTH_FORM_NORMAL ? batch.npages : 0;
     if (batch.ticket != 0) {
         lent_.emplace_back(batch.ticket, batch.npages);
     }
@@ -177,6 +190,8 @@ void SenderChannel::send_packet()
     }
     Counters &counters = shared_.counters;
     counters.packets.add(1);
+    counters_.packets.add(1);
+    counters_.pages.add(parts.npages());
     counters.normal_pages.add(parts.pages(VMTH_FORM_NORMAL));
     counters.zero_pages.add(parts.pages(VMTH_FORM_ZERO));
     counters.hole_pages.add(parts.pages(VMTH_FORM_HOLE));
@@ -198,6 +213,7 @@ void SenderChannel::send_control(vmth_packet_kind kind, uint32_t round)
         sent.kind = kind;
         sent.bytes = sizeof(raw);
         shared_.flow.settle(0, sent.bytes);
+        shared_.queue.sent(place_, 0, sent.bytes, 0);
         ledger_.push(std::move(sent));
     }
     iovec iov = {raw, sizeof(raw)};
@@ -216,6 +232,7 @@ void SenderChannel::write_packet(iovec *iov, size_t count, int flags)
         channel_.write_vec(iov, count, flags);
     }
     shared_.counters.wire_bytes.add(nbytes);
+    counters_.wire_bytes.add(nbytes);
 }
 
 // ---- zero copy ------------------------------------------------------------------------------------
@@ -419,7 +436,9 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
         throw packet_error(channel_.name(), {"ack.seq", ack.seq, ledger_.next()});
     }
     shared_.flow.acked(sent->bytes);
+    shared_.queue.acked(place_, sent->bytes);
     shared_.counters.acked_bytes.add(sent->bytes);
+    counters_.acked_bytes.add(sent->bytes);
     if (sent->kind == VMTH_PACKET_BARRIER) {
         shared_.barrier_part_done();
         return;

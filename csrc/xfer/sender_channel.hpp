@@ -19,19 +19,23 @@ namespace vmth {
 
 class SenderChannel {
 public:
-    SenderChannel(SenderShared &shared, int fd, unsigned index);
+    // `place`: of its worker in the queue.
+    SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place);
 
     void start();  // may throw; whoever owns the object joins what was started
     void join_worker();
     void join_reader();
     Channel &channel() noexcept { return channel_; }
     bool drained() const { return ledger_.next() == 0; }
+    const ChannelCounters &counters() const noexcept { return counters_; }
+    size_t place() const noexcept { return place_; }
 
 private:
     // Worker thread.
     void work();
     void send_batch(Batch &batch);
     void add(const Batch &batch);
+    uint64_t count_cpu();
     void send_packet();
     void send_control(vmth_packet_kind kind, uint32_t round);
     void write_packet(iovec *iov, size_t count, int flags);
@@ -50,7 +54,9 @@ private:
     void take_missed(SentPacket &sent, const vmth_ack &ack, const std::vector<vmth_run> &missed);
 
     SenderShared &shared_;
+    const size_t place_;
     Channel channel_;
+    ChannelCounters counters_;
     Ledger ledger_;  // pushed by the worker, popped by the reader
     std::thread worker_;
     std::thread reader_;
@@ -59,8 +65,9 @@ private:
     PacketBuilder builder_;
     uint64_t seq_ = 0;
     uint32_t round_ = 0;
+    uint64_t taken_pages_ = 0;  // to be read for the packet being built
     std::vector<std::pair<uint64_t, uint64_t>> lent_;  // (ticket, pages) of the packet being built
-    uint64_t cpu_ns_ = 0;  // of the thread, when it last counted
+    uint64_t cpu_ns_ = 0;       // of the thread, when it last counted
     bool zerocopy_ = false;
     vmth_zerocopy completions_ = {};
     // Reader:

@@ -179,6 +179,17 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
 }
 
+// (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s) of each channel
+py::list channels_of(const std::vector<vmth::ChannelInfo> &infos)
+{
+    py::list channels;
+    for (const vmth::ChannelInfo &of : infos) {
+        channels.append(py::make_tuple(of.index, of.pages, of.packets, of.wire_bytes,
+                                       of.acked_bytes, of.acked_bps));
+    }
+    return channels;
+}
+
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
             uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms, uint64_t dedup_index_bytes,
@@ -439,7 +450,11 @@ void bind_sender(py::module_ &module)
             },
             py::arg("block"), py::arg("page"), py::arg("npages"), py::arg("step"))
         .def("counters",
-             [](const Sender &self) { return counters_of(self.counters(), self.path_info()); })
+             [](const Sender &self) {
+                 py::dict counters = counters_of(self.counters(), self.path_info());
+                 counters["channels"] = channels_of(self.channel_infos());
+                 return counters;
+             })
         .def("set_bandwidth", &Sender::set_bandwidth, py::arg("bytes_per_second"), Release())
         .def(
             "set_forms",

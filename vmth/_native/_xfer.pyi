@@ -87,7 +87,9 @@ class Sender:
 
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
     def counters(self) -> dict[str, Any]:
-        """Numbers, and ``forms``: by name, (pages, tried, content bytes, wire bytes, CPU ns)."""
+        """Numbers; ``forms``: by name, (pages, tried, content bytes, wire bytes, CPU ns);
+        ``channels``: (index, pages, packets, wire bytes, acknowledged bytes, and bytes/s) each, none
+        after close()."""
 
     def set_bandwidth(self, bytes_per_second: int) -> None:
         """Of all channels together, headers included; 0: none. Takes effect within 50 ms."""
@@ -102,7 +104,8 @@ class Sender:
         if they are the same. Before they are queued."""
 
     def set_window(self, nbytes: int) -> None:
-        """Most bytes in flight (sent, not acknowledged) over all channels; 0: none."""
+        """Most bytes in flight (sent, not acknowledged) over all channels, shared among them by
+        what each is acknowledged; 0: no limit."""
 
     def in_flight(self) -> int: ...
     def fallbacks(self) -> list[str]: ...
