@@ -61,6 +61,13 @@ class MigrateOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"channels: received {self.channels}, allowed 1 to {MAX_CHANNELS}")
+        for name in ("source_addresses", "interfaces"):
+            given = len(getattr(self.link, name))
+            if given > self.channels:
+                raise UsageError(
+                    f"{name}: received {given} for {self.channels} channels, allowed at most one a "
+                    "channel"
+                )
         for name in (
             "bandwidth_bps",
             "downtime_limit_ns",

@@ -23,6 +23,7 @@ from vmth.channel.forms import agreed_forms
 from vmth.channel.interface import Digest
 from vmth.channel.pages import NativeSender
 from vmth.channel.reuse import REUSE, hear_filter
+from vmth.channel.sockets import DialError
 from vmth.channel.watch import ProgressWatch
 from vmth.errors import (
     CancelledError,
@@ -454,7 +455,8 @@ class SourceSession:
             trouble = error if isinstance(error, GuestError) else None
         elif not record.guest_paused_for_good:
             trouble = self._give_up(record, self._outcome(error))
-        if isinstance(error, ChannelError) and self._control is not None:
+        may_be_told = isinstance(error, ChannelError) and not isinstance(error, DialError)
+        if may_be_told and self._control is not None:
             self._heard_why.wait(REASON_TIMEOUT_S)  # a page channel may break before it is heard
         outcome = self._outcome(error)
         if isinstance(outcome, CancelledError):
@@ -492,6 +494,8 @@ class SourceSession:
             )
         if self._cancelled:
             return CancelledError(self._cancelled)
+        if isinstance(error, DialError):
+            return MigrationError(str(error))
         if self._peer_abort is not None:
             return abort_error(self._peer_abort)
         if self._peer_gone is not None and isinstance(error, (ChannelError, CancelledError)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "ChannelCounters",
     "DowntimeParts",
     "FormCounters",
     "FormDecision",
@@ -33,6 +34,19 @@ class FormCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelCounters:
+    """Cumulative counters of one page channel at the source."""
+
+    index: int
+    pages: int = 0  #: sent or told over it; pages that were the same are on no channel
+    packets: int = 0
+    wire_bytes: int = 0
+    acked_bytes: int = 0
+    acked_bps: int = 0  #: bytes/s acknowledged while it had bytes under way, of late; 0: unknown
+    local: str = ""  #: the address that it was sent from; empty where it has none
+
+
+@dataclass(frozen=True, slots=True)
 class TransferCounters:
     """Cumulative counters of one end of the page channels."""
 
@@ -52,6 +66,7 @@ class TransferCounters:
     path_mtu: int = 0
     cpu_ns: int = 0  #: of the threads that send
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: by the form's name
+    channels: tuple[ChannelCounters, ...] = ()  #: the source's; none once the channels are closed
 
     @property
     def formed_pages(self) -> int:

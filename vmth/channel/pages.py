@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from vmth._native import _xfer
 from vmth.channel.interface import Digest, PageContent, PageRuns, StreamSink
 from vmth.channel.reuse import ReuseSource, native_files
+from vmth.channel.sockets import local_address
 from vmth.errors import CancelledError, ChannelError, StreamError, UsageError, VmthError
 from vmth.memory import MappedBlock
-from vmth.stats import FormCounters, TransferCounters
+from vmth.stats import ChannelCounters, FormCounters, TransferCounters
 from vmth.types import Bitmap, Bitmaps
 
 __all__ = ["NativeReceiver", "NativeSender"]
@@ -97,7 +99,8 @@ class _NativeEnd:
         with _translate:
             values = self._native.counters()
         forms = {name: FormCounters(*of) for name, of in values.pop("forms").items()}
-        return TransferCounters(**values, forms=forms)
+        channels = tuple(ChannelCounters(*of) for of in values.pop("channels", ()))
+        return TransferCounters(**values, forms=forms, channels=channels)
 
     def fallbacks(self) -> Sequence[str]:
         with _translate:
@@ -159,6 +162,7 @@ class NativeSender(_NativeEnd):
         self._native: _xfer.Sender = native
         self._memory = memory  # stays mapped as long as its views live
         self._lent: deque[tuple[int, memoryview]] = deque()  # (ticket, what it reads)
+        self._local: dict[int, str] = {}  # by the channel's index
 
     def begin_reuse(self, key: bytes, entries: int) -> None:
         """The destination has ``entries`` contents at most, hashed under ``key``; then the parts in
@@ -174,6 +178,12 @@ class NativeSender(_NativeEnd):
         """A connected stream socket past its preamble, duplicated. Before the first barrier."""
         with _translate:
             self._native.add_channel(fd, index)
+        self._local[index] = local_address(fd)
+
+    def counters(self) -> TransferCounters:
+        counters = super().counters()
+        channels = (replace(one, local=self._local[one.index]) for one in counters.channels)
+        return replace(counters, channels=tuple(channels))
 
     def send(self, block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None:
         with _translate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -14,15 +15,28 @@ from vmth._native import _xfer
 from vmth.errors import ChannelError, UsageError
 from vmth.uri import Endpoint, Scheme
 
-__all__ = ["LinkOptions", "ListeningSocket", "dial", "fd_sockets", "set_link_options"]
+__all__ = [
+    "DialError",
+    "LinkOptions",
+    "ListeningSocket",
+    "dial",
+    "fd_sockets",
+    "local_address",
+    "set_link_options",
+]
+
+
+class DialError(ChannelError):
+    """A connection was never made: our end knows why, whatever becomes of those that were."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkOptions:
     """What both ends may set on every connection; zero or empty leaves the system's default."""
 
-    source_address: str = ""  #: local address to bind to
-    interface: str = ""  #: local interface (SO_BINDTODEVICE, needs CAP_NET_RAW)
+    source_addresses: tuple[str, ...] = ()  #: local ones: control is sent from the first, page
+    #: channel k from number k, and from the first again behind the last
+    interfaces: tuple[str, ...] = ()  #: the same with SO_BINDTODEVICE (needs CAP_NET_RAW)
     dscp: int = -1  #: 0 to 63; -1 leaves it alone
     connect_timeout_s: float = 5.0
     keepalive_s: int = 5
@@ -31,6 +45,13 @@ class LinkOptions:
     receive_buffer_bytes: int = 0
 
     def __post_init__(self) -> None:
+        for address in self.source_addresses:
+            _check_address(address)
+        for name in self.interfaces:
+            if not 1 <= len(name.encode()) <= _INTERFACE_BYTES or set(name) & set("/ \0"):
+                raise UsageError(
+                    f"interface: received {name!r}, allowed names of 1 to {_INTERFACE_BYTES} bytes"
+                )
         if not -1 <= self.dscp <= 63:
             raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
         if not 0 < self.connect_timeout_s <= 3600:
@@ -40,6 +61,19 @@ class LinkOptions:
         for name, most in _MOST.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 to {most}")
+
+
+#: IFNAMSIZ without its terminating zero byte.
+_INTERFACE_BYTES = 15
+
+
+def _check_address(address: str) -> None:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise UsageError(
+            f"local address: received {address!r}, allowed IP addresses of this host"
+        ) from None
 
 
 #: What the kernel takes.
@@ -71,7 +105,8 @@ def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
 
 def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:
     """Connect. ``index``: which connection of the session this is (0 control, k page channel k -
-    1); it picks the descriptor of an ``fd:`` endpoint. Raises ChannelError naming the endpoint."""
+    1); it picks the descriptor of an ``fd:`` endpoint, and the local address and interface. Raises
+    DialError naming them."""
     if endpoint.scheme is Scheme.FD:
         return _adopt(endpoint, index)
     try:
@@ -84,24 +119,45 @@ def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.soc
                 sock.close()
                 raise
             return sock
-        return _dial_tcp(endpoint, options)
+        return _dial_tcp(endpoint, options, index)
     except OSError as error:
-        raise ChannelError(f"cannot connect to {endpoint.display}: {error}") from error
+        own = _taken(options.source_addresses, index), _taken(options.interfaces, index)
+        via = "".join(
+            f" {word} {name}" for word, name in zip(("from", "over"), own, strict=True) if name
+        )
+        raise DialError(f"cannot connect to {endpoint.display}{via}: {error}") from error
 
 
-def _dial_tcp(endpoint: Endpoint, options: LinkOptions) -> socket.socket:
+def _taken(names: tuple[str, ...], index: int) -> str:
+    """Of local addresses or interfaces the one that connection ``index`` uses; empty: any."""
+    return names[max(0, index - 1) % len(names)] if names else ""
+
+
+def local_address(fd: int) -> str:
+    """Where a connected socket sends from: "10.0.0.1:40000", "[::1]:40000"; empty where it has no
+    address of its own."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return ""
+        host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _dial_tcp(endpoint: Endpoint, options: LinkOptions, index: int) -> socket.socket:
+    interface = _taken(options.interfaces, index)
+    source_address = _taken(options.source_addresses, index)
     last: OSError | None = None
     found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.settimeout(options.connect_timeout_s)
-            if options.interface:
+            if interface:
                 sock.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, options.interface.encode() + b"\0"
+                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0"
                 )
-            if options.source_address:
-                sock.bind((options.source_address, 0))
+            if source_address:
+                sock.bind((source_address, 0))
             sock.connect(address)
             set_link_options(sock, options)
         except OSError as error:

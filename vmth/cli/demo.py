@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
 from vmth.cli.forms import form_choices, form_options
+from vmth.cli.link import link_choices, link_options
 from vmth.cli.reuse import reuse_choice, reuse_options
 from vmth.cli.values import DURATION_MS, DURATION_S, JUMP, ON_OFF, RATE, SIZE
 from vmth.demo.outcome import Outcome
@@ -134,9 +134,7 @@ __all__ = ["demo"]
 @click.option("--send", metavar="URI", help="Move the guest to the vmth demo --receive at URI.")
 @click.option("--receive", metavar="URI", help="Take in one guest of a vmth demo --send.")
 @click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
-@click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
-@click.option("--interface", default="", help="Local network interface to use.")
-@click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63.")
+@link_options
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -174,9 +172,7 @@ def demo(context: click.Context, /, as_json: bool, **given: Any) -> None:
 
 
 def _run(given: dict[str, Any], console: Console) -> Outcome:
-    link = LinkOptions(
-        source_address=given["bind"], interface=given["interface"], dscp=given["dscp"]
-    )
+    link = link_choices(given)
     if given["receive"] and given["send"]:
         raise UsageError("received both --send and --receive, allowed one of them")
     if given["receive"]:

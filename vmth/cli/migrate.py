@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
 from vmth.cli.forms import form_choices, form_options
+from vmth.cli.link import link_choices, link_options
 from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall
@@ -79,9 +79,7 @@ __all__ = ["migrate"]
     help="Keep the guest's memory here once it runs over there, for --reuse when it comes back.",
 )
 @click.option("--postcopy", is_flag=True, help="Not supported yet.")
-@click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
-@click.option("--interface", default="", help="Local network interface to use.")
-@click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63.")
+@link_options
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -132,7 +130,5 @@ def _options(given: dict[str, Any]) -> QemuMigrateOptions:
         insecure=given["insecure"],
         state_dir=given["state_dir"],
         keep_image=given["keep_image"],
-        link=LinkOptions(
-            source_address=given["bind"], interface=given["interface"], dscp=given["dscp"]
-        ),
+        link=link_choices(given),
     )

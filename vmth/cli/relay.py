@@ -55,8 +55,8 @@ def relay(context: click.Context, /, as_json: bool, **given: Any) -> None:
         once=given["once"],
         insecure=given["insecure"],
         link=LinkOptions(
-            source_address=given["bind"],
-            interface=given["interface"],
+            source_addresses=(given["bind"],) if given["bind"] else (),
+            interfaces=(given["interface"],) if given["interface"] else (),
             dscp=given["dscp"],
             user_timeout_ms=0,
         ),

@@ -11,7 +11,7 @@ import click
 from vmth.errors import UsageError
 from vmth.units import parse_duration_ns, parse_rate_bps, parse_size
 
-__all__ = ["DURATION_MS", "DURATION_S", "JUMP", "ON_OFF", "RATE", "SIZE"]
+__all__ = ["DURATION_MS", "DURATION_S", "JUMP", "NAMES", "ON_OFF", "RATE", "SIZE"]
 
 
 class _Value(click.ParamType[Any]):
@@ -41,6 +41,10 @@ def _on_off(text: str) -> bool:
     return text == "on"
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
+
+
 SIZE = _Value("size", parse_size)
 RATE = _Value("rate", parse_rate_bps)
 #: Plain numbers are milliseconds, as in QMP.
@@ -49,3 +53,5 @@ DURATION_MS = _Value("duration", lambda text: parse_duration_ns(text, default_un
 DURATION_S = _Value("duration", lambda text: parse_duration_ns(text, default_unit="s"))
 JUMP = _Value("time:rate", _jump)
 ON_OFF = _Value("on|off", _on_off)
+#: NAME,...: a tuple; of nothing where nothing is given.
+NAMES = _Value("names", _names)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that say from where, and how marked, a command connects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from vmth.channel.sockets import LinkOptions
+from vmth.cli.values import NAMES
+
+__all__ = ["link_choices", "link_options"]
+
+_OPTIONS = (
+    click.option(
+        "--bind",
+        type=NAMES,
+        default="",
+        metavar="ADDRESS,...",
+        help="Local addresses to connect from; channels take them in turns, so that several "
+        "network cards carry one move.",
+    ),
+    click.option(
+        "--interface",
+        type=NAMES,
+        default="",
+        metavar="NAME,...",
+        help="Local network interfaces to use, in turns too.",
+    ),
+    click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63."),
+)
+
+
+def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: ``--bind``, ``--interface`` and ``--dscp``."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def link_choices(given: dict[str, Any]) -> LinkOptions:
+    return LinkOptions(
+        source_addresses=given["bind"], interfaces=given["interface"], dscp=given["dscp"]
+    )
