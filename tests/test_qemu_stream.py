@@ -63,7 +63,16 @@ def flat(events: Iterable[q.Event]) -> list[Any]:
     return out
 
 
-def read(pieces: Iterable[bytes], **options: Any) -> tuple[list[Any], str, bytes]:
+def feed_again(reader: q.StreamReader, before: bytes, piece: bytes, at_most: int) -> bytes:
+    """Feed a piece behind what the reader gives back of what was fed ``before``; what was fed."""
+    fed = before[len(before) - reader.give_back(at_most) :] + piece
+    reader.feed(fed)
+    return fed
+
+
+def read(
+    pieces: Iterable[bytes], *, give_back: int = 0, **options: Any
+) -> tuple[list[Any], str, bytes]:
     """Events, the error if there was one, and what the writer makes of the events."""
     reader, writer = q.StreamReader(**options), q.StreamWriter(flush_records=True)
     events: list[q.Event] = []
@@ -75,9 +84,10 @@ def read(pieces: Iterable[bytes], **options: Any) -> tuple[list[Any], str, bytes
             events.append(event)
             written += bytes(writer.send(event))
 
+    fed = b""
     try:
         for piece in pieces:
-            reader.feed(piece)
+            fed = feed_again(reader, fed, piece, give_back)
             drain()
         reader.feed_eof()
         drain()
@@ -179,7 +189,38 @@ def test_cut_anywhere_it_is_the_same(data: bytes) -> None:
     # Everything comes out as it went in, also what was passed through.
     assert whole[2] == data
     assert read(bytewise(data)) == whole
-    assert read([data[i : i + 777] for i in range(0, len(data), 777)]) == whole
+    in_pieces = [data[i : i + 777] for i in range(0, len(data), 777)]
+    assert read(in_pieces) == whole
+    assert read(in_pieces, give_back=1 << 20) == whole
+
+
+def test_a_record_that_is_given_back_is_no_event_of_its_own() -> None:
+    records = normal(3, "pc.ram") + b"".join(normal(page) for page in range(4, 9))
+    data = PREFIX + part(records + eos()) + TAIL
+    half = data.index(normal(6)) + 1000
+    reader = q.StreamReader()
+    whole_records = []
+    fed = b""
+    for piece in (data[:half], data[half:]):
+        fed = feed_again(reader, fed, piece, PAGE + 8)
+        while (event := reader.next_event()) is not None:
+            if isinstance(event, q.RamPages):
+                whole_records.append([page.page for page in event.pages()])
+                assert event.data.obj is fed  # not copied
+    assert whole_records == [[3, 4, 5], [6, 7, 8]]
+
+
+def test_more_than_is_allowed_is_not_given_back() -> None:
+    reader = q.StreamReader()
+    reader.feed(PREFIX)
+    while reader.next_event() is not None:
+        pass
+    reader.feed(part(normal(3, "pc.ram"))[:1000])
+    while reader.next_event() is not None:
+        pass
+    assert reader.give_back(900) == 0
+    assert reader.give_back(1000) == 995  # behind the section's head
+    assert reader.give_back(1000) == 0
 
 
 def test_what_is_passed_through_is_reported() -> None:
@@ -401,16 +442,18 @@ def test_any_bytes_behind_a_good_begin(tail: bytes, cuts: list[int]) -> None:
 
 
 def both_ways(data: bytes, cuts: list[int]) -> bool:
+    """The same in one piece, in pieces, and in pieces of which what is not used is fed again."""
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     pieces = [data[a:b] for a, b in itertools.pairwise(places)]
     outcomes = []
-    for given_pieces in ([data], pieces):
+    for given_pieces, at_most in (([data], 0), (pieces, 0), (pieces, len(data))):
         reader = q.StreamReader()
         events: list[q.Event] = []
         error = ""
+        fed = b""
         try:
             for piece in given_pieces:
-                reader.feed(piece)
+                fed = feed_again(reader, fed, piece, at_most)
                 while (event := reader.next_event()) is not None:
                     events.append(event)
             reader.feed_eof()
@@ -419,7 +462,7 @@ def both_ways(data: bytes, cuts: list[int]) -> bool:
         except StreamError as caught:
             error = str(caught)
         outcomes.append((flat(events), error))
-    return outcomes[0] == outcomes[1]
+    return outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_writer_refuses_what_the_format_cannot_say() -> None:

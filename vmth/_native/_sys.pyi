@@ -1,4 +1,5 @@
-"""Cython over csrc/sys: write tracking and populated pages of this process's memory.
+"""Cython over csrc/sys: write tracking and populated pages of this process's memory, reading of
+stream sockets.
 
 Addresses are bytes, counts are pages of the host (``PAGE_BYTES``). Bitmaps are C-contiguous uint64.
 Calls release the GIL. OSError: the kernel refused, the message begins with what it refused.
@@ -41,3 +42,7 @@ def populated_file(fd: int, offset: int, npages: int, bitmap: U64, page: int) ->
 
 def populated_file_is_exact(fd: int) -> bool:
     """Whether the file's holes are known to be zeros (tmpfs, memfd)."""
+
+def sock_take(fd: int, buffer: memoryview, patience_ns: int) -> tuple[int, bool]:
+    """Read what arrives on a stream socket until the buffer is full, nothing has come for
+    ``patience_ns``, or the peer has closed; never waits for the first byte. (bytes, closed)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cython over csrc/sys: write tracking, populated pages, what the kernel offers.
+"""Cython over csrc/sys: write tracking, populated pages, what the kernel offers, reading sockets.
 
 Sizes are pages of the host and addresses bytes. Every call releases the GIL. Errors of the kernel
 are OSError with the errno; sizes that do not fit a bitmap are ValueError.
@@ -7,7 +7,7 @@ are OSError with the errno; sizes that do not fit a bitmap are ValueError.
 
 import os
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset, strerror
 
 
@@ -58,6 +58,10 @@ cdef extern from "sys/populated.h" nogil:
     int vmth_populated_file(const vmth_memory_ops *ops, int fd, uint64_t offset, uint64_t npages,
                             uint64_t page_bytes, uint64_t *words, uint64_t page)
     int vmth_populated_file_is_exact(const vmth_memory_ops *ops, int fd, c_bool *exact)
+
+cdef extern from "sys/sock_take.h" nogil:
+    int vmth_sock_take(int fd, uint8_t *buffer, size_t nbytes, int64_t patience_ns, size_t *got,
+                       c_bool *ended)
 
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -198,3 +202,16 @@ def populated_file_is_exact(int fd) -> bool:
     if result < 0:
         raise _os_error(result, "fstatfs")
     return exact
+
+
+def sock_take(int fd, uint8_t[::1] buffer not None, int64_t patience_ns) -> tuple:
+    cdef size_t nbytes = buffer.shape[0], got = 0
+    cdef c_bool ended = False
+    cdef int result
+    if nbytes == 0 or patience_ns < 0:
+        raise ValueError(f"{nbytes} bytes, patience of {patience_ns} ns")
+    with nogil:
+        result = vmth_sock_take(fd, &buffer[0], nbytes, patience_ns, &got, &ended)
+    if result < 0:
+        raise _os_error(result, "receive")
+    return got, bool(ended)

@@ -11,7 +11,7 @@ import socket
 import stat
 from dataclasses import dataclass
 
-from vmth._native import _xfer
+from vmth._native import _sys, _xfer
 from vmth.errors import ChannelError, UsageError
 from vmth.uri import Endpoint, Scheme
 
@@ -23,6 +23,7 @@ __all__ = [
     "fd_sockets",
     "local_address",
     "set_link_options",
+    "take_arrived",
 ]
 
 
@@ -101,6 +102,13 @@ def set_link_options(sock: socket.socket, options: LinkOptions) -> None:
         )
     except _xfer.TransferError as error:
         raise ChannelError(f"link options: {error}") from error
+
+
+def take_arrived(sock: socket.socket, buffer: memoryview, patience_s: float) -> tuple[int, bool]:
+    """Read into ``buffer`` what arrives on a stream socket, in one piece as large as can be had
+    without waiting longer than ``patience_s`` for the next bytes. Never waits for the first.
+    Returns (bytes, has the peer closed). The interpreter is free meanwhile. Raises OSError."""
+    return _sys.sock_take(sock.fileno(), buffer, int(patience_s * 1e9))
 
 
 def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:

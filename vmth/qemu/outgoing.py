@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import select
 import shutil
@@ -29,6 +30,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
 from vmth.qemu.stream import (
     Command,
@@ -49,8 +51,10 @@ from vmth.qemu.stream.fields import MAX_DESCRIPTION_BYTES
 __all__ = ["Commands", "OutgoingStream"]
 
 #: Of the main connection: read ahead at most BUFFERS * BUFFER_BYTES.
-BUFFER_BYTES = 2 << 20
+BUFFER_BYTES = 4 << 20
 BUFFERS = 3
+#: Of one read, until a limit is set.
+FIRST_READ_BYTES = 2 << 20
 #: Of a multifd channel, whose packets have up to 512 KiB of pages.
 CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
@@ -78,25 +82,42 @@ class Commands(Protocol):
 class _Buffer:
     """A piece of the pool. ``wait`` returns when nobody reads what it was filled with."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.view = memoryview(bytearray(nbytes))
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
         self.wait: Callable[[], object] | None = None
+
+
+def _pool(nbuffers: int, nbytes: int) -> deque[_Buffer]:
+    """In one piece of huge pages, where the kernel has them: a stream has something to look at on
+    each 4 KiB, and each look at another small page costs a walk of the page tables."""
+    memory = mmap.mmap(-1, nbuffers * nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = memoryview(memory)
+    return deque(_Buffer(whole[i * nbytes : (i + 1) * nbytes]) for i in range(nbuffers))
 
 
 class _Connection:
     """One accepted connection and its buffers, filled in turn."""
 
     def __init__(
-        self, sock: socket.socket, feed: Callable[[memoryview], None], nbuffers: int, nbytes: int
+        self,
+        sock: socket.socket,
+        feed: Callable[[memoryview], None],
+        nbuffers: int,
+        nbytes: int,
+        give_back: Callable[[int], int] = lambda at_most: 0,
     ) -> None:
+        """``give_back(at_most)``: how many of the bytes that were fed last are to be fed again."""
         self.sock = sock
         self.ended = False
         self.read_bytes = nbytes  #: of one read, at most
         self.received_bytes = 0
         self._feed = feed
-        self._buffers = deque(_Buffer(nbytes) for _ in range(nbuffers))
+        self._give_back = give_back
+        self._buffers = _pool(nbuffers, nbytes)
         self._filled = 0
-        self._unfed = 0  #: of the filled bytes: a packet's that is not whole yet
+        self._unfed = 0  #: of the filled bytes: a packet's or a record's that is not whole yet
 
     def in_use(self, until: Callable[[], object]) -> None:
         self._buffers[0].wait = until
@@ -105,45 +126,41 @@ class _Connection:
         """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
         longer than PATIENCE_S for the next bytes, since each costs as much as many pages. With
         ``whole`` so many bytes, handed on in one piece when all of them are there."""
+        self._unfed += self._give_back(LEAST_READ_BYTES)
         room = len(self._buffers[0].view) - self._filled
         if room < (whole - self._unfed if whole else LEAST_READ_BYTES):
-            assert self._unfed == 0
             self._next_buffer()
-            room = len(self._buffers[0].view)
+            room = len(self._buffers[0].view) - self._filled
         most = whole - self._unfed if whole else min(room, self.read_bytes)
         end = self._filled + most
-        while self._filled < end and self._receive(end):
-            if self._filled < end and not select.select([self.sock], [], [], PATIENCE_S)[0]:
-                break
+        self._take(end)
         if self._unfed and (self._filled == end or not whole or self.ended):
             self._feed(self._buffers[0].view[self._filled - self._unfed : self._filled])
             self._unfed = 0
 
-    def _receive(self, end: int) -> bool:
-        """False when nothing is there, or nothing comes any more."""
+    def _take(self, end: int) -> None:
         try:
-            n = self.sock.recv_into(
-                self._buffers[0].view[self._filled : end], 0, socket.MSG_DONTWAIT
+            n, self.ended = take_arrived(
+                self.sock, self._buffers[0].view[self._filled : end], PATIENCE_S
             )
-        except BlockingIOError:
-            return False
         except OSError as error:
             raise ChannelError(f"the source QEMU's stream: {error}") from error
-        self.ended = n == 0
         self.received_bytes += n
         self._filled += n
         self._unfed += n
-        return n > 0
 
     def unread_bytes(self) -> int:
         return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def _next_buffer(self) -> None:
+        """What was not fed goes with us."""
+        unfed = self._buffers[0].view[self._filled - self._unfed : self._filled]
         self._buffers.rotate(-1)
-        buffer, self._filled = self._buffers[0], 0
+        buffer, self._filled = self._buffers[0], self._unfed
         if buffer.wait is not None:
             buffer.wait()
             buffer.wait = None
+        buffer.view[: self._unfed] = unfed
 
 
 class OutgoingStream:
@@ -228,8 +245,12 @@ class OutgoingStream:
             raise
         for sock in accepted:
             sock.setblocking(False)
-        feed_main = self._merger.feed_main if self._merger is not None else self._reader.feed
-        self._main = _Connection(mains[0], feed_main, BUFFERS, BUFFER_BYTES)
+        if self._merger is not None:
+            self._main = _Connection(mains[0], self._merger.feed_main, BUFFERS, BUFFER_BYTES)
+        else:
+            reader = self._reader
+            self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, reader.give_back)
+        self.limit_read(FIRST_READ_BYTES)
         for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
             self._channels.append(
                 _Connection(sock, self._channel_feed(index), CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES)

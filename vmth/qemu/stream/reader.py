@@ -95,7 +95,7 @@ class StreamReader:
         self._events: deque[Event] = deque()
         self._state: State = self._file_header
         self._failure: StreamError | None = None
-        self._want = 1
+        self._want = self._want_next = 1
         self._page_bytes = page_bytes
         self._device_sizes = device_sizes
         self._opaque_devices = opaque_devices
@@ -123,6 +123,15 @@ class StreamReader:
         """More bytes; they must not change as long as events that refer to them are used."""
         self._settled = False
         self._window.feed(data)
+
+    def give_back(self, at_most: int) -> int:
+        """Forget the last bytes that were fed, if at most so many are not used yet. How many: they
+        must be fed again in front of those that follow. A record that a buffer's end cuts needs no
+        copy and no event of its own then. Only when ``next_event()`` has returned None."""
+        if self._window.available > at_most:
+            return 0
+        self._want = 1
+        return self._window.forget()
 
     def feed_eof(self) -> None:
         """Nothing comes any more."""
@@ -202,7 +211,7 @@ class StreamReader:
         if short is not None:
             return self._join(short, nbytes)
         window.use(used)
-        self._want = 1
+        self._want, self._want_next = self._want_next, 1
         if left is not None:
             self._in_package(left - used)
         return True
@@ -467,6 +476,8 @@ class StreamReader:
         if parsed.stop is Stop.SHORT:
             if parsed.used == 0:
                 raise ShortError(parsed.need)
+            if self._package_left is None:  # whose end is checked first
+                self._want_next = parsed.need
         elif parsed.stop is Stop.EOS:
             self._events.append(RamEnd())
             self._state = self._footer

@@ -63,6 +63,13 @@ class Window:
                 chunks[0] = chunks[0][len(piece) :]
         return len(carry)
 
+    def forget(self) -> int:
+        """Drop what was fed and not used, as if it had not been fed. How many bytes."""
+        nbytes, self.available = self.available, 0
+        self._carry.clear()
+        self._chunks.clear()
+        return nbytes
+
     def use(self, nbytes: int) -> None:
         """Drop the first ``nbytes`` of ``view()``."""
         if nbytes == 0:
