@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import click
@@ -28,6 +29,10 @@ from vmth.cli.version import version
 from vmth.errors import ExitCode, VmthError
 
 __all__ = ["cli", "main"]
+
+#: Of the interpreter, between its threads. In a switchover threads hand over to one another some
+#: ten times; by default a busy thread may let the others wait for 5 ms each time.
+SWITCH_INTERVAL_S = 0.0005
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -67,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run and exit. With ``--json`` an error is a JSON object on stdout too."""
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.freeze()  # what the imports made stays: to look through it takes longer than a switchover
     try:
         code = cli.main(args=given, prog_name="vmth", standalone_mode=False)
     except click.ClickException as error:

@@ -43,8 +43,8 @@ CAPABILITIES = {
 }
 _PING_BASE = 0x766D0000
 _READ_BYTES = 4096
-#: Between two looks at QEMU's state after it has said that everything is loaded.
-_LOOK_S = 0.005
+#: Between two looks at QEMU's state after it has said that everything is loaded: downtime.
+_LOOK_S = 0.001
 
 
 class IncomingStream:

@@ -233,11 +233,15 @@ class QemuSource(StoppedQemu):
     def hold(self) -> None:
         """The destination holds all: QEMU is told, and from its ``completed`` on does not resume
         its guest by itself. Raises MigrationError if QEMU says something else."""
+        self.qmp.forget_events()  # of an earlier migration; this one cannot end before it is told
         self._stream.shut(0)
         self._held = True
         deadline = time.monotonic() + HOLD_S
-        if self.qmp.wait_event(_is_end, HOLD_S) is None:
+        ended = self.qmp.wait_event(_is_end, HOLD_S)
+        if ended is None:
             raise MigrationError(f"the source QEMU does not complete within {HOLD_S:g} s")
+        if ended.data["status"] == "completed":  # asking as well would be downtime
+            return
         while (status := migration_status(self.qmp)) != "completed":
             if is_over(status) or time.monotonic() > deadline:
                 raise MigrationError(f"the source QEMU's migration is {status!r} at its end")
