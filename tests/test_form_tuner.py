@@ -69,7 +69,8 @@ class World:
 
 def test_a_slow_link_turns_compression_on_and_says_why() -> None:
     world = World()
-    world.interval(12.5e6)
+    for _ in range(2):  # of the first one alone, which may be the connection's start, little is made
+        world.interval(12.5e6)
     mask, level = world.sender.set[-1]
     assert mask & forms_mask(["zstd"]) and level >= 1
     assert world.told == world.tuner.decisions
@@ -103,10 +104,10 @@ def test_a_machine_without_an_idle_core_does_not_compress() -> None:
 
 def test_idle_seconds_are_those_of_the_cores_that_may_be_used(tmp_path: Path) -> None:
     mine = sorted(os.sched_getaffinity(0))
-    rows = ["cpu  1 1 1 9000 9000 1", *(f"cpu{cpu} 1 1 1 300 20 1" for cpu in [*mine, 99_999])]
+    rows = ["cpu  1 1 1 9000 9000 1", *(f"cpu{cpu} 1 7 1 300 20 1" for cpu in [*mine, 99_999])]
     stat = tmp_path / "stat"
     stat.write_text("\n".join([*rows, "intr 5"]) + "\n")
-    assert idle_seconds(str(stat)) == len(mine) * 320 / os.sysconf("SC_CLK_TCK")
+    assert idle_seconds(str(stat)) == len(mine) * 327 / os.sysconf("SC_CLK_TCK")
 
 
 def test_fixed_forms_are_set_once_and_no_thread_looks() -> None:

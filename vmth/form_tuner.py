@@ -26,6 +26,9 @@ __all__ = ["INTERVAL_NS", "FormSender", "FormTuner", "idle_seconds", "tuner_for"
 log = logging.getLogger(__name__)
 
 INTERVAL_NS = 100_000_000
+#: The first intervals are short: until something is known all pages go as they are.
+FIRST_INTERVAL_NS = 50_000_000
+FIRST_INTERVALS = 6
 #: The first decision and the latest ones are kept.
 DECISIONS_KEPT = 256
 #: Told from other pages without being agreed on.
@@ -40,13 +43,14 @@ class FormSender(Protocol):
 
 
 def idle_seconds(stat: str = "/proc/stat") -> float:
-    """Time that this machine's cores have idled, of those that this process may use; proc(5)."""
+    """Time that this machine's cores have idled, of those that this process may use; proc(5). What
+    ran niced gives way to us, so that counts as well."""
     cpus, ticks = os.sched_getaffinity(0), 0
     with open(stat) as file:
         for line in file:
             name, *values = line.split()
             if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cpus:
-                ticks += int(values[3]) + int(values[4])
+                ticks += int(values[1]) + int(values[3]) + int(values[4])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -133,7 +137,11 @@ class FormTuner:
         self._emit(decision)
 
     def _run(self) -> None:
-        while not self._ended.wait(INTERVAL_NS / 1e9):
+        intervals = 0
+        while not self._ended.wait(
+            (FIRST_INTERVAL_NS if intervals < FIRST_INTERVALS else INTERVAL_NS) / 1e9
+        ):
+            intervals += 1
             try:
                 self.look()
             except VmthError as error:  # the session hears of it by itself

@@ -22,6 +22,7 @@ something better: there compression stays on as long as it costs nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,7 +69,16 @@ LEAST_CORES = 0.1
 FADE = 0.01
 #: Share of a new measurement in the running cost.
 LEARN = 0.5
-LEARN_LINK = 0.25
+#: Acknowledgements come in bursts: what landed is looked at over so many intervals, and fewer than
+#: the least say nothing that would replace what is known.
+LINK_INTERVALS = 4
+LEAST_INTERVALS = 3
+#: A connection begins slowly: a link is known once the workers have waited for it so often.
+LEAST_WAITS = 2
+#: A link that may have grown is asked again after so many intervals of busy workers for each in which
+#: they waited for it, but not more than MOST_WAITS count.
+STALE_AFTER = 4
+MOST_WAITS = 10
 #: Intervals with fewer non-zero pages than this teach nothing.
 MIN_PAGES = 64
 #: Every so many intervals another rung is tried: a cheaper one to see what the link carries, while
@@ -133,6 +143,9 @@ class FormChooser:
     _at: int = 0
     _link_bps: float = 0.0
     _link_is_known: bool = False
+    _landed_bps: deque[float] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
+    _waits: int = 0  #: intervals in which the workers waited for the link
+    _busy_intervals: int = 0  #: since the last of them
     _intervals: int = 0
     _settled: bool = True
 
@@ -163,6 +176,7 @@ class FormChooser:
     def _move(self, at: int, reason: str) -> FormChoice:
         self._at = at
         self._settled = False  # the next interval still has packets of the old choice
+        self._landed_bps.clear()
         rung = self.rungs[at]
         return FormChoice(rung, f"{rung.name}: {reason}")
 
@@ -217,18 +231,27 @@ class FormChooser:
                 cpu_ns, wire_bytes = self._cost(at, self._at)
                 other.cpu_ns += FADE * (cpu_ns - other.cpu_ns)
                 other.wire_bytes += FADE * (wire_bytes - other.wire_bytes)
-        workers = _workers(view)
-        busy = cost.cpu_ns / max(1, view.interval_ns * workers)
-        capped = 0 < view.limit_bps <= view.acked_bps * WORTH_A_CHANGE
+        self._learn_link(view)
+
+    def _learn_link(self, view: FormsView) -> None:
+        self._landed_bps.append(view.acked_bps)
+        landed_bps = sum(self._landed_bps) / len(self._landed_bps)
+        busy = view.cost.cpu_ns / max(1, view.interval_ns * _workers(view))
+        capped = 0 < view.limit_bps <= landed_bps * WORTH_A_CHANGE
         if busy < BUSY_SHARE or capped:
-            # Acknowledgements come in bursts: one interval says little.
-            known = self._link_is_known and self._link_bps > 0
-            weight = LEARN_LINK if known else 1.0
-            self._link_bps += weight * (view.acked_bps - self._link_bps)
-            self._link_is_known = self._link_bps > 0
-        elif view.acked_bps > self._link_bps:
-            # It carries at least this; how much more cannot be seen from here.
-            self._link_bps, self._link_is_known = view.acked_bps, False
+            self._busy_intervals = 0
+            if landed_bps > 0:
+                self._waits = min(self._waits + 1, MOST_WAITS)
+                enough = len(self._landed_bps) >= LEAST_INTERVALS
+                if enough or not self._link_is_known or landed_bps > self._link_bps:
+                    self._link_bps = landed_bps
+                self._link_is_known = self._waits >= LEAST_WAITS or capped
+            return
+        # It carries at least what lands; how much more cannot be seen from here.
+        self._busy_intervals += 1
+        self._link_bps = max(self._link_bps, landed_bps)
+        if self._busy_intervals > STALE_AFTER * self._waits:
+            self._link_is_known = False
 
     def _costs(self) -> list[tuple[float, float]]:
         """(CPU ns, wire bytes) a non-zero page of each rung: as measured, or from the nearest rung
