@@ -94,17 +94,21 @@ class VersusQemu:
         *,
         inside: Sequence[str] = (),
         incoming: bool = False,
+        shared: bool = False,
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="versus-")
         self.qmp_path = Path(self.folder.name) / "qmp.sock"
+        self.vmth_path = Path(self.folder.name) / "vmth.sock"  # a monitor for vmth
         self.memory_bytes = memory_bytes
+        backend = "memory-backend-memfd,share=on" if shared else "memory-backend-ram"
         self.process = subprocess.Popen(
             [
                 *(*inside, *binary, "-S", "-nodefaults", "-display", "none", "-accel", "tcg"),
                 *("-cpu", "qemu64,apic=off"),  # the timer interrupt comes straight from the PIC
                 *("-machine", f"pc,memory-backend={RAM}", "-bios", rom),
-                *("-object", f"memory-backend-ram,id={RAM},size={memory_bytes}"),
+                *("-object", f"{backend},id={RAM},size={memory_bytes}"),
                 *("-m", f"{memory_bytes >> 20}M"),
+                *("-qmp", f"unix:{self.vmth_path},server=on,wait=off"),
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
                 *(("-incoming", "defer") if incoming else ()),
             ],
@@ -127,20 +131,22 @@ class VersusQemu:
         view = memory.views[0]
         for start, end in ((0, 0xA0000), (LOW_BYTES, self.memory_bytes)):
             for at in range(start, end, WRITE_BYTES):
-                _poke(self.pid, base + at, view[at : min(at + WRITE_BYTES, end)])
+                _poke_pages(self.pid, base + at, view[at : min(at + WRITE_BYTES, end)])
+
+    def jump(self) -> None:
+        """From now on the guest writes as fast as it can."""
+        _poke(self.pid, _ram_address(self.pid, self.memory_bytes) + DIVISOR_GPA, np.zeros(4, np.uint8))
 
     def thread_seconds(self) -> float:
-        """CPU seconds of all threads but the vCPUs'."""
-        total, ticks = 0.0, os.sysconf("SC_CLK_TCK")
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
+        """CPU seconds of all threads so far, ended ones too, but the vCPUs'."""
+        process = Path(f"/proc/{self.pid}")
+        total = _cpu_seconds(process / "stat")
+        for task in (process / "task").iterdir():
             try:
-                text = (task / "stat").read_text()
-            except OSError:
+                if (task / "comm").read_text().startswith("CPU "):
+                    total -= _cpu_seconds(task / "stat")
+            except OSError:  # a thread that has ended
                 continue
-            name, _, rest = text.partition("(")[2].rpartition(")")
-            if not name.startswith("CPU "):
-                fields = rest.split()
-                total += (int(fields[11]) + int(fields[12])) / ticks
         return total
 
     def close(self) -> None:
@@ -148,6 +154,11 @@ class VersusQemu:
         self.process.kill()
         self.process.wait()
         self.folder.cleanup()
+
+
+def _cpu_seconds(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ram_address(pid: int, nbytes: int) -> int:
@@ -164,17 +175,22 @@ class _IoVec(ctypes.Structure):
 
 
 def _poke(pid: int, address: int, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    """process_vm_writev, without the pages that are zero: they stay unpopulated as in vmth's."""
+    """process_vm_writev."""
     libc = ctypes.CDLL(None, use_errno=True)
+    local = _IoVec(data.ctypes.data, data.nbytes)
+    remote = _IoVec(address, data.nbytes)
+    done = libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    if done != data.nbytes:
+        raise OSError(ctypes.get_errno(), f"writing guest memory: {done} of {data.nbytes}")
+
+
+def _poke_pages(pid: int, address: int, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    """Without the pages that are zero: they stay unpopulated as in vmth's."""
     pages = data.reshape(-1, 4096)
     used = np.flatnonzero(pages.view(np.uint64).any(axis=1))
     if not len(used):
         return
     cuts = np.flatnonzero(np.diff(used) != 1) + 1
     for run in np.split(used, cuts):
-        piece = np.ascontiguousarray(pages[run[0] : run[-1] + 1])
-        local = _IoVec(piece.ctypes.data, piece.nbytes)
-        remote = _IoVec(address + int(run[0]) * 4096, piece.nbytes)
-        done = libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-        if done != piece.nbytes:
-            raise OSError(ctypes.get_errno(), f"writing guest memory: {done} of {piece.nbytes}")
+        piece = np.ascontiguousarray(pages[run[0] : run[-1] + 1]).reshape(-1)
+        _poke(pid, address + int(run[0]) * 4096, piece)

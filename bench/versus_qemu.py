@@ -25,7 +25,7 @@ from dataclasses import asdict
 from typing import Any
 
 from versus_link import Link, make_link
-from versus_runs import Case, Outcome, QemuMode, run_core, run_qemu
+from versus_runs import Case, Outcome, QemuMode, run_core, run_qemu, run_qemu_path
 
 MIB = 1 << 20
 MIX = "zero=30,dup=15,files=35,random=20"
@@ -44,6 +44,7 @@ CASES = {
         Case("W9-sequential", 512 * MIB, MIX, "sequential", 0, 256 * MIB),
         Case("W11-sparse", 1024 * MIB, MIX, "sparse", 200_000_000, 256 * MIB),
         Case("W12-silent", 1024 * MIB, MIX, "silent", 200_000_000, 256 * MIB),
+        Case("W13-jump", 1024 * MIB, MIX, "uniform", 4_000_000, 64 * MIB, jump_s=2.0),
         Case("random-110", 1024 * MIB, NOISE, "uniform", 110_000_000, 256 * MIB),
     )
 }
@@ -74,6 +75,10 @@ def ways(qemu: Sequence[str]) -> dict[str, Callable[[Case, Link], Outcome]]:
     found: dict[str, Callable[[Case, Link], Outcome]] = {}
     for mode in QEMU_MODES:
         found[f"QEMU {mode.name}"] = lambda case, link, mode=mode: run_qemu(case, link, mode, qemu)
+    for land in ("memory", "stream"):
+        found[f"vmth for QEMU, {land}"] = lambda case, link, land=land: run_qemu_path(
+            case, link, qemu, land
+        )
     for name, options in CORE_WAYS.items():
         found[name] = lambda case, link, options=options: run_core(case, link, options)
     return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,13 @@ from versus_link import Link
 
 from vmth.errors import VmthError
 from vmth.guests.schedule import Workload
-from vmth.qemu.qmp import Qmp
+from vmth.qemu.qmp import Qmp, QmpEvent
 
 #: A guest runs so long before it is moved: its working set has then been written once or more.
 WARM_S = 3.0
 DOWNTIME_LIMIT_MS = 300
+#: More than any guest here can dirty.
+UNPACED_BPS = 1_600_000_000
 PORT = 47440
 
 
@@ -39,6 +43,7 @@ class Case:
     workload: str = "idle"
     rate_bps: int = 0
     working_set_bytes: int = 0
+    jump_s: float = 0.0  #: from then on it writes as fast as it can; of the migration's time
     limit_s: float = 60.0
     seed: int = 20260101
 
@@ -90,13 +95,23 @@ def device_bytes(link: Link) -> int:
 
 
 @contextlib.contextmanager
-def _pair(case: Case, link: Link, binary: Sequence[str]) -> Iterator[tuple[VersusQemu, VersusQemu]]:
+def _pair(
+    case: Case, link: Link, binary: Sequence[str], shared: bool = False
+) -> Iterator[tuple[VersusQemu, VersusQemu]]:
+    """``shared``: the destination's memory can be written from outside."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="versus-rom-")))
         rom = firmware(folder)
         ends = []
         for inside, incoming in ((link.source, False), (link.destination, True)):
-            end = VersusQemu(binary, case.memory_bytes, rom, inside=inside, incoming=incoming)
+            end = VersusQemu(
+                binary,
+                case.memory_bytes,
+                rom,
+                inside=inside,
+                incoming=incoming,
+                shared=shared and incoming,
+            )
             stack.callback(end.close)
             ends.append(end)
         memory = make_memory(case.memory_bytes, case.content, case.guest_workload(), case.seed)
@@ -136,7 +151,8 @@ def run_qemu(case: Case, link: Link, mode: QemuMode, binary: Sequence[str]) -> O
         destination.qmp.execute("cont")  # runs as soon as it has everything
         began, began_at = time.monotonic(), time.time()
         source.qmp.execute("migrate", {"uri": f"tcp:{link.address}:{PORT}"})
-        info = _await_end(source.qmp, began + case.limit_s)
+        with _jump(case, source):
+            info = _await_end(source.qmp, began + case.limit_s)
         converged = info["status"] == "completed"
         while converged and not resumes:
             time.sleep(0.001)
@@ -158,6 +174,19 @@ def run_qemu(case: Case, link: Link, mode: QemuMode, binary: Sequence[str]) -> O
         )
 
 
+@contextlib.contextmanager
+def _jump(case: Case, source: VersusQemu) -> Iterator[None]:
+    timer = threading.Timer(case.jump_s, source.jump)
+    if case.jump_s:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if case.jump_s:
+            timer.join()
+
+
 def _await_end(qmp: Qmp, deadline: float) -> dict[str, Any]:
     cancelled = False
     while True:
@@ -169,6 +198,81 @@ def _await_end(qmp: Qmp, deadline: float) -> dict[str, Any]:
                 qmp.execute("migrate_cancel")
             cancelled = True
         time.sleep(0.005)
+
+
+# -- vmth between two QEMUs
+
+
+def run_qemu_path(case: Case, link: Link, binary: Sequence[str], land: str) -> Outcome:
+    """``vmth migrate`` and ``vmth receive``, timed by the QEMUs' own events as ``run_qemu`` is."""
+    vmth = (sys.executable, "-m", "vmth")
+    uri = f"tcp:{link.address}:{PORT}"
+    with (
+        _pair(case, link, binary, shared=land == "memory") as (source, destination),
+        tempfile.TemporaryDirectory(prefix="versus-state-") as state,
+    ):
+        times: dict[str, float] = {}
+
+        def note(event: QmpEvent, key: str) -> None:
+            times.setdefault(key, event.time_ns / 1e9)
+
+        source.qmp.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "events", "state": True}]},
+        )
+        source.qmp.on_event(
+            lambda e: note(e, "setup")
+            if e.name == "MIGRATION" and e.data.get("status") == "setup"
+            else None
+        )
+        source.qmp.on_event(lambda e: note(e, "stop") if e.name == "STOP" else None)
+        destination.qmp.on_event(lambda e: note(e, "resume") if e.name == "RESUME" else None)
+        source.qmp.execute("cont")
+        time.sleep(WARM_S)
+        receiver = subprocess.Popen(
+            [
+                *(*link.destination, *vmth, "receive", uri, "--insecure", "--json"),
+                *("--qmp", str(destination.vmth_path), "--land", land),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "VMTH_STATE_DIR": f"{state}/b"},
+        )
+        try:
+            _await_listener(link)
+            before = device_bytes(link)
+            cpu = source.thread_seconds() + destination.thread_seconds()
+            with _jump(case, source):
+                sender = subprocess.run(
+                    [
+                        *(*link.source, *vmth, "migrate", uri, "--insecure", "--json"),
+                        *("--qmp", str(source.vmth_path), "--channels", "2"),
+                        *("--downtime-limit", f"{DOWNTIME_LIMIT_MS}ms", "--on-success", "keep"),
+                        *("--timeout", f"{case.limit_s}s", "--on-stall", "cancel"),
+                    ],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    check=False,
+                    env={**os.environ, "VMTH_STATE_DIR": f"{state}/a"},
+                )
+            told = json.loads(sender.stdout)
+            received, _ = receiver.communicate(timeout=60)
+        finally:
+            receiver.kill()
+            receiver.wait()
+        cpu = source.thread_seconds() + destination.thread_seconds() - cpu
+        other = json.loads(received) if received.strip() else {}
+        converged = told["exit_code"] == 0
+        return Outcome(
+            converged=converged,
+            total_s=times["resume"] - times["setup"] if converged else case.limit_s,
+            downtime_s=times["resume"] - times["stop"] if converged else 0.0,
+            wire_bytes=device_bytes(link) - before
+            if link.source
+            else int(told.get("wire_bytes") or 0),
+            cpu_s=cpu + _mover_seconds(told, "source") + _mover_seconds(other, "destination"),
+            detail=_detail(told),
+        )
 
 
 # -- vmth's core: the guest of the demo, whose memory the mover maps
@@ -193,11 +297,12 @@ def run_core(case: Case, link: Link, options: Sequence[str]) -> Outcome:
                     *("--memory", str(case.memory_bytes), "--content", case.content),
                     *("--workload", case.workload, "--seed", str(case.seed)),
                     *("--dirty-rate", f"{case.rate_bps}", "--on-stall", "cancel"),
+                    *("--working-set", f"{case.working_set_bytes}"),
+                    *("--timeout", f"{case.limit_s}s", "--warm-up", f"{WARM_S}s"),
                     *(
-                        "--working-set",
-                        f"{case.working_set_bytes}",
-                        "--timeout",
-                        f"{case.limit_s}s",
+                        ("--phase-jump", f"{WARM_S + case.jump_s}s:{UNPACED_BPS}")
+                        if case.jump_s
+                        else ()
                     ),
                     *("--downtime-limit", f"{DOWNTIME_LIMIT_MS}ms", *options),
                 ],
@@ -218,14 +323,18 @@ def run_core(case: Case, link: Link, options: Sequence[str]) -> Outcome:
             downtime_s=told.get("downtime_ms", 0) / 1e3,
             wire_bytes=device_bytes(link) - before if link.source else told.get("wire_bytes", 0),
             cpu_s=_mover_seconds(told, "source") + _mover_seconds(other, "destination"),
-            detail={
-                "verified": told.get("verified"),
-                "rounds": len(told.get("rounds", ())),
-                "exit_code": told["exit_code"],
-                "error": told.get("error"),
-                "fallbacks": told.get("fallbacks", []),
-            },
+            detail=_detail(told),
         )
+
+
+def _detail(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "verified": told.get("verified"),
+        "rounds": len(told.get("rounds", ())),
+        "exit_code": told["exit_code"],
+        "error": told.get("error"),
+        "fallbacks": told.get("fallbacks", []),
+    }
 
 
 def _mover_seconds(told: Mapping[str, Any], side: str) -> float:

@@ -60,7 +60,7 @@ WORTH_A_CHANGE = 1.05
 #: Workers that spend less of their time on pages than this wait for the link.
 BUSY_SHARE = 0.85
 #: Workers that could do so many times what the link takes have time to look for something better.
-HEADROOM = 1.5
+HEADROOM = 1.25
 #: On faster links a look at a page costs about as long as sending it: it must have shown its worth.
 SLOW_LINK_BPS = 3e8
 #: A share of a core is always had.
