@@ -135,7 +135,9 @@ class VersusQemu:
 
     def jump(self) -> None:
         """From now on the guest writes as fast as it can."""
-        _poke(self.pid, _ram_address(self.pid, self.memory_bytes) + DIVISOR_GPA, np.zeros(4, np.uint8))
+        _poke(
+            self.pid, _ram_address(self.pid, self.memory_bytes) + DIVISOR_GPA, np.zeros(4, np.uint8)
+        )
 
     def thread_seconds(self) -> float:
         """CPU seconds of all threads so far, ended ones too, but the vCPUs'."""

@@ -221,9 +221,11 @@ def run_qemu_path(case: Case, link: Link, binary: Sequence[str], land: str) -> O
             {"capabilities": [{"capability": "events", "state": True}]},
         )
         source.qmp.on_event(
-            lambda e: note(e, "setup")
-            if e.name == "MIGRATION" and e.data.get("status") == "setup"
-            else None
+            lambda e: (
+                note(e, "setup")
+                if e.name == "MIGRATION" and e.data.get("status") == "setup"
+                else None
+            )
         )
         source.qmp.on_event(lambda e: note(e, "stop") if e.name == "STOP" else None)
         destination.qmp.on_event(lambda e: note(e, "resume") if e.name == "RESUME" else None)

@@ -69,7 +69,9 @@ class World:
 
 def test_a_slow_link_turns_compression_on_and_says_why() -> None:
     world = World()
-    for _ in range(2):  # of the first one alone, which may be the connection's start, little is made
+    for _ in range(
+        2
+    ):  # of the first one alone, which may be the connection's start, little is made
         world.interval(12.5e6)
     mask, level = world.sender.set[-1]
     assert mask & forms_mask(["zstd"]) and level >= 1

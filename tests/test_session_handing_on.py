@@ -11,17 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from listener_world import open_files
 from memory_guest import PAGE, MemoryGuest
 from warm_file import stored
 
+from vmth import source_session
 from vmth.channel.interface import StreamSink
 from vmth.channel.reuse import ReuseSource
-from vmth.errors import MigrationError, RefusedError
+from vmth.errors import MigrationError, RefusedError, StreamError
 from vmth.guest import DirtySource, StateStream
-from vmth.handshake import SCOPE_STREAM, Incoming
+from vmth.handshake import HANDED_ON, SCOPE_STREAM, Incoming, hear_handed_on, make_offer
 from vmth.job import MigrationJob
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
@@ -29,7 +31,7 @@ from vmth.qemu import stream as q
 from vmth.source_session import SourceSession
 from vmth.stats import MigrationResult
 from vmth.types import Mapping, RamBlock
-from vmth.wire.messages import Mode
+from vmth.wire.messages import Accept, HandedOn, Message, Mode, Offer, Ping
 
 NAMES = ("ram", "rom")
 NPAGES = 96
@@ -195,12 +197,69 @@ def test_a_proof_that_ends_at_the_stream_says_so_at_both_ends(world: World) -> N
     assert world.made[0].handed_pages() == {"ram": ram, "rom": rom}
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_pages_are_built_on_others_only_where_all_are_held(world: World, in_place: bool) -> None:
-    """``rom`` is handed on in both cases: nothing could be based on it."""
+@pytest.mark.parametrize(
+    ("in_place", "forms"),
+    [
+        (True, ("dedup", "delta", "same", "zero", "zstd")),
+        (False, ("same", "zero", "zstd")),  # nothing is held there
+    ],
+)
+def test_forms_that_build_on_pages_need_some_that_are_held(
+    world: World, in_place: bool, forms: tuple[str, ...]
+) -> None:
     world.options["in_place"] = in_place
     (decision,) = world.move(fixed_forms=True).form_decisions
+    assert decision.forms == forms
+
+
+def test_no_page_is_built_on_one_that_was_handed_on(world: World) -> None:
+    """Both blocks hold the same contents many times: ``rom``, sent first or last, may be copied from
+    ``ram`` but never the other way round, and arrives in every byte."""
+    world.source.pause()
+    ram, rom = world.source.views
+    page = np.frombuffer(np.random.default_rng(7).bytes(PAGE), dtype=np.uint8)
+    for index in range(NPAGES):
+        for view in (ram, rom):
+            view[index * PAGE : (index + 1) * PAGE] = page
+            view[index * PAGE] = index % 3
+    result = world.move(fixed_forms=True)
+    assert result.verified
+    assert world.made[0].in_place() == bytes(ram)
+    assert world.made[0].handed_pages() == {"rom": bytes(rom)}
+    world.source.resume()
+    world.move()  # and again
+
+
+def test_an_older_source_builds_on_nothing_where_pages_are_handed_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not offer to be told, so it must not be trusted to keep away."""
+    monkeypatch.setattr(source_session, "make_offer", _offer_without(HANDED_ON))
+    (decision,) = world.move(fixed_forms=True).form_decisions
     assert decision.forms == ("same", "zero", "zstd")
+
+
+def _offer_without(feature: str) -> Callable[..., Offer]:
+    def make(*args: Any, **kwargs: Any) -> Offer:
+        offer = make_offer(*args, **kwargs)
+        kept = [name for name in offer.features if name != feature]
+        return msgspec.structs.replace(offer, features=kept)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        (HandedOn([0, 2]), r"HandedOn.blocks: received 2, allowed 0 to 1"),
+        (Ping(1), r"received Ping, allowed HandedOn"),
+    ],
+)
+def test_what_a_destination_says_of_blocks_is_checked(told: Message, error: str) -> None:
+    accept = Accept(bytes(16), bytes(16), [HANDED_ON], "x")
+    with pytest.raises(StreamError, match=error):
+        hear_handed_on(lambda: told, accept, 2)
+    assert hear_handed_on(lambda: HandedOn([1]), accept, 2) == [1]
 
 
 @pytest.mark.parametrize("in_place", [True, False])

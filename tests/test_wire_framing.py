@@ -68,6 +68,7 @@ MESSAGES: list[m.Message] = [
     m.Answer(ID, TOKEN, m.AnswerState.RUNNING, "since 12:00"),
     m.Ping(1),
     m.Pong((1 << 64) - 1),
+    m.HandedOn([1, 2, 5]),
     m.ReuseFilter(ID + TOKEN, 4),
     m.ReusePart(5, 4, bytes.fromhex("00000200ffff3a"), True),
     m.RoundDone(3, 256, 12, 5_000_000),
@@ -181,7 +182,7 @@ BAD_FRAMES = [
         f"frame length: received {MAX_BODY_BYTES + 1} bytes, allowed {MAX_BODY_BYTES}",
     ),
     (frame(0x13, b"\x91\x01", reserved=1), "frame reserved bytes: received 0x0001, allowed 0"),
-    (frame(0x17, b""), "message type: received 0x0017, allowed 0x0001 to 0x0016"),
+    (frame(0x18, b""), "message type: received 0x0018, allowed 0x0001 to 0x0017"),
     (frame(0x00, b""), "message type: received 0x0000"),
     (frame(0x13, b"\x91\x01")[:-1] + b"\x02", "frame checksum: received 0x"),
     (frame(0x13, b"\x91\xa1x"), "Ping: Expected `int`, got `str` - at `number`"),
@@ -203,7 +204,7 @@ def test_bad_frames_name_what_was_received_and_allowed(data: bytes, text: str) -
 
 def test_an_error_is_final() -> None:
     decoder = FrameDecoder()
-    decoder.feed(frame(0x17, b""))
+    decoder.feed(frame(0x18, b""))
     for _ in range(2):
         with pytest.raises(StreamError, match="message type"):
             decoder.next_message()
@@ -282,6 +283,17 @@ LIMITS: list[tuple[m.Message, dict[str, Any], str]] = [
     (MESSAGES[14], {"code": 0}, "Abort.code: received 0, allowed 1 (CANCELLED)"),
     (MESSAGES[14], {"reason": "x" * 4097}, "Abort.reason: received 4097 bytes, allowed 0 to 4096"),
     (MESSAGES[17], {"state": 5}, "Answer.state: received 5, allowed 1 (UNKNOWN), 2 (ABORTED)"),
+    (
+        MESSAGES[-4],
+        {"blocks": [1, 1]},
+        "HandedOn.blocks: received 1 after 1, allowed rising, below",
+    ),
+    (
+        MESSAGES[-4],
+        {"blocks": [-1]},
+        "HandedOn.blocks: received -1 after -1, allowed rising, below",
+    ),
+    (MESSAGES[-4], {"blocks": [4096]}, "HandedOn.blocks: received 4096 after -1, allowed rising"),
     (MESSAGES[-3], {"key": b""}, "ReuseFilter.key: received 0 bytes, allowed 32 bytes"),
     (MESSAGES[-3], {"entries": (1 << 26) + 1}, "ReuseFilter.entries: received 67108865, allowed 0"),
     (MESSAGES[-2], {"count": 0, "last": False}, "ReusePart.count: received 0, allowed 1 to 16384"),
@@ -317,7 +329,7 @@ def test_an_offer_too_large_for_a_frame_is_our_mistake() -> None:
             st.binary(max_size=40),
             st.builds(
                 frame,
-                st.sampled_from([*m.MESSAGE_TYPES, 0x17, 0x8002]),
+                st.sampled_from([*m.MESSAGE_TYPES, 0x18, 0x8002]),
                 st.one_of(st.binary(max_size=40), st.just(msgspec.msgpack.encode(m.Ping(5)))),
             ),
             st.sampled_from(MESSAGES).map(FrameEncoder().encode),

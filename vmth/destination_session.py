@@ -40,6 +40,7 @@ from vmth.errors import (
 )
 from vmth.guest import CanAnnounce, CanNote, CanReportPopulated, CanTakePages, Guest
 from vmth.handshake import (
+    HANDED_ON,
     SCOPE_STREAM,
     WIRE_PAGE_BYTES,
     Incoming,
@@ -63,6 +64,7 @@ from vmth.wire.messages import (
     DigestRequest,
     DigestSource,
     Grant,
+    HandedOn,
     HashAlgorithm,
     Message,
     Mismatch,
@@ -231,18 +233,26 @@ class DestinationSession:
             features.append(SCOPE_STREAM)
         record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
+        if HANDED_ON in features:
+            self._control.send(HandedOn(self._handed_on()))
         if REUSE in features:
             for message in filter_messages(self._options.reuse):
                 self._control.send(message)
         self._told.set()
 
     def _features(self, offer: Offer) -> list[str]:
-        """What this release and this guest can take of what is offered. A page can be built on
-        another one only where all of them are held here."""
-        beyond = [*BASED_FORMS] if any(area.hostless for area in self._memory) else []
+        """What this release and this guest can take of what is offered. A page can be built only on
+        one that is held here: the source must know which are not."""
+        handed_on, told = self._handed_on(), HANDED_ON in offer.features
+        none_held = len(handed_on) == len(self._memory)
+        beyond = [*BASED_FORMS] if none_held or (handed_on and not told) else []
         if not self._options.reuse:
             beyond.append(REUSE)
-        return [name for name in common_features(offer) if name not in beyond]
+        features = [name for name in common_features(offer) if name not in beyond]
+        return [*features, HANDED_ON] if handed_on and told else features
+
+    def _handed_on(self) -> list[int]:
+        return [index for index, area in enumerate(self._memory) if area.hostless]
 
     def _call_make_guest(self, incoming: Incoming) -> Guest:
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmth import __version__
@@ -24,10 +24,20 @@ from vmth.wire.framing import (
     PreambleReply,
     PreambleStatus,
 )
-from vmth.wire.messages import Accept, BlockInfo, HashAlgorithm, Offer, Refuse, RefuseCode
+from vmth.wire.messages import (
+    Accept,
+    BlockInfo,
+    HandedOn,
+    HashAlgorithm,
+    Message,
+    Offer,
+    Refuse,
+    RefuseCode,
+)
 
 __all__ = [
     "FEATURES",
+    "HANDED_ON",
     "SCOPE_STREAM",
     "WIRE_PAGE_BYTES",
     "Incoming",
@@ -37,6 +47,7 @@ __all__ = [
     "check_offer",
     "common_features",
     "compare_blocks",
+    "hear_handed_on",
     "make_offer",
     "open_connection",
     "read_exactly",
@@ -49,6 +60,9 @@ FEATURES: tuple[str, ...] = FORM_NAMES
 #: Offered: the source may be let go although guest memory was verified as handed on to the program
 #: that runs the guest, not in that program's memory. Accepted: that is how far the proof reaches.
 SCOPE_STREAM = "scope-stream"
+#: Offered: the source keeps dedup and delta away from blocks that the destination hands on.
+#: Accepted: HandedOn follows and names them. Without it such a destination takes neither form.
+HANDED_ON = "handed-on"
 #: Bits of BlockFlags that a peer must know.
 _CRITICAL_FLAGS = 0xFFFF0000
 _KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
@@ -200,7 +214,7 @@ def make_offer(
             )
             for block in blocks
         ],
-        features=[*_offered(options), *features],
+        features=[*_offered(options), HANDED_ON, *features],
         audit=options.audit,
         peer_timeout_ms=int(options.peer_timeout_s * 1000),
         vmth_version=__version__,
@@ -224,6 +238,21 @@ def accepted_scope(offer: Offer, accept: Accept) -> str:
             f"{', '.join(offer.features) or 'none'}"
         )
     return "stream" if SCOPE_STREAM in accept.features else "memory"
+
+
+def hear_handed_on(receive: Callable[[], Message], accept: Accept, nblocks: int) -> Sequence[int]:
+    """At the source: blocks of which the destination keeps no page, as it tells behind its Accept.
+    Raises StreamError for anything else, and what ``receive`` raises."""
+    if HANDED_ON not in accept.features:
+        return ()
+    told = receive()
+    if not isinstance(told, HandedOn):
+        raise StreamError(f"received {type(told).__name__}, allowed HandedOn")
+    if told.blocks and told.blocks[-1] >= nblocks:
+        raise StreamError(
+            f"HandedOn.blocks: received {told.blocks[-1]}, allowed 0 to {nblocks - 1}"
+        )
+    return told.blocks
 
 
 def common_features(offer: Offer) -> list[str]:

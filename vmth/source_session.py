@@ -54,6 +54,7 @@ from vmth.handshake import (
     WIRE_PAGE_BYTES,
     accepted_scope,
     check_blocks,
+    hear_handed_on,
     make_offer,
     open_connection,
 )
@@ -210,6 +211,8 @@ class SourceSession:
         memory = self._memory = self._resources.enter_context(map_blocks(self._guest.blocks))
         accept = self._offer()
         self._begin_record(directory, accept)
+        assert self._control is not None
+        hear = partial(self._control.receive, ACCEPT_TIMEOUT_S)
         sender = self._sender = NativeSender(
             memory,
             WIRE_PAGE_BYTES,
@@ -219,12 +222,12 @@ class SourceSession:
             forms=agreed_forms(set(accept.features) & set(self._options.forms)),
             dedup_index_bytes=self._options.dedup_index_bytes,
             delta_cache_bytes=self._options.delta_cache_bytes,
+            handed_on=hear_handed_on(hear, accept, len(self._guest.blocks)),
         )
         self._resources.callback(self._close_sender)
         sender.set_bandwidth(self.tuning.bandwidth_bps)
         if REUSE in accept.features:
-            assert self._control is not None
-            hear_filter(partial(self._control.receive, ACCEPT_TIMEOUT_S), sender)
+            hear_filter(hear, sender)
         for index in range(self._options.channels):
             preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
             with open_connection(self._endpoint, self._options.link, preamble, index + 1) as sock:
@@ -237,14 +240,8 @@ class SourceSession:
         )
         self._check_wake()
         self._status = "active"
-        self._emit(
-            Connected(
-                self._clock(),
-                self._endpoint.display,
-                accept.receiver_id.hex(),
-                self._options.channels,
-            )
-        )
+        peer, receiver_id = self._endpoint.display, accept.receiver_id.hex()
+        self._emit(Connected(self._clock(), peer, receiver_id, self._options.channels))
         for what in self._fallbacks:
             self._emit(FellBack(self._clock(), what))
 

@@ -30,7 +30,7 @@ size_t index_bytes(uint64_t allowed, uint64_t npages)
 
 ContentPlaces::ContentPlaces(const GuestMemory &memory, const HashTable &hashes,
                              const KnownLanded &known, uint64_t nbytes)
-    : hashes_(hashes), known_(known), nbytes_(index_bytes(nbytes, memory.total_pages()))
+    : memory_(memory), hashes_(hashes), known_(known), nbytes_(index_bytes(nbytes, memory.total_pages()))
 {
     if (nbytes_ == 0) {
         return;
@@ -75,6 +75,9 @@ void ContentPlaces::queued(uint32_t block, const vmth_run &run) noexcept
 // The entries have no writer: a page is not read again before the barrier behind its packet.
 void ContentPlaces::landed(uint32_t block, const std::vector<vmth_run> &runs)
 {
+    if (memory_.handed_on(block)) {
+        return;
+    }
     if (enabled()) {
         used_.store(true, std::memory_order_relaxed);
     }

@@ -46,13 +46,15 @@ public:
     // The sender's caller: pages of `words`, which start at page `base` (a multiple of 64), are queued.
     void queued(uint32_t block, uint64_t base, const std::vector<uint64_t> &words) noexcept;
     void queued(uint32_t block, const vmth_run &run) noexcept;
-    // A reader: these pages of a packet have landed as the table has them.
+    // A reader: these pages of a packet have landed as the table has them. Those that were handed on
+    // there are no place to copy from.
     void landed(uint32_t block, const std::vector<vmth_run> &runs);
     // The page's worker: its content was `hash`, known landed, and is sent anew.
     void replaced(uint32_t block, uint64_t page, const vmth_u128 &hash) noexcept;
     std::optional<ContentPlace> find(const vmth_u128 &hash) const noexcept;
 
 private:
+    const GuestMemory &memory_;
     const HashTable &hashes_;
     const KnownLanded &known_;
     size_t nbytes_ = 0;

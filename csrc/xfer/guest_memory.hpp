@@ -22,6 +22,7 @@ struct MemoryBlock {
     uint8_t *host;  // address of page 0; nullptr: hostless
     uint64_t npages;
     bool mapped_anew = false;  // for this transfer: its pages are not in this process's page table
+    bool handed_on = false;    // sender: the destination keeps none of its pages, so none is a base
 };
 
 class GuestMemory {
@@ -53,6 +54,7 @@ public:
         return std::accumulate(npages_.begin(), npages_.end(), uint64_t{0});
     }
     bool mapped_anew(size_t block) const noexcept { return blocks_[block].mapped_anew; }
+    bool handed_on(size_t block) const noexcept { return blocks_[block].handed_on; }
     bool hostless(size_t block) const noexcept { return blocks_[block].host == nullptr; }
     // Not for a hostless block.
     uint8_t *host(size_t block, uint64_t page) const noexcept

@@ -88,6 +88,9 @@ void PacketBuilder::begin(uint32_t block, uint32_t round)
     block_ = block;
     round_ = round;
     forms_ = context_.forms.get();
+    if (context_.memory.handed_on(block)) {
+        forms_.mask &= ~form_bit(VMTH_FORM_DELTA);
+    }
     pages_read_ = 0;
     fresh_ = {};
     parts_.begin();

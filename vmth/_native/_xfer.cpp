@@ -193,7 +193,7 @@ py::list channels_of(const std::vector<vmth::ChannelInfo> &infos)
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
             uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms, uint64_t dedup_index_bytes,
-            uint64_t delta_cache_bytes)
+            uint64_t delta_cache_bytes, const std::vector<size_t> &handed_on)
 {
     vmth::SenderOptions options;
     options.hash_seed = hash_seed;
@@ -204,7 +204,14 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     options.forms = forms;
     options.dedup_index_bytes = dedup_index_bytes;
     options.delta_cache_bytes = delta_cache_bytes;
-    return Holder<vmth::Sender>(new vmth::Sender(memory_blocks(blocks), page_bytes, options));
+    std::vector<vmth::MemoryBlock> memory = memory_blocks(blocks);
+    for (const size_t block : handed_on) {
+        if (block >= memory.size()) {
+            throw usage("handed_on: a block beyond the last");
+        }
+        memory[block].handed_on = true;
+    }
+    return Holder<vmth::Sender>(new vmth::Sender(std::move(memory), page_bytes, options));
 }
 
 // (fd, hashes, places, frames) of each file, and the arrays that stay alive as long as they are read.
@@ -390,7 +397,8 @@ void bind_sender(py::module_ &module)
         .def(py::init(&make_sender), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
              py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0,
-             py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20)
+             py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20,
+             py::arg("handed_on") = std::vector<size_t>())
         .def(
             "begin_reuse",
             [](Sender &self, const py::bytes &key, uint64_t entries) {

@@ -142,9 +142,11 @@ class NativeSender(_NativeEnd):
         forms: int = 0,
         dedup_index_bytes: int = 64 << 20,
         delta_cache_bytes: int = 256 << 20,
+        handed_on: Sequence[int] = (),
     ) -> None:
         """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first. The
-        two bounds are of what dedup and delta remember, each beside 16 bytes a page of hashes."""
+        two bounds are of what dedup and delta remember, each beside 16 bytes a page of hashes.
+        ``handed_on``: blocks whose pages the destination does not keep: none is based on those."""
         with _translate:
             native = _xfer.Sender(
                 _areas(memory, page_bytes),
@@ -157,6 +159,7 @@ class NativeSender(_NativeEnd):
                 forms=forms,
                 dedup_index_bytes=dedup_index_bytes,
                 delta_cache_bytes=delta_cache_bytes,
+                handed_on=handed_on,
             )
         # What native threads may read is dropped after the sender that joins them.
         self._native: _xfer.Sender = native

@@ -152,6 +152,15 @@ def _step(value: int, request: m.DigestRequest | m.DigestReply) -> tuple[str, st
     return f"{steps} steps", f"at most {MAX_DIGEST_BYTES // 16}"
 
 
+def _rising_blocks(value: Sequence[int], _: object) -> tuple[str, str] | None:
+    if len(value) > MAX_BLOCKS:
+        return f"{len(value)} blocks", f"at most {MAX_BLOCKS}"
+    for before, block in zip([-1, *value], value, strict=False):
+        if not before < block < MAX_BLOCKS:
+            return f"{block} after {before}", f"rising, below {MAX_BLOCKS}"
+    return None
+
+
 def _part_count(value: int, part: m.ReusePart) -> tuple[str, str] | None:
     """Only a set of nothing has a part of nothing: parts have an end."""
     least = 0 if part.last else 1
@@ -241,6 +250,7 @@ RULES: dict[type[m.Message], dict[str, Check]] = {
     },
     m.Ping: {"number": _U64},
     m.Pong: {"number": _U64},
+    m.HandedOn: {"blocks": _rising_blocks},
     m.ReuseFilter: {"key": size(32, 32), "entries": between(0, MAX_REUSE_ENTRIES)},
     m.ReusePart: {
         "base": _U64,

@@ -28,6 +28,7 @@ __all__ = [
     "DigestRequest",
     "DigestSource",
     "Grant",
+    "HandedOn",
     "HashAlgorithm",
     "Message",
     "Mismatch",
@@ -155,6 +156,13 @@ class Accept(Message, frozen=True):
 class Refuse(Message, frozen=True):
     code: int
     reason: str
+
+
+class HandedOn(Message, frozen=True):
+    """Destination, right after an Accept with the feature ``handed-on``: indexes of the blocks whose
+    pages it hands on to another program. It does not hold them, so no page is based on them."""
+
+    blocks: list[int]
 
 
 class ReuseFilter(Message, frozen=True):
@@ -332,5 +340,6 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     0x0014: Pong,
     0x0015: ReuseFilter,
     0x0016: ReusePart,
+    0x0017: HandedOn,
     0x8001: RoundDone,
 }
