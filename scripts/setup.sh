@@ -88,7 +88,7 @@ install_packages() {
         apt-get install -q -y --no-install-recommends "$@" >&2 </dev/null
 }
 
-# Build and runtime requirements and every extra, one a line.
+# Build and runtime requirements and every extra but the plots of bench/, one a line.
 requirements() {
     "$python" - "$root/pyproject.toml" <<'PY'
 import sys, tomllib
@@ -97,8 +97,8 @@ with open(sys.argv[1], "rb") as file:
     config = tomllib.load(file)
 project = config["project"]
 wanted = [*config["build-system"]["requires"], *project["dependencies"]]
-for extra in project["optional-dependencies"].values():
-    wanted += extra
+for name, extra in project["optional-dependencies"].items():
+    wanted += extra if name != "bench" else []
 print("\n".join(dict.fromkeys(wanted)))
 PY
 }
