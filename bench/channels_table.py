@@ -35,8 +35,16 @@ def move(
     vmth = (sys.executable, "-m", "vmth", "demo", "--insecure")
     with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
         there = subprocess.Popen(
-            [*hosts.destination, *vmth, "--receive", f"tcp:0.0.0.0:{PORT}"]
-            + ["--state-dir", f"{directory}/d", "--run-on", "0s"],
+            [
+                *hosts.destination,
+                *vmth,
+                "--receive",
+                f"tcp:0.0.0.0:{PORT}",
+                "--state-dir",
+                f"{directory}/d",
+                "--run-on",
+                "0s",
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -45,11 +53,28 @@ def move(
             if "listening" in line:
                 break
         said = subprocess.run(
-            [*hosts.source, *vmth, "--send", f"tcp:{hosts.address}:{PORT}", "--json"]
-            + ["--memory", f"{mib}MiB", "--content", "random=100", "--seed", "1"]
-            + ["--forms", "zero"]
-            + ["--channels", str(len(addresses)), "--bind", ",".join(addresses)]
-            + ["--state-dir", f"{directory}/s", *options],
+            [
+                *hosts.source,
+                *vmth,
+                "--send",
+                f"tcp:{hosts.address}:{PORT}",
+                "--json",
+                "--memory",
+                f"{mib}MiB",
+                "--content",
+                "random=100",
+                "--seed",
+                "1",
+                "--forms",
+                "zero",
+                "--channels",
+                str(len(addresses)),
+                "--bind",
+                ",".join(addresses),
+                "--state-dir",
+                f"{directory}/s",
+                *options,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

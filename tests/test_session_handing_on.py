@@ -213,8 +213,8 @@ def test_forms_that_build_on_pages_need_some_that_are_held(
 
 
 def test_no_page_is_built_on_one_that_was_handed_on(world: World) -> None:
-    """Both blocks hold the same contents many times: ``rom``, sent first or last, may be copied from
-    ``ram`` but never the other way round, and arrives in every byte."""
+    """Both blocks hold the same contents many times: ``rom``, sent first or last, may be copied
+    from ``ram`` but never the other way round, and arrives in every byte."""
     world.source.pause()
     ram, rom = world.source.views
     page = np.frombuffer(np.random.default_rng(7).bytes(PAGE), dtype=np.uint8)

@@ -199,8 +199,16 @@ def test_two_links_carry_what_their_rates_allow(tmp_path: Path) -> None:
 def _moves_between(hosts: Any, folder: Path) -> dict[str, Any]:
     command = (sys.executable, "-m", "vmth", "demo", "--guest", "process", "--insecure")
     there = subprocess.Popen(
-        [*hosts.destination, *command, "--receive", "tcp:0.0.0.0:4444"]
-        + ["--run-on", "0s", "--state-dir", str(folder / "d")],
+        [
+            *hosts.destination,
+            *command,
+            "--receive",
+            "tcp:0.0.0.0:4444",
+            "--run-on",
+            "0s",
+            "--state-dir",
+            str(folder / "d"),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -211,10 +219,29 @@ def _moves_between(hosts: Any, folder: Path) -> dict[str, Any]:
                 if "listening" in line:
                     break
             said = subprocess.run(
-                [*hosts.source, *command, "--send", f"tcp:{hosts.address}:4444", "--json"]
-                + ["--memory", "64MiB", "--content", "random=100", "--workload", "idle"]
-                + ["--forms", "zero", "--channels", "2", "--bind", ",".join(hosts.local_addresses)]
-                + ["--warm-up", "0s", "--state-dir", str(folder / "s")],
+                [
+                    *hosts.source,
+                    *command,
+                    "--send",
+                    f"tcp:{hosts.address}:4444",
+                    "--json",
+                    "--memory",
+                    "64MiB",
+                    "--content",
+                    "random=100",
+                    "--workload",
+                    "idle",
+                    "--forms",
+                    "zero",
+                    "--channels",
+                    "2",
+                    "--bind",
+                    ",".join(hosts.local_addresses),
+                    "--warm-up",
+                    "0s",
+                    "--state-dir",
+                    str(folder / "s"),
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
                 timeout=100,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options

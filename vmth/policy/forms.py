@@ -75,8 +75,8 @@ LINK_INTERVALS = 4
 LEAST_INTERVALS = 3
 #: A connection begins slowly: a link is known once the workers have waited for it so often.
 LEAST_WAITS = 2
-#: A link that may have grown is asked again after so many intervals of busy workers for each in which
-#: they waited for it, but not more than MOST_WAITS count.
+#: A link that may have grown is asked again after so many intervals of busy workers for each in
+#: which they waited for it, but not more than MOST_WAITS count.
 STALE_AFTER = 4
 MOST_WAITS = 10
 #: Intervals with fewer non-zero pages than this teach nothing.

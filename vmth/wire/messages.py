@@ -159,8 +159,8 @@ class Refuse(Message, frozen=True):
 
 
 class HandedOn(Message, frozen=True):
-    """Destination, right after an Accept with the feature ``handed-on``: indexes of the blocks whose
-    pages it hands on to another program. It does not hold them, so no page is based on them."""
+    """Destination, right after an Accept with the feature ``handed-on``: indexes of the blocks
+    whose pages it hands on to another program. It does not hold them: no page is based on them."""
 
     blocks: list[int]
 
