@@ -155,7 +155,7 @@ def test_before_qemu_6_1_the_backend_says_whether_it_is_shared(world: World, sha
     if share:
         assert lands_in(world.choose(Land.MEMORY), fd)
     else:
-        with pytest.raises(RefusedError, match="'pc.ram' is not shared"):
+        with pytest.raises(RefusedError, match=r"'pc\.ram' is not shared"):
             world.choose(Land.MEMORY)
 
 

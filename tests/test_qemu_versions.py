@@ -43,7 +43,20 @@ def goes_on(world: World, there: Machine, here: Machine, land: str, *options: st
     here.run()
 
 
-@pytest.mark.parametrize(("home", "away"), list(itertools.product(VERSIONS, repeat=2)))
+#: QEMU 11.1 itself refuses the virtio-rng of a 10.0 (docs/qemu.md).
+REFUSED_BY_QEMU = {("10.0", "11.1")}
+PAIRS = [
+    pytest.param(
+        *pair,
+        marks=pytest.mark.xfail(
+            pair in REFUSED_BY_QEMU, reason="QEMU 11.1 refuses that guest", strict=True
+        ),
+    )
+    for pair in itertools.product(VERSIONS, repeat=2)
+]
+
+
+@pytest.mark.parametrize(("home", "away"), PAIRS)
 def test_a_guest_goes_there_and_back(home: str, away: str) -> None:
     first, second = version(home), version(away)
     with World(IDLE, (first, second)) as world:
