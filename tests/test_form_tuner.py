@@ -79,6 +79,15 @@ def test_a_slow_link_turns_compression_on_and_says_why() -> None:
     assert "us of CPU" in world.told[-1].reason and world.told[-1].after_ns > 0
 
 
+def test_a_cap_is_heeded_before_anything_is_measured() -> None:
+    world = World()
+    world.cap_bps = 12_500_000
+    with world.tuner:
+        mask, _ = world.sender.set[0]
+        assert mask & forms_mask(["zstd"])
+        assert "12.5 MB/s" in world.told[0].reason
+
+
 def test_a_choice_that_stays_is_told_once() -> None:
     world = World()
     for _ in range(50):

@@ -67,6 +67,39 @@ def test_settles_near_the_best_rung(mbit: int, costs: tuple[tuple[int, int], ...
     assert reached(world, used[20:]) > 0.93, used
 
 
+#: What the content of a long first round costs on each rung, by kind of memory.
+FILES = (
+    *((900, 4160), (1200, 4100), (1900, 4100)),
+    *((14_000, 1700), (22_000, 1600), (50_000, 1500), (80_000, 1480)),
+)
+STANDARD = (
+    *((900, 4160), (1200, 3290), (1900, 3290)),
+    *((9500, 2300), (13_500, 2200), (30_000, 2130), (45_000, 2110)),
+)
+
+
+@pytest.mark.parametrize("workers,cores", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("mbit", [100, 1000])
+@pytest.mark.parametrize("costs", [STANDARD, FILES, NOISE])
+def test_is_within_a_twentieth_of_the_best_fixed_set(
+    costs: tuple[tuple[int, int], ...], mbit: int, workers: int, cores: int
+) -> None:
+    world = World(costs, mbit * 1e6 / 8, workers=workers, cores=cores)
+    used = run(world, 200)
+    assert reached(world, used) > 0.95, used
+
+
+def test_a_choice_at_the_edge_of_the_link_does_not_swing() -> None:
+    """The workers are nearly as slow as the link: what is acknowledged says nothing new of it."""
+    used = run(World(FILES, 125e6))
+    assert len(set(used[10:])) == 1, used
+
+
+def test_under_a_cap_the_first_packets_compress() -> None:
+    assert FormChooser(ALL).first(12_500_000, 1).level > 0
+    assert FormChooser(ALL).first(0, 1).forms == {"zero"}
+
+
 def test_at_memory_speed_pages_go_as_they_are() -> None:
     used = run(World(MIXED, 1e12))
     assert set(used[5:]) == {0}

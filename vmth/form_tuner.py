@@ -96,6 +96,10 @@ class FormTuner:
         if self._fixed_level is not None:
             self._set(self._allowed, self._fixed_level, "as asked for")
         elif self._allowed - _ALWAYS:
+            limit_bps = self._limit_bps()
+            if limit_bps:
+                choice = self._chosen = self._chooser.first(limit_bps, self._workers)
+                self._set(choice.forms, choice.level, choice.reason)
             self._thread.start()
         return self
 

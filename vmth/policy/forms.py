@@ -17,7 +17,8 @@ Costs are those measured in this migration; what was not tried yet is taken from
 a rung compares with the one that was. The link is what acknowledged bytes and the cap tell: while
 the workers wait for it, it is what they reach; while they do not, it carries more than that, and
 a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
-something better: there compression stays on as long as it costs nothing.
+something better: there compression stays on as long as it costs nothing, and its level rises while
+cores would idle and bytes are saved. Under a cap the first packets are chosen by the priors.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ WORTH_A_CHANGE = 1.05
 BUSY_SHARE = 0.85
 #: Workers that could do so many times what the link takes have time to look for something better.
 HEADROOM = 1.25
+#: On links this slow, time that nobody else wants is spent on higher levels for as little as this.
+#: On faster ones a level that costs nothing here may be too dear for the content that comes next.
+SLOWEST_LINK_BPS = 4e7
+WORTH_IDLE_TIME = 1.02
 #: On faster links a look at a page costs about as long as sending it: it must have shown its worth.
 SLOW_LINK_BPS = 3e8
 #: A share of a core is always had.
@@ -79,6 +84,9 @@ LEAST_WAITS = 2
 #: which they waited for it, but not more than MOST_WAITS count.
 STALE_AFTER = 4
 MOST_WAITS = 10
+#: So much later where what lands is not less than the known link divided by this.
+PATIENCE = 8
+MOST_BELOW = 1.4
 #: Intervals with fewer non-zero pages than this teach nothing.
 MIN_PAGES = 64
 #: Every so many intervals another rung is tried: a cheaper one to see what the link carries, while
@@ -152,6 +160,18 @@ class FormChooser:
     def __post_init__(self) -> None:
         self.rungs = _rungs(self.allowed)
 
+    def first(self, limit_bps: int, workers: int) -> FormChoice:
+        """Before anything is measured: under a cap what the priors make of it, else the cheapest.
+        ``workers`` are taken to have a core each at most half the time: the other end needs one."""
+        if limit_bps:
+            view = FormsView(1, FormCost(0, 0, 0), 0.0, limit_bps, workers, workers / 2)
+            rates = self.rates(view)
+            self._at = self._best(rates, view)
+            rung = self.rungs[self._at]
+            return FormChoice(rung, f"{rung.name}: begun under a cap of {limit_bps / 1e6:.1f} MB/s")
+        rung = self.rungs[self._at]
+        return FormChoice(rung, f"{rung.name}: begun without a cap, 0 pages measured")
+
     def choose(self, view: FormsView) -> FormChoice:
         """At the end of every interval, a fraction of a second long."""
         self._intervals += 1
@@ -187,14 +207,23 @@ class FormChooser:
         best = max(range(len(rates)), key=lambda at: rates[at])
         while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
             best -= 1
+        free = best
         if self._link_is_known and self._link_bps < SLOW_LINK_BPS:
-            while best + 1 < len(rates) and self.rungs[best].level == 0:
-                if self._by_cpu(best + 1, view) < HEADROOM * rates[best]:
-                    break
-                best += 1
-        if rates[best] <= rates[self._at] * WORTH_A_CHANGE and best > self._at:
-            return best if self._link_is_known and self.rungs[self._at].level == 0 else self._at
+            while free + 1 < len(rates) and self._is_free(free + 1, rates, view):
+                free += 1
+        if free > best:
+            return free
+        if best > self._at and rates[best] <= rates[self._at] * WORTH_A_CHANGE:
+            return self._at
         return best
+
+    def _is_free(self, up: int, rates: Sequence[float], view: FormsView) -> bool:
+        """Whether the workers have the time for that rung, and something may come of it."""
+        if self.rungs[up - 1].level > 0 and (
+            self._link_bps > SLOWEST_LINK_BPS or rates[up] < WORTH_IDLE_TIME * rates[up - 1]
+        ):
+            return False
+        return self._by_cpu(up, view) >= HEADROOM * rates[up - 1]
 
     def _by_cpu(self, at: int, view: FormsView) -> float:
         """Pages a second that the workers could do on that rung."""
@@ -250,8 +279,10 @@ class FormChooser:
         # It carries at least what lands; how much more cannot be seen from here.
         self._busy_intervals += 1
         self._link_bps = max(self._link_bps, landed_bps)
-        if self._busy_intervals > STALE_AFTER * self._waits:
+        near = landed_bps * MOST_BELOW > self._link_bps  # both may be the limit: no hint at more
+        if self._busy_intervals > STALE_AFTER * self._waits * (PATIENCE if near else 1):
             self._link_is_known = False
+            self._busy_intervals = 0
 
     def _costs(self) -> list[tuple[float, float]]:
         """(CPU ns, wire bytes) a non-zero page of each rung: as measured, or from the nearest rung
