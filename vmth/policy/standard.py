@@ -5,6 +5,7 @@
     no page dirty                        -> switch over
     forecast fits the downtime limit     -> switch over, after at most three short rounds
     timeout passed                       -> on_stall: pause switches over, the others give up
+    throttled, and too much or too little -> throttle anew
     two rounds without shrinking         -> say what would converge, then on_stall
     otherwise                            -> another round
 
@@ -28,6 +29,7 @@ from vmth.policy.forecast import (
     forecast_downtime,
 )
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
+from vmth.policy.throttle import THROTTLE_MAX_PERCENT, first_touch_pps, next_percent
 from vmth.units import format_duration, format_rate, format_size
 
 __all__ = ["StandardPolicy"]
@@ -44,12 +46,11 @@ EXTRA_SHRINKS_TO = 0.5
 EXTRA_SAVES_NS = 2 * ROUND_NS
 #: Margin on bandwidth over dirty rate: at 1.0 rounds never get shorter.
 CONVERGE_MARGIN = 1.25
+#: Share of an unknown working set that the largest dirty set is taken for.
+UNKNOWN_SHARE = 0.86
 #: A last set this many times larger than forecast is another workload.
 RECHECK_FACTOR = 2
 MAX_FAILED_RECHECKS = 3
-THROTTLE_INITIAL_PERCENT = 20
-THROTTLE_STEP_PERCENT = 10
-THROTTLE_MAX_PERCENT = 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,12 @@ class _Verdict:
 
 
 class StandardPolicy:
-    """See the module. One object a job: it counts the extra rounds it asked for."""
+    """See the module. One object a job: it counts the extra rounds it asked for, and remembers the
+    working set that it saw before it slowed the guest down."""
 
     def __init__(self) -> None:
         self._extra_rounds = 0
+        self._working_set_pages = math.inf
 
     def decide(self, view: RoundView) -> Decision:
         expected = forecast_downtime(view)
@@ -79,6 +82,9 @@ class StandardPolicy:
             return self._at_timeout(view, expected)
         if fits:
             return self._on_stall(view, expected, f"{view.failed_rechecks} pauses were taken back")
+        if view.throttle_percent and (percent := self._throttle(view)) != view.throttle_percent:
+            why = "the guest dirties " + ("too much" if percent > view.throttle_percent else "less")
+            return _throttling(view, expected, _verdict(view), percent, why)
         if _stalled(view):
             return self._on_stall(view, expected, "the dirty set does not shrink")
         return Decision(Action.CONTINUE, _shown(view, expected), expected)
@@ -157,10 +163,41 @@ class StandardPolicy:
                 expected,
                 verdict,
             )
-        percent = _next_throttle(view.throttle_percent)
-        return _decision(
-            Action.THROTTLE, f"{text}; throttling by {percent} %", expected, verdict, percent
+        if not view.throttle_percent:
+            self._working_set_pages = _working_set(view)
+        # A stall says that the present throttle is not enough, whatever the rate seems to be.
+        percent = max(self._throttle(view), view.throttle_percent + 1)
+        return _throttling(view, expected, verdict, percent, why)
+
+    def _throttle(self, view: RoundView) -> int:
+        """What holds the guest just below the link, judged by the last round."""
+        last = view.rounds[-1]
+        measured_pps = first_touch_pps(
+            max(1, last.dirty_pages), last.duration_ns / NS, self._working_set_pages
         )
+        wanted_pps = bandwidth_bps(view) / bytes_per_page(view) / CONVERGE_MARGIN
+        return next_percent(view.throttle_percent, measured_pps, wanted_pps)
+
+
+def _working_set(view: RoundView) -> float:
+    """Of a guest whose sets do not shrink. Where rounds are too much alike to tell, the sets may be
+    all that it writes to, or one that grows with time: in between lies a factor of two."""
+    fitted = fit_dirty_model(view.rounds).working_set_pages
+    largest = max(round_.dirty_pages for round_ in view.rounds)
+    return fitted if math.isfinite(fitted) else largest / UNKNOWN_SHARE
+
+
+def _throttling(
+    view: RoundView, expected: Forecast, verdict: _Verdict, percent: int, why: str
+) -> Decision:
+    return _decision(
+        Action.THROTTLE,
+        f"{why}; {_shown(view, expected)}; {verdict.text}; throttling by {percent} % to hold the "
+        f"dirty rate below {format_rate(verdict.needed_dirty_rate_bps)}",
+        expected,
+        verdict,
+        percent,
+    )
 
 
 def _decision(
@@ -174,12 +211,6 @@ def _decision(
         needed_bandwidth_bps=verdict.needed_bandwidth_bps,
         needed_dirty_rate_bps=verdict.needed_dirty_rate_bps,
     )
-
-
-def _next_throttle(percent: int) -> int:
-    if percent < THROTTLE_INITIAL_PERCENT:
-        return THROTTLE_INITIAL_PERCENT
-    return min(percent + THROTTLE_STEP_PERCENT, THROTTLE_MAX_PERCENT)
 
 
 def _timed_out(view: RoundView) -> bool:

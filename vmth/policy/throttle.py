@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a guest is slowed down so that it dirties memory just below what the link carries.
+
+    dirty rate          |----- held -----|
+    0                  0.75             1.05  x wanted,  wanted = link / margin
+       give back  <---  |                |  ---> take more
+
+A throttle of p percent lets a guest run for (100 - p) % of the time. What that does to its dirty
+rate is not known: a guest that idles anyway hardly notices. So the share that it may run is scaled
+by wanted rate / measured rate, after every round anew, until the measured rate is where it should
+be; inside the band nothing is changed, so that noise does not make it swing.
+
+The rate is that of first touches, which decides whether rounds get shorter: a round that dirtied
+much of the working set has seen fewer distinct pages than writes (vmth/policy/forecast.py). Pure.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["THROTTLE_MAX_PERCENT", "first_touch_pps", "next_percent"]
+
+THROTTLE_MAX_PERCENT = 99
+#: Shares of the wanted rate between which the throttle stays as it is.
+HELD_FROM, HELD_TO = 0.75, 1.05
+#: A round that dirtied nearly all of the working set tells a lower bound only: that of this share.
+SATURATED = 0.98
+
+
+def first_touch_pps(dirty_pages: float, duration_s: float, working_set_pages: float) -> float:
+    """Pages/s while nothing is dirty yet, of a round that left ``dirty_pages`` distinct ones;
+    ``working_set_pages`` may be infinite."""
+    if math.isinf(working_set_pages) or working_set_pages <= 0:
+        return dirty_pages / duration_s
+    share = min(dirty_pages / working_set_pages, SATURATED)
+    return -math.log1p(-share) * working_set_pages / duration_s
+
+
+def next_percent(percent: int, measured_pps: float, wanted_pps: float) -> int:
+    """The throttle of the next round, 0 to THROTTLE_MAX_PERCENT, after one at ``percent``. Rates
+    are first touches a second; both positive."""
+    if HELD_FROM * wanted_pps <= measured_pps <= HELD_TO * wanted_pps:
+        return percent
+    run = (100 - percent) * wanted_pps / measured_pps
+    return min(max(0, 100 - math.floor(run)), THROTTLE_MAX_PERCENT)
