@@ -78,7 +78,7 @@ STANDARD = (
 )
 
 
-@pytest.mark.parametrize("workers,cores", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("workers", "cores"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 4)])
 @pytest.mark.parametrize("mbit", [100, 1000])
 @pytest.mark.parametrize("costs", [STANDARD, FILES, NOISE])
 def test_is_within_a_twentieth_of_the_best_fixed_set(
