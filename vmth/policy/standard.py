@@ -7,6 +7,7 @@
     timeout passed                       -> on_stall: pause switches over, the others give up
     throttled, and too much or too little -> throttle anew
     two rounds without shrinking         -> say what would converge, then on_stall
+    the model says they never will do    -> say so; on_stall=throttle acts
     otherwise                            -> another round
 
 A stall with ``on_stall=pause`` and no timeout goes on for ever, and says so in every reason. After
@@ -46,6 +47,10 @@ EXTRA_SHRINKS_TO = 0.5
 EXTRA_SAVES_NS = 2 * ROUND_NS
 #: Margin on bandwidth over dirty rate: at 1.0 rounds never get shorter.
 CONVERGE_MARGIN = 1.25
+#: The full pass, and two that resend: what forms pages take is known only then.
+ROUNDS_FOR_A_MODEL = 3
+#: A model is believed where it leads so many times beyond the limit.
+SURELY_BEYOND = 1.5
 #: Share of an unknown working set that the largest dirty set is taken for.
 UNKNOWN_SHARE = 0.86
 #: A last set this many times larger than forecast is another workload.
@@ -87,6 +92,14 @@ class StandardPolicy:
             return _throttling(view, expected, _verdict(view), percent, why)
         if _stalled(view):
             return self._on_stall(view, expected, "the dirty set does not shrink")
+        settles_at = _settles_at(view)
+        if forecast_downtime(view, settles_at).total_ns > SURELY_BEYOND * view.downtime_limit_ns:
+            why = f"the dirty set will not get below {format_size(settles_at * view.page_bytes)}"
+            if view.on_stall is OnStall.THROTTLE and view.can_throttle and not view.throttle_percent:
+                return self._on_stall(view, expected, why)
+            verdict = _verdict(view)
+            text = f"{why}; {_shown(view, expected)}; {verdict.text}"
+            return _decision(Action.CONTINUE, text, expected, verdict)
         return Decision(Action.CONTINUE, _shown(view, expected), expected)
 
     def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
@@ -177,6 +190,22 @@ class StandardPolicy:
         )
         wanted_pps = bandwidth_bps(view) / bytes_per_page(view) / CONVERGE_MARGIN
         return next_percent(view.throttle_percent, measured_pps, wanted_pps)
+
+
+def _settles_at(view: RoundView) -> int:
+    """Pages that rounds get down to and no further, by the dirty model: the x with
+    x = W (1 - e^(-u x / W)), where u is first touches over what the link carries. 0 where they
+    shrink to nothing, and where the rounds so far do not tell."""
+    if len(view.rounds) < ROUNDS_FOR_A_MODEL:
+        return 0
+    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttle_percent else view.rounds)
+    u = model.first_touch_pps * bytes_per_page(view) / bandwidth_bps(view)
+    if not (math.isfinite(u) and math.isfinite(model.working_set_pages)) or u <= 1:
+        return 0
+    share = 1.0
+    for _ in range(100):
+        share = -math.expm1(-u * share)
+    return round(share * model.working_set_pages)
 
 
 def _working_set(view: RoundView) -> float:
