@@ -13,6 +13,7 @@ import pytest
 import qemu_streams as s
 from outgoing_world import FakeSource, drain
 from qemu_process import MEMORY_BYTES, RAM_ID, Qemu, fill
+from waiting import wait_until
 
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError
 from vmth.qemu import outgoing
@@ -227,7 +228,7 @@ def test_a_real_qemu_waits_for_shut_and_completes(tmp_path: Path, channels: int)
             assert source.execute("query-migrate")["status"] in ("active", "device")
             stream.shut(0)
             source.wait_migrated()
-            assert source.status() == "postmigrate"
+            wait_until(lambda: source.status() == "postmigrate")  # after the event, in its own time
     assert q.description_at_end(opaque(events)) is not None
     arrived = bytearray(MEMORY_BYTES)
     for (idstr, page), data in pages_of(events).items():

@@ -4,6 +4,7 @@ afterwards."""
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -96,6 +97,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
+    gc.collect()  # what tests before this one left to the collector
     before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
     world = World(tmp_path)
     yield world

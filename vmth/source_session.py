@@ -235,13 +235,13 @@ class SourceSession:
         self._resources.enter_context(
             ProgressWatch(sender, self._options.peer_timeout_s, self._peer_lost)
         )
-        self._tuner = self._resources.enter_context(
-            tuner_for(sender, self._options, accept.features, self.tuning, self._clock, self._emit)
-        )
         self._check_wake()
         self._status = "active"
         peer, receiver_id = self._endpoint.display, accept.receiver_id.hex()
         self._emit(Connected(self._clock(), peer, receiver_id, self._options.channels))
+        self._tuner = self._resources.enter_context(
+            tuner_for(sender, self._options, accept.features, self.tuning, self._clock, self._emit)
+        )
         for what in self._fallbacks:
             self._emit(FellBack(self._clock(), what))
 

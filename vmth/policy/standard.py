@@ -95,7 +95,11 @@ class StandardPolicy:
         settles_at = _settles_at(view)
         if forecast_downtime(view, settles_at).total_ns > SURELY_BEYOND * view.downtime_limit_ns:
             why = f"the dirty set will not get below {format_size(settles_at * view.page_bytes)}"
-            if view.on_stall is OnStall.THROTTLE and view.can_throttle and not view.throttle_percent:
+            if (
+                view.on_stall is OnStall.THROTTLE
+                and view.can_throttle
+                and not view.throttle_percent
+            ):
                 return self._on_stall(view, expected, why)
             verdict = _verdict(view)
             text = f"{why}; {_shown(view, expected)}; {verdict.text}"
