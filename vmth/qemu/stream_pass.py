@@ -57,6 +57,8 @@ ROUNDS_KEPT = 1000
 MIN_AHEAD_BYTES = 256 << 10
 START_AHEAD_BYTES = 4 << 20
 MIN_WINDOW_BYTES = 256 << 10
+#: An idle guest is stopped with all of this still under way.
+MOST_QUEUED_NS = 8_000_000
 #: A round's bandwidth is believed when it has lasted so long.
 MEASURED_NS = 20_000_000
 #: Hashes that are looked at together: 1 MiB of them.
@@ -265,9 +267,9 @@ class StreamPass:
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
             del self.rounds[1]
-        if stopped:
+        if stopped or self.helm.stopped_ns is not None:
             tools.emit(RoundFinished(tools.clock(), stats, None))
-            return
+            return  # nothing is left to decide, and the guest waits
         decision = tools.policy.decide(self._view())
         self.rounds[-1] = replace(stats, expected_downtime_ns=decision.forecast.total_ns)
         tools.emit(RoundFinished(tools.clock(), self.rounds[-1], decision))
@@ -343,15 +345,16 @@ class StreamPass:
             self._stop_now()
 
     def _bound_ahead(self, now_ns: int) -> None:
-        """What is queued here at the pause is downtime: at most a tenth of the limit beyond what
-        the link needs (bandwidth x RTT)."""
+        """What is queued here at the pause is downtime: at most a tenth of the limit, and no more than
+        MOST_QUEUED_NS, beyond what the link needs (bandwidth x RTT)."""
         lasted_ns = now_ns - self._round_started_ns
         if lasted_ns < MEASURED_NS:
             return
         counters = self.tools.sender.counters()
         bps = (counters.acked_bytes - self._before.acked_bytes) * _SECOND_NS / lasted_ns
         bps = max([bps, *(stats.bandwidth_bps for stats in self.rounds[-4:])])
-        room_ns = counters.rtt_ns + self.tools.tuning.downtime_limit_ns // 10
+        queued_ns = min(self.tools.tuning.downtime_limit_ns // 10, MOST_QUEUED_NS)
+        room_ns = counters.rtt_ns + queued_ns
         room_bytes = int(bps * room_ns / _SECOND_NS)
         self.tools.sender.set_window(max(MIN_WINDOW_BYTES, room_bytes))
         self._ahead_limit_bytes = max(MIN_AHEAD_BYTES, room_bytes)
