@@ -25,7 +25,15 @@ from dataclasses import asdict
 from typing import Any
 
 from versus_link import Link, make_link
-from versus_runs import Case, Outcome, QemuMode, run_core, run_qemu, run_qemu_path
+from versus_runs import (
+    Case,
+    Outcome,
+    QemuMode,
+    run_core,
+    run_core_warm,
+    run_qemu,
+    run_qemu_path,
+)
 
 MIB = 1 << 20
 MIX = "zero=30,dup=15,files=35,random=20"
@@ -81,6 +89,8 @@ def ways(qemu: Sequence[str]) -> dict[str, Callable[[Case, Link], Outcome]]:
         )
     for name, options in CORE_WAYS.items():
         found[name] = lambda case, link, options=options: run_core(case, link, options)
+    warm = ("--channels", "2")
+    found["vmth, warm return"] = lambda case, link: run_core_warm(case, link, warm)
     return found
 
 

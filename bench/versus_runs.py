@@ -280,13 +280,18 @@ def run_qemu_path(case: Case, link: Link, binary: Sequence[str], land: str) -> O
 # -- vmth's core: the guest of the demo, whose memory the mover maps
 
 
-def run_core(case: Case, link: Link, options: Sequence[str]) -> Outcome:
+def run_core(
+    case: Case, link: Link, options: Sequence[str], receive_options: Sequence[str] = ()
+) -> Outcome:
     """``vmth demo --send`` and ``--receive`` in the two hosts."""
     python = (sys.executable, "-m", "vmth", "demo", "--json", "--insecure")
     with tempfile.TemporaryDirectory(prefix="versus-state-") as state:
         uri = f"tcp:{link.address}:{PORT}"
         receiver = subprocess.Popen(
-            [*link.destination, *python, "--receive", uri, "--state-dir", f"{state}/b"],
+            [
+                *(*link.destination, *python, "--receive", uri, "--state-dir", f"{state}/b"),
+                *receive_options,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
@@ -327,6 +332,26 @@ def run_core(case: Case, link: Link, options: Sequence[str]) -> Outcome:
             cpu_s=_mover_seconds(told, "source") + _mover_seconds(other, "destination"),
             detail=_detail(told),
         )
+
+
+def run_core_warm(case: Case, link: Link, options: Sequence[str]) -> Outcome:
+    """The destination has the memory that the same guest, run before, left there: all but what the
+    workload has written since is found in that file. Keeping and indexing it is not timed."""
+    vmth = (sys.executable, "-m", "vmth")
+    with tempfile.TemporaryDirectory(prefix="versus-warm-", dir="/var/tmp") as folder:
+        kept = f"{folder}/memory"
+        _quietly(
+            *(*vmth, "demo", "--memory", str(case.memory_bytes), "--content", case.content),
+            *("--workload", case.workload, "--seed", str(case.seed), "--warm-up", "0s"),
+            *("--dirty-rate", f"{case.rate_bps}", "--working-set", f"{case.working_set_bytes}"),
+            *("--run-on", "0s", "--mode", "cold", "--forms", "zero", "--keep-image", kept),
+        )
+        _quietly(*vmth, "index", kept)
+        return run_core(case, link, options, ("--reuse", kept))
+
+
+def _quietly(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _detail(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,6 @@ from __future__ import annotations
 import pytest
 
 KEPT = {
-    "test_qemu_keep_image.py": (
-        "test_a_qemu_leaves_its_memory_behind[False]",
-        "test_a_guest_that_comes_back_brings_what_changed[memory]",
-    ),
     "test_qemu_kill.py": (
         "test_the_source_vmth_dies[hold the guest]",
         "test_the_source_vmth_dies[send Grant]",

@@ -345,8 +345,8 @@ class StreamPass:
             self._stop_now()
 
     def _bound_ahead(self, now_ns: int) -> None:
-        """What is queued here at the pause is downtime: at most a tenth of the limit, and no more than
-        MOST_QUEUED_NS, beyond what the link needs (bandwidth x RTT)."""
+        """What is queued here at the pause is downtime: at most a tenth of the limit, and no more
+        than MOST_QUEUED_NS, beyond what the link needs (bandwidth x RTT)."""
         lasted_ns = now_ns - self._round_started_ns
         if lasted_ns < MEASURED_NS:
             return
