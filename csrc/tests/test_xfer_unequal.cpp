@@ -111,8 +111,14 @@ void test_every_page_goes_once_over_unequal_channels()
             memset(pair.source.page(5000), 0, 5000 * page_bytes);
             pair.sender->set_window(round == 2 ? 4 << 20 : 0);
             pair.send_all(round);
-            while (!pair.sender->barrier(round, 1000000)) {
-                gate.give(64 * 1024);  // what the slow one holds may go on when the fast ones are done
+            uint64_t landed = 0;
+            while (!pair.sender->barrier(round, 20000000)) {
+                // What the slow one holds may go on when the fast ones are done: nothing lands then.
+                const uint64_t now = pair.sender->counters().acked_bytes.get();
+                if (now == landed) {
+                    gate.give(256 * 1024);
+                }
+                landed = now;
             }
             T_CHECK(pair.same());
         }
