@@ -184,6 +184,5 @@ def test_a_real_qemu_gets_them_back_after_a_cancel(tmp_path: Path, side: str) ->
                 assert qmp.wait_event(lambda event: event.data.get("status") == "active", 60)
                 qmp.execute("migrate_cancel")
                 assert settings.restore() == []
-        # QEMU shuts its own connection down, and may take that for the end's reason.
-        assert migration_status(qmp) in ("cancelled", "failed")
+        assert migration_status(qmp) == "cancelled"
         assert (capabilities_of(qmp), parameters_of(qmp)) == before
