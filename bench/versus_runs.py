@@ -361,6 +361,8 @@ def _detail(told: Mapping[str, Any]) -> dict[str, Any]:
         "exit_code": told["exit_code"],
         "error": told.get("error"),
         "fallbacks": told.get("fallbacks", []),
+        "forecast": told.get("forecast"),
+        "downtime_parts_ms": told.get("downtime_parts_ms"),
     }
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vmth.policy import Action, Decision, OnStall, Policy, RoundView
-from vmth.stats import RoundStats
+from vmth.policy import Action, CanForesee, Decision, OnStall, Policy, RoundView
+from vmth.stats import JobForecast, RoundStats
 
 NS = 1_000_000_000
 PAGE = 4096
@@ -78,6 +78,7 @@ class Link:
 class Outcome:
     decisions: list[Decision] = field(default_factory=list)
     rounds: list[RoundStats] = field(default_factory=list)
+    forecasts: list[JobForecast] = field(default_factory=list)  #: one a decision
     rechecks: list[Decision] = field(default_factory=list)
     total_ns: int = 0
     downtime_ns: int = 0  #: 0: gave up or ran out of rounds
@@ -103,6 +104,7 @@ def migrate(
     can_throttle: bool = True,
     max_rounds: int = 60,
     ask_after_round: int = -1,
+    foresee: bool = False,
     burst_at_pause: Callable[[int], int] = lambda attempt: 0,
 ) -> Outcome:
     """Run the round loop. ``zero_share`` is of round 0; ``burst_at_pause(n)`` pages are dirtied
@@ -152,6 +154,8 @@ def migrate(
         )
         decision = policy.decide(view)
         out.decisions.append(decision)
+        if foresee and isinstance(policy, CanForesee):
+            out.forecasts.append(policy.foresee(view, decision))
         out.total_ns = now_ns
         pages = dirty
         if decision.action is Action.GIVE_UP:

@@ -25,7 +25,7 @@ from vmth.events import (
 )
 from vmth.guest import CanNote, CanThrottle, Guest
 from vmth.memory_pass import MemoryPass
-from vmth.policy.interface import Action, Decision, OnStall, Policy, RoundView
+from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
 from vmth.rounds import FinalPass, RoundTools
 from vmth.stats import RoundStats, round_stats
 from vmth.tuning import Tuning
@@ -59,6 +59,7 @@ class PreCopy:
     live: bool
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
+    job_started_ns: int | None = None
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
@@ -190,8 +191,15 @@ class PreCopy:
         if self.paused:
             self.emit(RoundFinished(self.clock(), stats, None))
             return None
-        decision = self.policy.decide(self._view())
-        stats = replace(stats, expected_downtime_ns=decision.forecast.total_ns)
+        view = self._view()
+        decision = self.policy.decide(view)
+        stats = replace(
+            stats,
+            expected_downtime_ns=decision.forecast.total_ns,
+            forecast=self.policy.foresee(view, decision)
+            if isinstance(self.policy, CanForesee)
+            else None,
+        )
         self.rounds[-1] = stats
         self.emit(RoundFinished(self.clock(), stats, decision))
         return decision
@@ -309,6 +317,7 @@ class PreCopy:
             can_throttle=isinstance(self.guest, CanThrottle),
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
+            job_started_ns=self.job_started_ns,
         )
 
 
@@ -325,4 +334,5 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         live=tools.live,
         pause_guest=tools.pause_guest,
         resume_guest=tools.resume_guest,
+        job_started_ns=tools.job_started_ns,
     )

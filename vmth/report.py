@@ -7,13 +7,22 @@ from dataclasses import asdict
 from typing import Any
 
 from vmth.meter import MoverCost
-from vmth.stats import DowntimeParts, KeptMemory, RoundStats, TransferCounters
+from vmth.stats import (
+    DowntimeParts,
+    JobForecast,
+    KeptMemory,
+    MigrationResult,
+    RoundStats,
+    TransferCounters,
+)
 from vmth.units import format_duration, format_size
 
 __all__ = [
     "NS_PER_MS",
     "cost_values",
     "fact_line",
+    "forecast_lines",
+    "forecast_values",
     "kept_line",
     "kept_values",
     "part_values",
@@ -39,7 +48,50 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "dirty_rate_bps": stats.dirty_rate_bps,
         "expected_downtime_ms": stats.expected_downtime_ns / NS_PER_MS,
         "paused": stats.paused,
+        "forecast": _job_forecast(stats.forecast),
     }
+
+
+def _job_forecast(forecast: JobForecast | None) -> dict[str, Any] | None:
+    if forecast is None:
+        return None
+    return {
+        "after_round": forecast.after_round,
+        "converges": forecast.converges,
+        "total_time_ms": forecast.total_ns / NS_PER_MS,
+        "downtime_ms": forecast.downtime_ns / NS_PER_MS,
+        "rounds": forecast.rounds,
+    }
+
+
+def forecast_values(result: MigrationResult | None) -> dict[str, Any] | None:
+    """The job's forecast beside what came: errors are shares of what came, positive where too much
+    was forecast; None where the forecast was that it would not converge."""
+    forecast = result.forecast if result is not None else None
+    if result is None or forecast is None:
+        return None
+    errors = {
+        "total_time_error": forecast.total_ns / result.total_ns - 1,
+        "downtime_error": forecast.downtime_ns / result.downtime_ns - 1,
+    }
+    return {
+        **(_job_forecast(forecast) or {}),
+        **(errors if forecast.converges else dict.fromkeys(errors)),
+    }
+
+
+def forecast_lines(result: MigrationResult) -> list[str]:
+    """For people; none where none was made."""
+    forecast = result.forecast
+    if forecast is None:
+        return []
+    told = (
+        f"total time {format_duration(forecast.total_ns)} and downtime "
+        f"{format_duration(forecast.downtime_ns)} in {forecast.rounds} rounds"
+        if forecast.converges
+        else "that the rounds would not converge"
+    )
+    return [fact_line("forecast", f"after round {forecast.after_round}: {told}")]
 
 
 def part_values(parts: DowntimeParts) -> dict[str, float]:

@@ -47,6 +47,7 @@ class RoundTools:
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
     check: Callable[[], None]  #: raises when the job was cancelled or the peer is gone
+    job_started_ns: int | None = None  #: on the clock; what the job's total time counts from
 
 
 class RoundEngine(Protocol):

@@ -237,8 +237,8 @@ class SourceSession:
         )
         self._check_wake()
         self._status = "active"
-        peer, receiver_id = self._endpoint.display, accept.receiver_id.hex()
-        self._emit(Connected(self._clock(), peer, receiver_id, self._options.channels))
+        told = (self._endpoint.display, accept.receiver_id.hex(), self._options.channels)
+        self._emit(Connected(self._clock(), *told))
         self._tuner = self._resources.enter_context(
             tuner_for(sender, self._options, accept.features, self.tuning, self._clock, self._emit)
         )
@@ -283,9 +283,8 @@ class SourceSession:
         control.start()
         self._check_wake()
         told = dict(options.guest_info)
-        offer = make_offer(
-            self.session_id, self._hash_seed, self._guest.blocks, options, told, self._features
-        )
+        blocks = self._guest.blocks
+        offer = make_offer(self.session_id, self._hash_seed, blocks, options, told, self._features)
         control.send(offer)
         reply = control.receive(ACCEPT_TIMEOUT_S)
         if isinstance(reply, Refuse):
@@ -309,6 +308,7 @@ class SourceSession:
             pause_guest=self._pause,
             resume_guest=lambda: record.apply(SourceEvent.RESUME),
             check=self._check_wake,
+            job_started_ns=self._started_ns,
         )
         self._engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)

@@ -12,6 +12,7 @@ __all__ = [
     "DowntimeParts",
     "FormCounters",
     "FormDecision",
+    "JobForecast",
     "JobStats",
     "KeptMemory",
     "MigrationResult",
@@ -85,6 +86,17 @@ class FormDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class JobForecast:
+    """How a job should go on, as it looked at the end of a round."""
+
+    after_round: int  #: made when this round had ended
+    converges: bool  #: False: it gives up, or no end is in sight
+    total_ns: int  #: from the job's start to the guest running there, or to giving up; 0: no end
+    downtime_ns: int  #: 0 where it does not converge
+    rounds: int  #: of the whole job, the one sent while paused included
+
+
+@dataclass(frozen=True, slots=True)
 class RoundStats:
     """One round. Round 0 is the full pass; the last is the one sent while the guest is paused."""
 
@@ -101,6 +113,7 @@ class RoundStats:
     expected_downtime_ns: int
     paused: bool = False
     missed_pages: int = 0
+    forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +198,13 @@ class MigrationResult:
     receiver_id: str = ""
     peer: Mapping[str, Any] = field(default_factory=dict)
     kept_image: KeptMemory | None = None  #: where it was asked for
+
+    @property
+    def forecast(self) -> JobForecast | None:
+        """The one that stood when a first round of resending had ended, or the last before it."""
+        made = [round_.forecast for round_ in self.rounds if round_.forecast is not None]
+        later = [forecast for forecast in made if forecast.after_round >= 1]
+        return later[0] if later else made[-1] if made else None
 
 
 def round_stats(

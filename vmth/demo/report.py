@@ -17,6 +17,8 @@ from vmth.report import (
     NS_PER_MS,
     cost_values,
     fact_line,
+    forecast_lines,
+    forecast_values,
     kept_line,
     kept_values,
     part_values,
@@ -51,6 +53,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "rounds": [round_values(stats) for stats in rounds],
         "total_time_ms": result.total_ns / NS_PER_MS if result else None,
         "downtime_ms": result.downtime_ns / NS_PER_MS if result else None,
+        "forecast": forecast_values(result),
         "downtime_parts_ms": part_values(result.downtime_parts) if result else None,
         "heartbeat_gap_ms": _ms(arrival.heartbeat_gap_ns) if arrival else None,
         "heartbeat_gap_clock": GAP_CLOCK,
@@ -195,6 +198,7 @@ def _time_lines(outcome: Outcome) -> list[str]:
         )
         lines.append(fact_line("total time", format_duration(result.total_ns)))
         lines.append(fact_line("downtime", f"{format_duration(result.downtime_ns)} ({parts} ms)"))
+        lines += forecast_lines(result)
     if arrival is not None and arrival.heartbeat_gap_ns is not None:
         where = "both ends' " if outcome.role != "local" else ""
         gap = max(0, arrival.heartbeat_gap_ns)

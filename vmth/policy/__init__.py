@@ -3,11 +3,20 @@
 
 from vmth.policy.fixed import FixedRoundsPolicy
 from vmth.policy.forecast import forecast_downtime
-from vmth.policy.interface import Action, Decision, Forecast, OnStall, Policy, RoundView
+from vmth.policy.interface import (
+    Action,
+    CanForesee,
+    Decision,
+    Forecast,
+    OnStall,
+    Policy,
+    RoundView,
+)
 from vmth.policy.standard import StandardPolicy
 
 __all__ = [
     "Action",
+    "CanForesee",
     "Decision",
     "FixedRoundsPolicy",
     "Forecast",

@@ -27,7 +27,15 @@ from dataclasses import dataclass
 from vmth.policy.interface import Forecast, RoundView
 from vmth.stats import RoundStats
 
-__all__ = ["DirtyModel", "bandwidth_bps", "bytes_per_page", "fit_dirty_model", "forecast_downtime"]
+__all__ = [
+    "DirtyModel",
+    "bandwidth_bps",
+    "bytes_per_page",
+    "fit_dirty_model",
+    "forecast_downtime",
+    "page_ns",
+    "sending_ns",
+]
 
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
@@ -141,14 +149,36 @@ def bytes_per_page(view: RoundView) -> float:
     return min(max(nbytes / npages, newest), whole)
 
 
+def page_ns(view: RoundView) -> float:
+    """Wall time that one dirty page took in the rounds after the full pass, beyond what every round
+    costs; 0 while there is none. Where pages take a short form the link does not set the pace. The
+    share of zeros in a round's time is left out: what they cost is known."""
+    fixed_ns = view.rtt_ns + ROUND_NS
+    spent = npages = 0.0
+    weight = 1.0
+    for round_ in reversed(view.rounds):
+        if round_.round > 0 and round_.pages > 0:
+            content = 1 - (round_.zero_pages + round_.hole_pages) / round_.pages
+            spent += weight * content * max(round_.duration_ns - fixed_ns, 0)
+            npages += weight * round_.pages
+            weight *= DECAY
+    return spent / npages if npages else 0.0
+
+
+def sending_ns(view: RoundView, pages: float) -> float:
+    """Until so many dirty pages have landed, without what is queued before them."""
+    wire_ns = bytes_per_page(view) / bandwidth_bps(view) * NS
+    return pages * max(wire_ns, page_ns(view), PAGE_READ_NS)
+
+
 def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Forecast:
     """The downtime by part if the guest were paused now, with ``dirty_pages`` instead of the view's
     where another set is asked about."""
     pages = view.dirty_pages if dirty_pages is None else dirty_pages
     rate = bandwidth_bps(view)
     return Forecast(
-        pages_ns=round(max(pages * bytes_per_page(view) / rate * NS, pages * PAGE_READ_NS)),
+        pages_ns=round(sending_ns(view, pages)),
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
-        overhead_ns=3 * view.rtt_ns + HANDOVER_NS,
+        overhead_ns=3 * view.rtt_ns + (view.handover_ns or HANDOVER_NS),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from vmth.stats import RoundStats
+from vmth.stats import JobForecast, RoundStats
 
-__all__ = ["Action", "Decision", "Forecast", "OnStall", "Policy", "RoundView"]
+__all__ = ["Action", "CanForesee", "Decision", "Forecast", "OnStall", "Policy", "RoundView"]
 
 
 class OnStall(enum.Enum):
@@ -62,6 +62,8 @@ class RoundView:
     can_throttle: bool
     failed_rechecks: int  #: times the guest was paused and resumed because the last set had grown
     switchover_requested: bool = False
+    job_started_ns: int | None = None  #: before its connections; None: with the rounds
+    handover_ns: int = 0  #: pause, seal, grant and resume beside round trips; 0: as usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +85,11 @@ class Policy(Protocol):
     def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
         """After the pause, with ``view.dirty_pages`` = the last set: SWITCH_OVER to go on, CONTINUE
         to resume the guest and do another round."""
+
+
+@runtime_checkable
+class CanForesee(Protocol):
+    """A policy that can tell how the job should go on."""
+
+    def foresee(self, view: RoundView, decision: Decision) -> JobForecast:
+        """After ``decision`` on this view. Decides nothing and leaves the policy as it was."""

@@ -17,6 +17,7 @@ largest set of the last rounds fits as well. Pure: no clock, no I/O.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ from vmth.policy.forecast import (
     forecast_downtime,
 )
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
+from vmth.policy.outlook import foresee
 from vmth.policy.throttle import THROTTLE_MAX_PERCENT, first_touch_pps, next_percent
+from vmth.stats import JobForecast
 from vmth.units import format_duration, format_rate, format_size
 
 __all__ = ["StandardPolicy"]
@@ -105,6 +108,10 @@ class StandardPolicy:
             text = f"{why}; {_shown(view, expected)}; {verdict.text}"
             return _decision(Action.CONTINUE, text, expected, verdict)
         return Decision(Action.CONTINUE, _shown(view, expected), expected)
+
+    def foresee(self, view: RoundView, decision: Decision) -> JobForecast:
+        """See ``CanForesee``: this policy asked about made-up rounds."""
+        return foresee(copy.copy(self).decide, view, decision)
 
     def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
         """SWITCH_OVER, or CONTINUE when the last set is not the one that was forecast, still

@@ -18,6 +18,8 @@ from vmth.report import (
     NS_PER_MS,
     cost_values,
     fact_line,
+    forecast_lines,
+    forecast_values,
     kept_line,
     kept_values,
     part_values,
@@ -112,6 +114,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
         "rounds": [round_values(stats) for stats in rounds],
         "total_time_ms": result.total_ns / NS_PER_MS if result else None,
         "downtime_ms": result.downtime_ns / NS_PER_MS if result else None,
+        "forecast": forecast_values(result),
         "downtime_parts_ms": part_values(result.downtime_parts) if result else None,
         "memory_bytes": result.memory_bytes if result else None,
         "wire_bytes": result.wire_bytes if result else None,
@@ -147,6 +150,7 @@ def departure_lines(departure: Departure) -> list[str]:
         lines += [
             fact_line("total time", format_duration(result.total_ns)),
             fact_line("downtime", f"{format_duration(result.downtime_ns)} ({parts} ms)"),
+            *forecast_lines(result),
             fact_line(
                 "on the wire",
                 f"{format_size(result.wire_bytes)} for {format_size(result.memory_bytes)} of "
