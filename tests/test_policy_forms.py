@@ -175,3 +175,35 @@ def test_any_numbers_give_an_allowed_choice_with_a_reason(
         )
         choice = chooser.choose(view)
         assert choice.rung in chooser.rungs and choice.reason
+
+
+def test_with_a_warm_destination_looking_comes_first() -> None:
+    warm = FormChooser(ALL | {"reuse"})
+    assert "reuse" in warm.first(0, 2).forms
+    assert warm.first(0, 2).level == 0
+
+
+#: A guest that comes back: a look costs some CPU, and nearly all pages are there.
+RETURNED = ((900, 4160), (6000, 120), (7000, 120), (7000, 120), (7000, 120), (7000, 120))
+
+
+def warm_run(world: World, intervals: int) -> list[int]:
+    chooser = FormChooser(ALL | {"reuse"})
+    names = [rung.name for rung in chooser.rungs]
+    at, used = names.index(chooser.first(world.cap_bps, world.workers).rung.name), []
+    for _ in range(intervals):
+        used.append(at)
+        at = names.index(chooser.choose(world.interval(at)).rung.name)
+    return used
+
+
+@pytest.mark.parametrize("mbit", [100, 1000])
+def test_what_is_there_is_not_sent_to_find_out_how_fast_the_link_is(mbit: int) -> None:
+    used = warm_run(World(RETURNED, mbit * 1e6 / 8), 40)
+    assert 0 not in used, used
+
+
+def test_a_file_that_holds_nothing_costs_little_at_memory_speed() -> None:
+    used = warm_run(World(NOISE, 1e12), 40)
+    assert set(used[3:]) <= {0, 1}
+    assert used[5:].count(0) > 30, used

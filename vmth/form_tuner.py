@@ -96,9 +96,9 @@ class FormTuner:
         if self._fixed_level is not None:
             self._set(self._allowed, self._fixed_level, "as asked for")
         elif self._allowed - _ALWAYS:
-            limit_bps = self._limit_bps()
-            if limit_bps:
-                choice = self._chosen = self._chooser.first(limit_bps, self._workers)
+            choice = self._chooser.first(self._limit_bps(), self._workers)
+            if choice.forms != _ALWAYS:
+                self._chosen = choice
                 self._set(choice.forms, choice.level, choice.reason)
             self._thread.start()
         return self

@@ -113,6 +113,8 @@ class RoundStats:
     expected_downtime_ns: int
     paused: bool = False
     missed_pages: int = 0
+    delta_pages: int = 0  #: that took the form delta
+    delta_bytes: int = 0  #: on the wire, of those
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
 
 
@@ -221,6 +223,8 @@ def round_stats(
     normal = after.normal_pages - before.normal_pages
     zero = after.zero_pages - before.zero_pages
     hole = after.hole_pages - before.hole_pages
+    none = FormCounters()
+    delta, delta_before = (counters.forms.get("delta", none) for counters in (after, before))
     return RoundStats(
         round=number,
         pages=normal + zero + hole + after.formed_pages - before.formed_pages,
@@ -235,4 +239,6 @@ def round_stats(
         expected_downtime_ns=0,
         paused=paused,
         missed_pages=after.missed_pages - before.missed_pages,
+        delta_pages=delta.pages - delta_before.pages,
+        delta_bytes=delta.wire_bytes - delta_before.wire_bytes,
     )

@@ -40,8 +40,9 @@ __all__ = [
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
 ROUND_NS = 1_000_000
-#: Pause, last fetch, two journal writes with fsync and resume; beside three round trips.
-HANDOVER_NS = 3_000_000
+#: Pause, last fetch, state, seal, two journal writes with fsync and resume, beside three round
+#: trips: 6 to 9 ms on a machine of two cores with both ends on it.
+HANDOVER_NS = 6_000_000
 #: Header and descriptors: a packet of some 64 pages has 64 bytes + at most 16 a page.
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.

@@ -18,7 +18,9 @@ a rung compares with the one that was. The link is what acknowledged bytes and t
 the workers wait for it, it is what they reach; while they do not, it carries more than that, and
 a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
 something better: there compression stays on as long as it costs nothing, and its level rises while
-cores would idle and bytes are saved. Under a cap the first packets are chosen by the priors.
+cores would idle and bytes are saved. Under a cap the first packets are chosen by the priors. With a
+warm destination a look costs thousands of bytes less than it saves, so it begins with looking, and
+looks for a faster link more seldom the more bytes that would cost.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ class Rung:
     shrink: float
 
 
+_RAW = frozenset({"zero"})
 _CHEAP = frozenset({"zero", "same", "dedup", "reuse"})
 _DELTA = _CHEAP | {"delta"}
 _ALL = _DELTA | {"zstd"}
 
 LADDER: tuple[Rung, ...] = (
-    Rung("raw", frozenset({"zero"}), 0, 900.0, 1.0),
+    Rung("raw", _RAW, 0, 900.0, 1.0),
     Rung("same, dedup", _CHEAP, 0, 250.0, 1.0),
     Rung("delta", _DELTA, 0, 700.0, 1.0),
     Rung("zstd 1", _ALL, 1, 12_000.0, 0.5),
@@ -92,6 +95,10 @@ MIN_PAGES = 64
 #: Every so many intervals another rung is tried: a cheaper one to see what the link carries, while
 #: that is not known, else a dearer one that does not compress, to see what it saves.
 PROBE_EVERY = 16
+#: Pages that take less than this share of their bytes would make such a try dear: then so much
+#: more seldom.
+SHORT_SHARE = 1 / 8
+SHORT_PROBE_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,10 @@ class FormChooser:
             self._at = self._best(rates, view)
             rung = self.rungs[self._at]
             return FormChoice(rung, f"{rung.name}: begun under a cap of {limit_bps / 1e6:.1f} MB/s")
+        if self._warm:
+            self._at = next(at for at, rung in enumerate(self.rungs) if "reuse" in rung.forms)
+            rung = self.rungs[self._at]
+            return FormChoice(rung, f"{rung.name}: begun with what the destination has")
         rung = self.rungs[self._at]
         return FormChoice(rung, f"{rung.name}: begun without a cap, 0 pages measured")
 
@@ -182,7 +193,7 @@ class FormChooser:
         self._learn(view)
         rates = self.rates(view)
         at = self._best(rates, view)
-        if at == self._at and self._intervals % PROBE_EVERY == 0:
+        if at == self._at and self._intervals % self._probe_every() == 0:
             if self._at > 0 and not self._link_is_known:
                 return self._move(self._at - 1, "tried, to see what the link carries")
             up = self._at + 1
@@ -192,6 +203,16 @@ class FormChooser:
         if at != self._at:
             return self._move(at, self._reason(at, rates))
         return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
+
+    @property
+    def _warm(self) -> bool:
+        """The destination told of content that it has."""
+        return "reuse" in self.allowed
+
+    def _probe_every(self) -> int:
+        mine = self._known.get(self._at)
+        short = mine is not None and mine.wire_bytes < SHORT_SHARE * self.page_bytes
+        return PROBE_EVERY * (SHORT_PROBE_FACTOR if short else 1)
 
     def _move(self, at: int, reason: str) -> FormChoice:
         self._at = at
@@ -236,7 +257,9 @@ class FormChooser:
         if view.limit_bps:
             link_bps = min(link_bps, view.limit_bps) if self._link_is_known else view.limit_bps
         elif not self._link_is_known:
-            link_bps = 0.0
+            # Who gave a file has no fast link, until it is seen to be one.
+            unseen = max(link_bps, 0.0 if self._waits else SLOW_LINK_BPS)
+            link_bps = unseen if self._warm and self._waits < LEAST_WAITS else 0.0
         found = []
         for cpu_ns, wire_bytes in self._costs():
             by_cpu = workers * 1e9 / cpu_ns
@@ -280,7 +303,10 @@ class FormChooser:
         self._busy_intervals += 1
         self._link_bps = max(self._link_bps, landed_bps)
         near = landed_bps * MOST_BELOW > self._link_bps  # both may be the limit: no hint at more
-        if self._busy_intervals > STALE_AFTER * self._waits * (PATIENCE if near else 1):
+        # A link that would have to be many times faster to matter is asked again as much later.
+        rates = self.rates(view)
+        patience = max(PATIENCE if near else 1.0, rates[self._at] / max(1.0, rates[0]))
+        if self._busy_intervals > STALE_AFTER * self._waits * patience:
             self._link_is_known = False
             self._busy_intervals = 0
 
@@ -306,6 +332,8 @@ class FormChooser:
         for step in range(at + 1, nearest + 1):
             cpu = max(rungs[0].cpu_ns, cpu - rungs[step].cpu_ns)
             size = min(float(self.page_bytes), size / rungs[step].shrink)
+        if rungs[at].forms == _RAW:
+            size = float(self.page_bytes)  # whatever the others save
         return cpu, size
 
     def _reason(self, at: int, rates: Sequence[float]) -> str:
