@@ -207,3 +207,15 @@ def test_a_file_that_holds_nothing_costs_little_at_memory_speed() -> None:
     used = warm_run(World(NOISE, 1e12), 40)
     assert set(used[3:]) <= {0, 1}
     assert used[5:].count(0) > 30, used
+
+
+def test_a_stretch_that_is_not_there_does_not_end_the_looking() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    names = [rung.name for rung in chooser.rungs]
+    at = names.index(chooser.first(0, 2).rung.name)
+    for interval in range(60):
+        away = interval % 10 in (4, 5, 6)
+        at = names.index(
+            chooser.choose(World(NOISE if away else RETURNED, 125e6).interval(at)).rung.name
+        )
+        assert at > 0, interval

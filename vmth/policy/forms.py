@@ -177,7 +177,7 @@ class FormChooser:
             rung = self.rungs[self._at]
             return FormChoice(rung, f"{rung.name}: begun under a cap of {limit_bps / 1e6:.1f} MB/s")
         if self._warm:
-            self._at = next(at for at, rung in enumerate(self.rungs) if "reuse" in rung.forms)
+            self._at = self._first_with("reuse")
             rung = self.rungs[self._at]
             return FormChoice(rung, f"{rung.name}: begun with what the destination has")
         rung = self.rungs[self._at]
@@ -209,6 +209,9 @@ class FormChooser:
         """The destination told of content that it has."""
         return "reuse" in self.allowed
 
+    def _first_with(self, form: str) -> int:
+        return next(at for at, rung in enumerate(self.rungs) if form in rung.forms)
+
     def _probe_every(self) -> int:
         mine = self._known.get(self._at)
         short = mine is not None and mine.wire_bytes < SHORT_SHARE * self.page_bytes
@@ -228,6 +231,10 @@ class FormChooser:
         best = max(range(len(rates)), key=lambda at: rates[at])
         while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
             best -= 1
+        if self._warm:  # where it makes no difference, the next pages may be ones that are there
+            looking = self._first_with("reuse")
+            if best < looking and rates[looking] * WORTH_A_CHANGE >= rates[best]:
+                best = looking
         free = best
         if self._link_is_known and self._link_bps < SLOW_LINK_BPS:
             while free + 1 < len(rates) and self._is_free(free + 1, rates, view):
