@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmth.errors import UsageError
-from vmth.guests.content import DEFAULT_CONTENT, KINDS, ContentSpec, fill
+from vmth.guests import content
+from vmth.guests.content import (
+    DEFAULT_CONTENT,
+    FILES,
+    KINDS,
+    RANDOM,
+    ContentSpec,
+    _place,
+    fill,
+)
 from vmth.guests.memory import PAGE_BYTES, BlockPlan, GuestMemory, plan_blocks
 
 MIB = 1 << 20
+#: sha256 of the default mix, as it was before template and file-copy were there.
+PINNED_CONTENT = "c66f47e1a3de8aef2c6f04ea56599bd4be24c42a38717400f027aee2ac2374fe"
 
 
 @contextmanager
@@ -43,7 +56,8 @@ def test_default_content_has_its_shares() -> None:
         pages = all_pages(memory)
         zero = ~pages.any(axis=1)
         assert sum(report.pages.values()) == len(pages) == 1024
-        assert report.pages == {"zero": 307, "hole": 0, "dup": 153, "files": 360, "random": 204}
+        shares = {"zero": 307, "hole": 0, "dup": 153, "files": 360, "random": 204}
+        assert report.pages == shares | {"template": 0, "file-copy": 0}
         assert zero.sum() >= report.pages["zero"]
         assert report.files_read > 0 and report.file_pages_repeated == 0
         # Populated zeros: everything has memory behind it.
@@ -90,6 +104,50 @@ def test_counter_dwords_are_zero_whatever_the_content() -> None:
         assert first[10:100].any() and first[400:].any()
 
 
+def test_pages_of_templates_equal_one_of_sixteen() -> None:
+    with guest_memory(2 * MIB) as memory:
+        report = fill(memory, ContentSpec.parse("template=75,zero=25"), 5)
+        kinds, counts = np.unique(all_pages(memory), axis=0, return_counts=True)
+        assert report.pages["template"] == 384 and report.dup_distance_bytes == 0
+        assert len(kinds) == 17  # and zero
+        assert counts.sum() == 512 and counts.min() >= 8
+        assert len(np.unique(kinds[1:, :8], axis=0)) == 16
+
+
+FILE_COPY_MIXES = ["file-copy=40,files=60", "file-copy=30,dup=30,files=20,random=20"]
+
+
+@pytest.mark.parametrize("text", FILE_COPY_MIXES)
+def test_copies_of_files_and_of_random_pages_keep_their_distance(text: str) -> None:
+    with guest_memory(3 * MIB, MIB) as memory:
+        spec = ContentSpec.parse(text)
+        report = fill(memory, spec, 5)
+        placed = _place(spec, 1024, np.random.default_rng([5, 1]))
+        pages = all_pages(memory)
+        assert report.dup_distance_bytes > 0
+        first_seen: dict[int, dict[bytes, int]] = {RANDOM: {}, FILES: {}}
+        for kind, start, end in zip(placed.kinds, placed.starts, placed.ends, strict=True):
+            for number in range(start, end):
+                page = pages[number].tobytes()
+                if kind in (RANDOM, FILES):
+                    first_seen[kind].setdefault(page, number)
+                    continue
+                original = first_seen[RANDOM if KINDS[kind] == "dup" else FILES][page]
+                assert (number - original) * PAGE_BYTES > report.dup_distance_bytes
+
+
+def test_the_default_mix_is_what_it_was_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / str(number) for number in range(9)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes((number, 1, 2)) * (5000 + 3000 * number))
+    monkeypatch.setattr(content, "_walk_files", lambda: map(str, paths))
+    with guest_memory(2 * MIB) as memory:
+        fill(memory, ContentSpec.parse(DEFAULT_CONTENT), 20260101)
+        assert hashlib.sha256(all_pages(memory).tobytes()).hexdigest() == PINNED_CONTENT
+
+
 @pytest.mark.slow
 def test_one_seed_gives_one_content() -> None:
     contents = []
@@ -122,6 +180,9 @@ def test_kinds_are_spread_over_memory() -> None:
         "ones=100",
         "zero=1e2",
         "dup=50,zero=50",
+        "dup=50,files=50",
+        "file-copy=50,random=50",
+        "templates=100",
         "zero=50;random=50",
     ],
 )
@@ -130,7 +191,7 @@ def test_bad_content_is_a_usage_error(text: str) -> None:
         ContentSpec.parse(text)
 
 
-@given(st.text(alphabet="zerohldupfinasm=,0123 -", max_size=40))
+@given(st.text(alphabet="zerohldupfinasmtcy=,0123 -", max_size=40))
 def test_any_text_parses_or_is_a_usage_error(text: str) -> None:
     try:
         spec = ContentSpec.parse(text)
@@ -141,11 +202,15 @@ def test_any_text_parses_or_is_a_usage_error(text: str) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 2**32), st.integers(2, 300))
-def test_any_share_fills_every_page_once(a: int, b: int, seed: int, npages: int) -> None:
-    low, high = sorted((a, b))
-    shares = {"dup": low, "hole": high - low, "random": 100 - high}
-    if shares["dup"] and not shares["random"]:
+@given(
+    st.lists(st.integers(0, 100), min_size=6, max_size=6),
+    st.integers(0, 2**32),
+    st.integers(2, 300),
+)
+def test_any_share_fills_every_page_once(cuts: list[int], seed: int, npages: int) -> None:
+    parts = [int(part) for part in np.diff(sorted(cuts), prepend=0, append=100)]
+    shares = dict(zip(KINDS, parts, strict=True))
+    if (shares["dup"] and not shares["random"]) or (shares["file-copy"] and not shares["files"]):
         return
     spec = ContentSpec.parse(",".join(f"{key}={share}" for key, share in shares.items()))
     with guest_memory(npages * PAGE_BYTES) as memory:

@@ -43,7 +43,7 @@ __all__ = ["demo"]
     default=DEFAULT_CONTENT,
     show_default=True,
     metavar="KIND=PERCENT,...",
-    help="What lies in guest memory: zero, hole, dup, files, random.",
+    help="What lies in guest memory: zero, hole, dup, files, random, template, file-copy.",
 )
 @click.option(
     "--workload",

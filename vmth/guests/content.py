@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills guest memory with stated, seeded content: ``zero=30,dup=15,files=35,random=20`` (percent).
 
-    key      pages that
-    zero     are populated and hold zeros
-    hole     are never written: no memory behind them
-    dup      equal an earlier ``random`` page more than 64 MiB below (or as far as the guest allows)
-    files    hold text and binaries of this machine: Python's standard library, then /usr/lib
-    random   are incompressible
+    key        pages that
+    zero       are populated and hold zeros
+    hole       are never written: no memory behind them
+    dup        equal a ``random`` page more than 64 MiB below (or as far as the guest allows)
+    files      hold text and binaries of this machine: Python's standard library, then /usr/lib
+    random     are incompressible
+    template   equal one of 16 incompressible pages
+    file-copy  equal a ``files`` page as far below as ``dup`` does a ``random`` one
 
 Kinds lie in runs of random length, shuffled by the seed, so that no kind fills one end of memory;
-only ``dup`` keeps away from the first pages, which have nothing below to copy. Pages are written
+only copies keep away from the first pages, which have nothing below to copy. Pages are written
 with pwrite: half the cost of faulting them in through a mapping, and no mapping of the filler
 grows. The fill is deterministic for one seed, memory size, machine and NumPy version.
 """
@@ -32,8 +34,11 @@ __all__ = ["DEFAULT_CONTENT", "KINDS", "ContentSpec", "FillReport", "fill"]
 U8 = npt.NDArray[np.uint8]
 
 DEFAULT_CONTENT = "zero=30,dup=15,files=35,random=20"
-KINDS = ("zero", "hole", "dup", "files", "random")
-ZERO, HOLE, DUP, FILES, RANDOM = range(5)
+KINDS = ("zero", "hole", "dup", "files", "random", "template", "file-copy")
+ZERO, HOLE, DUP, FILES, RANDOM, TEMPLATE, FILE_COPY = range(7)
+#: Kind of copies -> kind of their originals.
+ORIGINALS = {DUP: RANDOM, FILE_COPY: FILES}
+TEMPLATES = 16
 
 DUP_DISTANCE_BYTES = 64 << 20
 RUN_PAGES_MAX = 255
@@ -48,7 +53,7 @@ FILE_BYTES_MAX = 16 << 20
 class ContentSpec:
     """Percent of each kind, in the order of ``KINDS``; they add up to 100."""
 
-    percent: tuple[int, int, int, int, int]
+    percent: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> ContentSpec:
@@ -66,10 +71,13 @@ class ContentSpec:
         total = sum(shares.values())
         if total != 100:
             raise UsageError(f"content {text!r} adds up to {total} percent: must be 100")
-        if shares.get("dup", 0) and not shares.get("random", 0):
-            raise UsageError(f"content {text!r}: dup copies random pages, and there are none")
-        zero, hole, dup, files, random = (shares.get(kind, 0) for kind in KINDS)
-        return cls((zero, hole, dup, files, random))
+        for copy, original in ORIGINALS.items():
+            if shares.get(KINDS[copy], 0) and not shares.get(KINDS[original], 0):
+                raise UsageError(
+                    f"content {text!r}: {KINDS[copy]} copies {KINDS[original]} pages,"
+                    " and there are none"
+                )
+        return cls(tuple(shares.get(kind, 0) for kind in KINDS))
 
     def __str__(self) -> str:
         pairs = zip(KINDS, self.percent, strict=True)
@@ -78,9 +86,10 @@ class ContentSpec:
 
 @dataclass(frozen=True, slots=True)
 class FillReport:
-    """What was written: pages of each kind. ``dup_distance_bytes``: every copy is farther than this
-    from its original; below 64 MiB where the guest is small. ``file_pages_repeated``: pages of
-    files that were used before, because this machine has no more."""
+    """What was written: pages of each kind. ``dup_distance_bytes``: every copy (dup, file-copy) is
+    farther than this from its original; below 64 MiB where the guest is small, 0 without copies.
+    ``file_pages_repeated``: pages of files that were used before, because this machine has no
+    more."""
 
     pages: dict[str, int]
     dup_distance_bytes: int
@@ -101,7 +110,7 @@ class _Placement:
 def _counts(spec: ContentSpec, npages: int) -> list[int]:
     """Pages of each kind: exact shares, the rounding left to the largest."""
     counts = [npages * share // 100 for share in spec.percent]
-    counts[max(range(5), key=lambda kind: spec.percent[kind])] += npages - sum(counts)
+    counts[max(range(len(KINDS)), key=lambda kind: spec.percent[kind])] += npages - sum(counts)
     return counts
 
 
@@ -119,8 +128,9 @@ def _cut(npages: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
 
 def _place(spec: ContentSpec, npages: int, rng: np.random.Generator) -> _Placement:
     counts = _counts(spec, npages)
-    if counts[DUP] and not counts[RANDOM]:
-        counts[ZERO], counts[DUP] = counts[ZERO] + counts[DUP], 0
+    for copy, original in ORIGINALS.items():
+        if counts[copy] and not counts[original]:
+            counts[ZERO], counts[copy] = counts[ZERO] + counts[copy], 0
     kinds_list, lengths_list = [], []
     for kind, count in enumerate(counts):
         lengths = _cut(count, rng)
@@ -129,30 +139,34 @@ def _place(spec: ContentSpec, npages: int, rng: np.random.Generator) -> _Placeme
     kinds, lengths = np.concatenate(kinds_list), np.concatenate(lengths_list)
     order = rng.permutation(len(kinds))
     distance = 0
-    if counts[DUP]:
-        others = npages - counts[DUP]
-        distance = min(DUP_DISTANCE_BYTES // PAGE_BYTES, npages // 4, others // 2)
-        order = _dup_after_originals(order, kinds, lengths, distance)
+    copies = [copy for copy in ORIGINALS if counts[copy]]
+    if copies:
+        order, distance = _copies_after_originals(order, kinds, lengths, copies)
     kinds, lengths = kinds[order], lengths[order]
     ends = np.cumsum(lengths)
     return _Placement(kinds, ends - lengths, ends, distance)
 
 
-def _dup_after_originals(
+def _copies_after_originals(
     order: npt.NDArray[np.int64],
     kinds: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
-    distance: int,
-) -> npt.NDArray[np.int64]:
-    """A random run first, then other kinds up to ``distance`` pages, then the shuffled rest: every
-    copy has an original more than ``distance`` pages below."""
-    first = order[np.flatnonzero(kinds[order] == RANDOM)[0]]
-    others = order[(kinds[order] != DUP) & (order != first)]
-    head_pages = lengths[first] + np.cumsum(lengths[others])
+    copies: list[int],
+) -> tuple[npt.NDArray[np.int64], int]:
+    """(order, distance). A run of each kind that is copied first, then other kinds up to
+    ``distance`` pages behind the begin of the last of them, then the shuffled rest: every copy has
+    an original more than ``distance`` pages below."""
+    first = np.array([order[np.flatnonzero(kinds[order] == ORIGINALS[copy])[0]] for copy in copies])
+    copied = np.isin(kinds[order], copies)
+    others = order[~copied & ~np.isin(order, first)]
+    npages = int(lengths.sum())
+    head_max = npages - int(lengths[order[copied]].sum()) - int(lengths[first[:-1]].sum())
+    distance = min(DUP_DISTANCE_BYTES // PAGE_BYTES, npages // 4, head_max // 2)
+    head_pages = lengths[first[-1]] + np.cumsum(lengths[others])
     head = others[: int(np.searchsorted(head_pages, distance, side="right")) + 1]
-    taken = np.concatenate([[first], head])
+    taken = np.concatenate([first, head])
     rest = order[~np.isin(order, taken)]
-    return np.concatenate([taken, rest])
+    return np.concatenate([taken, rest]), distance
 
 
 class _Files:
@@ -286,7 +300,8 @@ def fill(
     pages = _Pages(memory, first_byte)
     rng = np.random.default_rng([seed, 1])
     placement = _place(spec, len(pages), rng)
-    originals = _pages_of(placement, RANDOM)
+    originals = {copy: _pages_of(placement, kind) for copy, kind in ORIGINALS.items()}
+    templates = _templates(seed)
     files = _Files(seed) if FILES in placement.kinds else None
     zeros = np.zeros(CHUNK_BYTES, dtype=np.uint8)
     counted = _counted(counter_pages, first_byte // PAGE_BYTES, len(pages))
@@ -306,10 +321,12 @@ def fill(
         elif kind == FILES:
             assert files is not None
             data = files.take(npages)
+        elif kind == TEMPLATE:
+            data = templates[rng.integers(0, TEMPLATES, npages)].reshape(-1)
         else:
             copies = np.arange(start, end, dtype=np.int64)
-            below = np.searchsorted(originals, copies - placement.dup_distance_pages)
-            data = pages.read(originals[(rng.random(npages) * below).astype(np.int64)])
+            below = np.searchsorted(originals[kind], copies - placement.dup_distance_pages)
+            data = pages.read(originals[kind][(rng.random(npages) * below).astype(np.int64)])
         data.reshape(npages, PAGE_BYTES)[counted[start:end], :4] = 0
         pages.write(start, data)
     return FillReport(
@@ -318,6 +335,12 @@ def fill(
         files_read=files.read if files else 0,
         file_pages_repeated=files.repeated if files else 0,
     )
+
+
+def _templates(seed: int) -> U8:
+    """(TEMPLATES, PAGE_BYTES), by a generator of their own: nothing else changes with them."""
+    rng = np.random.default_rng([seed, 3])
+    return rng.integers(0, 256, (TEMPLATES, PAGE_BYTES), dtype=np.uint8)
 
 
 def _counted(
