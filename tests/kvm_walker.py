@@ -22,6 +22,10 @@ PAGE_BYTES = 4096
 PAGE_DWORDS = PAGE_BYTES // 4
 #: In each data page: dword 0 counts, dwords from 16 on are stored to.
 STORE_DWORD = 16
+#: What the controls of a walk with a pool name; random bytes stand there in every memory.
+POOL_GPA = 0x40000
+POOL_BYTES = 0x20000
+POOL = {"pool_gpa": POOL_GPA, "pool_mask": POOL_BYTES // 2 - 4, "pool_step": 0x9E3779B4}
 BEAT_TIMEOUT_NS = 60 * 10**9
 #: A beat that is due in an hour: the guest stands in its first beat until it is told otherwise.
 STANDING = [Pace(0, 3600 * 10**9)]
@@ -52,6 +56,9 @@ def make_memory(
     view = memory.views[0]
     pages = (MEMORY_BYTES - DATA_GPA) // PAGE_BYTES
     view[DATA_GPA:] = dice.integers(0, 256, MEMORY_BYTES - DATA_GPA, dtype=np.uint8)
+    view[POOL_GPA:][:POOL_BYTES] = np.random.default_rng([seed, 1]).integers(
+        0, 256, POOL_BYTES, dtype=np.uint8
+    )
     view[DATA_GPA:].view(np.uint32)[::PAGE_DWORDS] = 0
     schedule = np.zeros((entries, ENTRY_BYTES // 4), np.uint32)
     page_gpas = DATA_GPA + dice.integers(0, pages, entries, dtype=np.uint32) * PAGE_BYTES
@@ -73,8 +80,12 @@ def replay(initial: npt.NDArray[np.uint8], memory: GuestMemory) -> U32:
     for step in range(control["beats"] * control["writes_per_beat"]):
         loops, index = divmod(step, control["entries"])
         write_gpa, value, counter_gpa, _ = (int(field) for field in schedule[index])
-        stored = (value + (loops & control["value_mask"])) % 2**32
-        words[write_gpa // 4 : write_gpa // 4 + control["store_dwords"]] = stored
+        stores = words[write_gpa // 4 : write_gpa // 4 + control["store_dwords"]]
+        if control["pool_gpa"]:
+            offset = (value + loops * control["pool_step"]) & control["pool_mask"]
+            stores[:] = words[(control["pool_gpa"] + offset) // 4 :][: len(stores)]
+        else:
+            stores[:] = (value + (loops & control["value_mask"])) % 2**32
         words[counter_gpa // 4] += 1
     return words[DATA_GPA // 4 :]
 

@@ -17,7 +17,12 @@ from vmth.errors import GuestError, StreamError, UsageError
 from vmth.guests.check import check
 from vmth.guests.machine import CONTROL_GPA, SCHEDULE_GPA, Pace
 from vmth.guests.memory import PAGE_BYTES, GuestMemory, plan_blocks
-from vmth.guests.process_machine import ProcessMachine, decode_state, encode_state
+from vmth.guests.process_machine import (
+    STATE_VERSION,
+    ProcessMachine,
+    decode_state,
+    encode_state,
+)
 from vmth.guests.schedule import WORKLOADS, Control, Program, Workload, install, plan
 
 MIB = 1 << 20
@@ -123,7 +128,8 @@ def test_memory_of_another_beat_than_the_state_is_noticed() -> None:
 
 
 GOLDEN_STATE = bytes.fromhex(
-    "01000000020000000000010003000000040000000500000006000000070000000800000002000000"
+    "010000000200000000000100030000000400000005000000060000000700000008000000"
+    "0b0000000c0000000d00000002000000"
     "0900000000000000"
     "0a00000000000000"
     "00000000000000000b00000000000000"
@@ -132,9 +138,9 @@ GOLDEN_STATE = bytes.fromhex(
 
 
 def test_state_bytes_are_golden() -> None:
-    parts = ((1, 2, 0x10000, 3, 4, 5, 6, 7, 8), [(0, 11), (12, 13)], 9, 10)
+    parts = ((1, 2, 0x10000, 3, 4, 5, 6, 7, 8, 11, 12, 13), [(0, 11), (12, 13)], 9, 10)
     assert encode_state(*parts) == GOLDEN_STATE
-    assert decode_state(1, GOLDEN_STATE) == parts
+    assert decode_state(STATE_VERSION, GOLDEN_STATE) == parts
 
 
 HOSTILE_REGISTERS = [
@@ -148,12 +154,16 @@ HOSTILE_REGISTERS = [
     (6, 1 << 31),
     (7, 0),
     (7, 1024),
+    (9, 1 << 20),
+    (9, MIB - 4096),  # the pool's end
+    (10, 1),
+    (10, MIB - 4),
 ]
 
 
 @pytest.mark.parametrize(("register", "value"), HOSTILE_REGISTERS)
 def test_registers_outside_their_bounds_are_refused(register: int, value: int) -> None:
-    program = small_program()
+    program = small_program("rewrite")
     with machine_of(program) as (machine, _):
         machine.start_fresh(program.paces)
         machine.pause()
@@ -161,14 +171,14 @@ def test_registers_outside_their_bounds_are_refused(register: int, value: int) -
         bad = (*registers[:register], value, *registers[register + 1 :])
     with machine_of(None) as (machine, _):
         with pytest.raises(StreamError, match="bounds"):
-            machine.load_state(1, encode_state(bad, paces, running_ns, due_ns))
+            machine.load_state(STATE_VERSION, encode_state(bad, paces, running_ns, due_ns))
         with pytest.raises(GuestError):
             machine.resume()
 
 
 @pytest.mark.parametrize(
     ("version", "data"),
-    [(2, GOLDEN_STATE), (1, b""), (1, GOLDEN_STATE[:-1]), (1, GOLDEN_STATE + b"\0")],
+    [(1, GOLDEN_STATE), (2, b""), (2, GOLDEN_STATE[:-1]), (2, GOLDEN_STATE + b"\0")],
 )
 def test_bytes_that_are_no_state_are_refused(version: int, data: bytes) -> None:
     with pytest.raises(StreamError):

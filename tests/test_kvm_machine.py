@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from kvm_walker import (
     BEAT_TIMEOUT_NS,
+    DATA_GPA,
     MEMORY_BYTES,
+    POOL,
     STANDING,
     UNPACED,
     data_words,
@@ -43,6 +45,9 @@ WALKS: list[tuple[str, dict[str, int]]] = [
     ("counters only", {"store_dwords": 0}),
     ("silent", {"value_mask": 0, "entries": 50}),
     ("values alternate", {"value_mask": 1, "entries": 50}),
+    ("copies", {**POOL, "store_dwords": 900, "entries": 50}),
+    ("copies, beat every write", {**POOL, "store_dwords": 3, "entries": 7, "writes_per_beat": 1}),
+    ("the same copies", {**POOL, "pool_step": 0, "store_dwords": 1}),
 ]
 
 
@@ -147,7 +152,9 @@ def without_tsc(version: int, data: bytes) -> _kvm.VcpuState:
 def test_a_walk_goes_on_exactly_in_another_machine(dirty: str, seed: int) -> None:
     """Paused anywhere, not only at beats; several moves; each over a copy of memory."""
     dice = random.Random(seed)
-    memory = make_memory(seed, entries=90, writes_per_beat=40, store_dwords=dice.choice((1, 3)))
+    pool = POOL if seed == 2 else {}
+    dwords = dice.choice((1, 3))
+    memory = make_memory(seed, entries=90, writes_per_beat=40, store_dwords=dwords, **pool)
     initial = memory.views[0].copy()
     kvm = KvmMachine(memory, dirty=dirty)
     try:
@@ -239,8 +246,39 @@ def test_an_access_outside_of_memory_crashes_by_name() -> None:
         source.stop()
 
 
-def test_throttle_keeps_the_walk_exact() -> None:
-    memory = make_memory(6)
+@pytest.mark.parametrize(
+    ("control", "reason"),
+    [
+        ({"pool_gpa": MEMORY_BYTES}, "bad control block at a copy"),
+        ({"pool_mask": 0xFFFFFFFC}, "bad control block at a copy"),
+        ({"pool_mask": 2}, "bad control block at a copy"),
+        ({"schedule_gpa": 0xFFFFFFF0}, "bad control block at a copy"),
+        ({"schedule_gpa": DATA_GPA}, "copy outside of memory"),  # its random bytes are a schedule
+    ],
+)
+def test_a_copy_that_would_leave_memory_crashes_the_guest_only(
+    control: dict[str, int], reason: str
+) -> None:
+    with machine(make_memory(5, **{**POOL, **control})) as kvm:
+        kvm.start_fresh(UNPACED)
+        with pytest.raises(GuestError, match=reason):
+            kvm.pause_at_beat(BEAT_TIMEOUT_NS)
+
+
+def test_a_guest_with_a_pool_is_paused_only_where_its_copies_are_counted() -> None:
+    memory = make_memory(6, **POOL, store_dwords=100)
+    initial = memory.views[0].copy()
+    with machine(memory) as kvm:
+        kvm.start_fresh(UNPACED)
+        for _ in range(10):
+            assert kvm.pause()
+            assert np.array_equal(data_words(memory), replay(initial, memory))
+            kvm.resume()
+
+
+@pytest.mark.parametrize("control", [{}, POOL], ids=["plain", "copies"])
+def test_throttle_keeps_the_walk_exact(control: dict[str, int]) -> None:
+    memory = make_memory(6, **control)
     initial = memory.views[0].copy()
     with machine(memory) as kvm:
         kvm.throttle(99)

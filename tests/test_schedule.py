@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
+
 import numpy as np
 import pytest
 from walker_replay import replay
 
 from vmth.errors import UsageError
 from vmth.guests.check import check, expected_counters
-from vmth.guests.machine import SCHEDULE_GPA, Pace
+from vmth.guests.machine import CONTROL_FIELDS, SCHEDULE_GPA, Pace
 from vmth.guests.memory import PAGE_BYTES
+from vmth.guests.pool import pool_bytes
 from vmth.guests.schedule import (
     ENTRIES_MAX,
     WORKLOADS,
@@ -45,7 +49,7 @@ def test_schedule_stays_inside_its_pages_and_no_two_entries_overlap_in_part(kind
     first = program.working_set_gpa // PAGE_BYTES
     assert program.data_gpa >= SCHEDULE_GPA + 16 * program.control.entries
     assert pages.min() >= first and pages.max() < first + program.working_set_pages
-    assert offsets.min() >= 64
+    assert offsets.min() >= (4 if kind == "rewrite" else 64)
     assert offsets.max() + 4 * program.control.store_dwords <= PAGE_BYTES
     assert not np.any(program.schedule[:, 0] % 4)
     for page in np.unique(pages):
@@ -120,15 +124,105 @@ def test_check_finds_a_beat_that_does_not_agree() -> None:
     assert not found.heartbeats_consistent and "beats" in found.problems[0]
 
 
-@pytest.mark.parametrize("field", range(9))
-def test_check_survives_any_control_block(field: int) -> None:
-    memory = installed(small("uniform"))
-    for value in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
-        fields = list(memory[0x1000:0x1024].view("<u4"))
+@pytest.mark.parametrize("kind", ["uniform", "rewrite"])
+@pytest.mark.parametrize("field", range(len(CONTROL_FIELDS)))
+def test_check_survives_any_control_block(kind: str, field: int) -> None:
+    memory = installed(small(kind))
+    for value in (0, 1, 4, 0x7FFFFFFF, 0xFFFFFFFC, 0xFFFFFFFF):
+        fields = list(memory[0x1000:0x1030].view("<u4"))
         fields[field] = value
         hostile = memory.copy()
-        hostile[0x1000:0x1024].view("<u4")[:] = fields
+        hostile[0x1000:0x1030].view("<u4")[:] = fields
         check(hostile)
+
+
+#: sha256 of schedule and control block, by what planned them before ``rewrite`` was there.
+PINNED_PROGRAMS = {
+    "idle": "542485c7574d005b",
+    "sequential": "990108ccb8139b5c",
+    "uniform": "54eb98c2312bf949",
+    "zipf": "cff639a6c7d870f4",
+    "silent": "56f86550f4488d6a",
+    "sparse": "a59e1cf2cae03f2b",
+    "always": "d47f386b7d303e17",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(PINNED_PROGRAMS))
+def test_programs_of_before_are_what_they_were(kind: str) -> None:
+    memory = installed(small(kind))
+    planned = memory[0x1000:0x1024].tobytes() + small(kind).schedule.tobytes()
+    assert hashlib.sha256(planned).hexdigest()[:16] == PINNED_PROGRAMS[kind]
+    assert not memory[0x1024:0x2000].any()
+
+
+def rewritten(steps: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint8]], Program]:
+    program = small("rewrite")
+    memory = installed(program)
+    replay(memory, steps).write(memory)
+    return memory, program
+
+
+def test_a_rewritten_page_is_like_nothing_that_stood_anywhere_before() -> None:
+    program = small("rewrite")
+    memory = installed(program)
+    working_set = slice(
+        program.working_set_gpa, program.working_set_gpa + program.working_set_pages * PAGE_BYTES
+    )
+    seen: set[bytes] = set()
+    before = memory[working_set].view("<u4").reshape(-1, 1024).copy()
+    for loop in range(8):
+        replay(memory, program.control.entries).write(memory)
+        pages = memory[working_set].view("<u4").reshape(-1, 1024).copy()
+        # delta: at its place hardly a dword of a page is what it was; equal ones are chance.
+        assert (pages == before).sum() < 10
+        assert len(zlib.compress(pages[:, 1:].tobytes()[: 64 << 10], 9)) > 65_500
+        now = {page.tobytes() for page in pages[:, 1:]}
+        assert len(now) == program.working_set_pages and not seen & now, f"loop {loop}"
+        seen |= now
+        before = pages
+
+
+def test_a_torn_page_and_a_stale_page_are_found() -> None:
+    half, _ = rewritten(130)
+    older, program = rewritten(66)
+    page = program.working_set_gpa
+    half[page + 2048 : page + PAGE_BYTES] = older[page + 2048 : page + PAGE_BYTES]
+    found = check(half)
+    assert found.wrong_pages == (page,) and found.lost_writes == 0
+    half[page : page + PAGE_BYTES] = older[page : page + PAGE_BYTES]
+    found = check(half)
+    assert found.wrong_pages == (page,) and found.lost_writes == 1
+
+
+def test_a_pool_that_arrived_damaged_is_found_though_the_guest_copies_from_it() -> None:
+    memory = installed(program := small("rewrite"))
+    at = program.control.pool_gpa + PAGE_BYTES + 8
+    memory[at] ^= 1
+    replay(memory, 64 * 2).write(memory)
+    found = check(memory)
+    assert f"1 pages of the pool, from {at - 8:#x} on" in found.problems[-1]
+
+
+@pytest.mark.parametrize(
+    ("low_bytes", "pool"),
+    [(MIB, 64 << 10), (64 * MIB, 2 * MIB), (1 << 30, 32 * MIB), (3 << 30, 64 * MIB)],
+)
+def test_windows_of_different_pages_and_near_loops_are_never_the_same(
+    low_bytes: int, pool: int
+) -> None:
+    program = plan(Workload("rewrite", working_set_bytes=low_bytes // 2, seed=4), low_bytes)
+    control = program.control
+    assert control.pool_mask + 4 == pool == pool_bytes(low_bytes)
+    assert control.pool_gpa + pool + PAGE_BYTES == program.data_gpa
+    windows = [
+        (program.schedule[:, 1] + np.uint32(loops * control.pool_step % (1 << 32)))
+        & np.uint32(control.pool_mask)
+        for loops in range(8 if low_bytes <= 64 * MIB else 2)
+    ]
+    every = np.sort(np.concatenate(windows))
+    assert np.diff(every).min() > 0
+    assert not np.any(every % 4)
 
 
 def test_check_survives_a_schedule_that_points_outside() -> None:

@@ -21,8 +21,12 @@ def replay(memory: npt.NDArray[np.uint8], steps: int) -> Control:
         at = start.schedule_gpa + 16 * index
         write_gpa, value, counter_gpa, _ = struct.unpack_from("<4I", memory.data, at)
         stored = (value + (loops & start.value_mask)) % (1 << 32)
-        for dword in range(start.store_dwords):
-            struct.pack_into("<I", memory.data, write_gpa + 4 * dword, stored)
+        source_gpa = start.pool_gpa + ((value + loops * start.pool_step) & start.pool_mask)
+        dwords = struct.Struct(f"<{start.store_dwords}I")
+        stores = [stored] * start.store_dwords
+        if start.pool_gpa:
+            stores = list(dwords.unpack_from(memory.data, source_gpa))
+        dwords.pack_into(memory.data, write_gpa, *stores)
         (counter,) = struct.unpack_from("<I", memory.data, counter_gpa)
         struct.pack_into("<I", memory.data, counter_gpa, (counter + 1) % (1 << 32))
         index += 1
@@ -42,6 +46,9 @@ def replay(memory: npt.NDArray[np.uint8], steps: int) -> Control:
             countdown,
             start.store_dwords,
             start.value_mask,
+            start.pool_gpa,
+            start.pool_mask,
+            start.pool_step,
         )
         if at_beat:
             registers.write(memory)

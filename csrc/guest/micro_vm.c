@@ -189,6 +189,10 @@ int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
     vm->vcpu_fd = -1;
     vm->wish = VMTH_VCPU_PARK;
     vm->parked = true;
+    if (slots[0].gpa == 0) {
+        vm->memory = (uint8_t *)(uintptr_t)slots[0].hva;
+        vm->memory_bytes = slots[0].npages * VMTH_KVM_PAGE_BYTES;
+    }
     int rc = init_locks(vm);
     if (rc < 0) {
         free(vm);

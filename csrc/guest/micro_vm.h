@@ -11,6 +11,12 @@
  * is due. "Running time" is time not parked; beats are due by running time, so a pause is no reason
  * to catch up (guest/beat_pace.h).
  *
+ * A guest with a pool (vmth/guests/machine.py) lets its host copy, as a device with DMA would: OUT of
+ * the dword n to port 0x514 stores what the next n entries of its schedule say, before the instruction
+ * returns. Neither dirty log nor ring sees that, so the guest itself writes to each of these pages (it
+ * counts in them) before its next beat, and only there does a pause take hold: whoever looks at a
+ * paused guest's dirty pages finds all of them. Code that is emulated would need 0.2 us a dword.
+ *
  * A vCPU that stops for a reason that this VM does not have (internal error, triple fault, unknown
  * exit) parks for good: the VM is crashed, and calls return -EIO until it is freed.
  *
@@ -37,6 +43,7 @@ VMTH_BEGIN_DECLS
 #define VMTH_MICRO_VM_PACES 16
 #define VMTH_MICRO_VM_MSRS 3
 #define VMTH_MICRO_VM_BEAT_PORT 0x510
+#define VMTH_MICRO_VM_COPY_PORT 0x514
 #define VMTH_MICRO_VM_THROTTLE_PERIOD_NS UINT64_C(10000000)
 
 #if !defined(__x86_64__)
@@ -102,7 +109,8 @@ void vmth_micro_vm_free(struct vmth_micro_vm *vm);
 VMTH_MUST_CHECK int vmth_micro_vm_start_fresh(struct vmth_micro_vm *vm, uint64_t entry_gpa,
                                               const struct vmth_pace *paces, size_t npaces);
 
-/* Park the vCPU; *was_running says whether it ran. Its last I/O is complete afterwards. */
+/* Park the vCPU; *was_running says whether it ran. Its last I/O is complete afterwards. With a pool
+ * that takes until the next beat at most, not counting the wait for its time. */
 VMTH_MUST_CHECK int vmth_micro_vm_pause(struct vmth_micro_vm *vm, bool *was_running);
 
 VMTH_MUST_CHECK int vmth_micro_vm_resume(struct vmth_micro_vm *vm);

@@ -25,6 +25,8 @@ struct vmth_micro_vm {
     int vcpu_fd;
     struct kvm_run *run; /* the vCPU thread's while not parked */
     size_t run_bytes;
+    uint8_t *memory; /* the first slot's, from gpa 0 on; NULL if it lies elsewhere */
+    uint64_t memory_bytes;
     struct kvm_dirty_gfn *ring_entries;
     size_t ring_bytes;
     struct vmth_kvm_log *log;
@@ -40,6 +42,7 @@ struct vmth_micro_vm {
     uint64_t slice_end_ns; /* monotonic; 0: no throttled slice under way */
     uint64_t nap_until_ns; /* monotonic */
     bool io_pending;       /* KVM finishes the last OUT at the next entry */
+    bool copied;           /* the host wrote to pages that the guest has yet to write to: no pause */
 
     /* Protected by `lock`. */
     pthread_mutex_t lock;

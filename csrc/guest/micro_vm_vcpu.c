@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "guest/micro_vm_internal.h"
+#include "guest/walker_step.h"
 
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
@@ -106,18 +107,49 @@ static void beat_locked(struct vmth_micro_vm *vm, uint32_t value)
     vm->at_beat = true;
 }
 
+/* The guest's OUT of `steps` to the copy port: its control block and schedule may hold anything. */
+static void copy_locked(struct vmth_micro_vm *vm, uint32_t steps)
+{
+    struct vmth_walker_registers registers;
+    if (vm->memory == NULL || vm->memory_bytes < 2 * VMTH_WALKER_CONTROL_GPA) {
+        crash_locked(vm, "no memory to copy in: bytes, steps", vm->memory_bytes, steps);
+        return;
+    }
+    vmth_walker_control_read(vm->memory, &registers);
+    if (!vmth_walker_registers_valid(&registers, vm->memory_bytes) ||
+        steps > registers.entries - registers.index) {
+        crash_locked(vm, "bad control block at a copy: index, steps", registers.index, steps);
+        return;
+    }
+    vm->copied = true;
+    for (uint32_t step = 0; step < steps; step++) {
+        uint32_t counter_gpa;
+        if (vmth_walker_store(vm->memory, vm->memory_bytes, &registers, &counter_gpa) != 0) {
+            crash_locked(vm, "copy outside of memory: index, steps", registers.index, steps);
+            return;
+        }
+        registers.index++;
+    }
+}
+
 static void io_exit_locked(struct vmth_micro_vm *vm)
 {
     const struct kvm_run *run = vm->run;
+    const bool copy = run->io.port == VMTH_MICRO_VM_COPY_PORT;
     vm->io_pending = true;
-    if (run->io.direction != KVM_EXIT_IO_OUT || run->io.port != VMTH_MICRO_VM_BEAT_PORT ||
+    if (run->io.direction != KVM_EXIT_IO_OUT || (run->io.port != VMTH_MICRO_VM_BEAT_PORT && !copy) ||
         run->io.size != sizeof(uint32_t) || run->io.count != 1) {
         crash_locked(vm, "unexpected I/O: port, size", run->io.port, run->io.size);
         return;
     }
     uint32_t value;
     memcpy(&value, (const uint8_t *)run + run->io.data_offset, sizeof(value));
-    beat_locked(vm, value);
+    if (copy) {
+        copy_locked(vm, value);
+    } else {
+        vm->copied = false;
+        beat_locked(vm, value);
+    }
 }
 
 static void drain_kick(void)
@@ -272,6 +304,10 @@ void *vmth_micro_vm_vcpu_main(void *argument)
     }
     pthread_cond_broadcast(&vm->from_vcpu);
     while (vm->wish != VMTH_VCPU_QUIT) {
+        if (vm->copied && !vm->crashed) {
+            run_guest_locked(vm);
+            continue;
+        }
         if (vm->crashed || vm->wish == VMTH_VCPU_PARK ||
             (vm->wish == VMTH_VCPU_RUN_TO_BEAT && vm->at_beat)) {
             park_locked(vm);

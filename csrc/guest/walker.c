@@ -12,8 +12,9 @@
 #include <string.h>
 #include <time.h>
 
+#include "guest/walker_step.h"
+
 #define NS_PER_S 1000000000u
-#define ENTRY_BYTES 16u
 #define SLICE_NS 10000000u
 #define STEAL_MAX_NS (10ull * NS_PER_S)
 #define BEAT_INTERVAL_MAX_NS (3600ull * NS_PER_S)
@@ -74,20 +75,7 @@ static void store_u32(uint8_t *at, uint32_t value)
     memcpy(at, &value, sizeof(value));
 }
 
-/* ---- registers and their bounds ------------------------------------------------------------------- */
-
-static bool registers_valid(const struct vmth_walker *walker,
-                            const struct vmth_walker_registers *registers)
-{
-    const uint64_t schedule_bytes = (uint64_t)registers->entries * ENTRY_BYTES;
-
-    return registers->entries > 0 && registers->index < registers->entries &&
-           schedule_bytes <= walker->length &&
-           registers->schedule_gpa <= walker->length - schedule_bytes &&
-           registers->writes_per_beat > 0 && registers->countdown > 0 &&
-           registers->countdown <= registers->writes_per_beat && registers->store_dwords > 0 &&
-           registers->store_dwords <= VMTH_WALKER_STORE_DWORDS_MAX;
-}
+/* ---- paces and the control block ------------------------------------------------------------------- */
 
 static bool paces_valid(const struct vmth_walker_pace *paces, uint32_t npaces)
 {
@@ -103,21 +91,6 @@ static bool paces_valid(const struct vmth_walker_pace *paces, uint32_t npaces)
         }
     }
     return npaces == 0 || paces[0].from_ns == 0;
-}
-
-static void control_read(const struct vmth_walker *walker, struct vmth_walker_registers *out)
-{
-    const uint8_t *at = walker->host + VMTH_WALKER_CONTROL_GPA;
-
-    out->index = load_u32(at);
-    out->entries = load_u32(at + 4);
-    out->schedule_gpa = load_u32(at + 8);
-    out->loops = load_u32(at + 12);
-    out->beats = load_u32(at + 16);
-    out->writes_per_beat = load_u32(at + 20);
-    out->countdown = load_u32(at + 24);
-    out->store_dwords = load_u32(at + 28);
-    out->value_mask = load_u32(at + 32);
 }
 
 /* What a beat makes current in memory; the constant fields are there since the start. */
@@ -220,18 +193,11 @@ static void throttle_take(struct vmth_walker *walker)
 static int step(struct vmth_walker *walker)
 {
     struct vmth_walker_registers *const r = &walker->registers;
-    const uint8_t *entry = walker->host + r->schedule_gpa + (uint64_t)r->index * ENTRY_BYTES;
-    const uint32_t write_gpa = load_u32(entry);
-    const uint32_t value = load_u32(entry + 4) + (r->loops & r->value_mask);
-    const uint32_t counter_gpa = load_u32(entry + 8);
-    uint8_t *at = walker->host + write_gpa;
+    uint32_t counter_gpa;
+    const int rc = vmth_walker_store(walker->host, walker->length, r, &counter_gpa);
 
-    if (write_gpa > walker->length - (uint64_t)r->store_dwords * 4 ||
-        counter_gpa > walker->length - 4) {
-        return -EFAULT;
-    }
-    for (uint32_t i = 0; i < r->store_dwords; i++) {
-        store_u32(at + (size_t)i * 4, value);
+    if (rc != 0) {
+        return rc;
     }
     store_u32(walker->host + counter_gpa, load_u32(walker->host + counter_gpa) + 1);
     if (++r->index == r->entries) {
@@ -416,8 +382,8 @@ static int load_locked(struct vmth_walker *walker, const struct vmth_walker_stat
     if (walker->running) {
         return -EBUSY;
     }
-    if (!registers_valid(walker, &state->registers) || !paces_valid(state->paces, state->npaces) ||
-        state->running_ns > RUNNING_MAX_NS ||
+    if (!vmth_walker_registers_valid(&state->registers, walker->length) ||
+        !paces_valid(state->paces, state->npaces) || state->running_ns > RUNNING_MAX_NS ||
         state->next_due_ns > state->running_ns + BEAT_INTERVAL_MAX_NS) {
         return -EINVAL;
     }
@@ -444,7 +410,7 @@ int vmth_walker_reset(struct vmth_walker *walker, const struct vmth_walker_pace 
     if (npaces > 0) {
         memcpy(state.paces, paces, npaces * sizeof(*paces));
     }
-    control_read(walker, &state.registers);
+    vmth_walker_control_read(walker->host, &state.registers);
     pthread_mutex_lock(&walker->lock);
     rc = load_locked(walker, &state);
     pthread_mutex_unlock(&walker->lock);

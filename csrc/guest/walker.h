@@ -4,19 +4,23 @@
  * It runs the program that vmth/guests/machine.py draws, over mapped memory, with plain stores:
  *
  *   gpa 0x1000  control block: u32 index, entries, schedule_gpa, loops, beats, writes_per_beat,
- *               countdown, store_dwords, value_mask
+ *               countdown, store_dwords, value_mask, pool_gpa, pool_mask, pool_step
  *   schedule    entries of {u32 write_gpa, u32 value, u32 counter_gpa, u32 0}
  *
  *   step:  memory[write_gpa ..] = value + (loops & value_mask), store_dwords times
+ *          or, unless pool_gpa is 0, store_dwords dwords copied in ascending order from
+ *          pool_gpa + ((value + loops * pool_step) & pool_mask)
  *          memory[counter_gpa] += 1
  *          index + 1 (or 0 and loops + 1);  countdown - 1, at 0: writes_per_beat and a beat
  *
- * The nine fields live in the thread's registers; memory has them at every beat, as with the KVM
+ * The twelve fields live in the thread's registers; memory has them at every beat, as with the KVM
  * program. They move with the guest in struct vmth_walker_state, so that a guest paused between two
  * beats goes on with the very next step.
  *
- * Addresses in the schedule are the guest's own and may be anything: a store that would leave the
- * mapping stops the walker with -EFAULT (the guest crashed), it never reaches the host's memory.
+ * walker_step.h has what a step stores, beats and pace are this file's.
+ *
+ * Addresses in the schedule are the guest's own and may be anything (the pool's are checked when the
+ * registers are loaded): a store that would leave the mapping stops the walker with -EFAULT (the guest crashed), it never reaches the host's memory.
  *
  * Threads: one caller at a time for everything except vmth_walker_report, which any thread may call. */
 #ifndef VMTH_GUEST_WALKER_H
@@ -45,6 +49,9 @@ struct vmth_walker_registers {
     uint32_t countdown;
     uint32_t store_dwords;
     uint32_t value_mask;
+    uint32_t pool_gpa;  /* 0: no pool */
+    uint32_t pool_mask; /* bytes: a multiple of 4 */
+    uint32_t pool_step;
 };
 
 /* From from_ns of running time on, a beat every beat_interval_ns; 0: unpaced. */

@@ -8,6 +8,9 @@
  *   ebx  loops & value_mask, added to each value     esi  current schedule entry
  *   ebp  steps of this stretch                       esp  store_dwords (there is no stack)
  *
+ * With a pool the host copies (micro_vm.h says why), and the loop counts only: that must follow the
+ * copies, since it is what marks their pages dirty.
+ *
  * walker_program.c holds the assembled bytes; tests/test_kvm_program.py assembles this file again
  * (as --32, objcopy -O binary) and compares. The code is linked for gpa 0x2000 but is position
  * independent: jumps are relative and data addresses absolute. */
@@ -25,7 +28,9 @@
         .set COUNTDOWN,      0x1018
         .set STORE_DWORDS,   0x101c
         .set VALUE_MASK,     0x1020
+        .set POOL,           0x1024
         .set BEAT_PORT,      0x510
+        .set COPY_PORT,      0x514
 
 /* Store one dword and count it, for the entry at esi + offset. */
         .macro step offset
@@ -50,6 +55,8 @@ stretch:
         mov     ebp, ds:[COUNTDOWN]
 1:      shl     esi, 4
         add     esi, ds:[SCHEDULE]
+        cmp     dword ptr ds:[POOL], 0
+        jne     from_pool
         mov     esp, ds:[STORE_DWORDS]
         cmp     esp, 1
         jne     many_dwords
@@ -90,6 +97,20 @@ one_string:
         add     esi, 16
         dec     edx
         jnz     one_string
+        jmp     stretch_done
+
+/* Whole stretches copied by the host; a QEMU of bench/ jumps to code of its own instead. */
+from_pool:
+        mov     ecx, ebp
+        jecxz   stretch_done
+        mov     eax, ebp
+        mov     edx, COPY_PORT
+        out     dx, eax
+count_copy:
+        mov     edi, [esi + 8]
+        inc     dword ptr [edi]
+        add     esi, 16
+        loop    count_copy
 
 stretch_done:
         mov     eax, ds:[INDEX]

@@ -29,7 +29,7 @@ static uint32_t get(const uint8_t *memory, uint32_t gpa)
 /* Entry i stores 4 dwords at 0x4040 + i pages and counts at 0x4000 + i pages. */
 static uint8_t *program(void)
 {
-    static const uint32_t control[] = {0, ENTRIES, SCHEDULE_GPA, 0, 0, 3, 3, 4, 0xffffffffu};
+    static const uint32_t control[] = {0, ENTRIES, SCHEDULE_GPA, 0, 0, 3, 3, 4, 0xffffffffu, 0, 0, 0};
     uint8_t *memory = calloc(1, MEMORY_BYTES);
 
     T_CHECK(memory != NULL);
@@ -146,10 +146,51 @@ static void test_a_store_outside_of_memory_crashes_the_guest_only(void)
     free(memory);
 }
 
+/* A pool of 64 bytes, each dword its own number, in which windows of 4 dwords go on by 12 a loop. */
+static void test_copies_come_from_the_pool(void)
+{
+    static const uint32_t pool[] = {0x3000, 0x3c, 12};
+    uint8_t *memory = program();
+    struct vmth_walker_state state;
+    struct vmth_walker *walker;
+
+    memcpy(memory + VMTH_WALKER_CONTROL_GPA + 36, pool, sizeof(pool));
+    for (uint32_t i = 0; i < 20; i++) {
+        put(memory, 0x3000 + i * 4, 1000 + i);
+    }
+    T_CHECK(vmth_walker_create(memory, MEMORY_BYTES, &walker) == 0);
+    T_CHECK(vmth_walker_reset(walker, NULL, 0) == 0);
+    for (uint64_t beats = 20; beats <= 200; beats += 20) {
+        T_CHECK(vmth_walker_resume(walker) == 0);
+        wait_for_beats(walker, beats);
+        T_CHECK(vmth_walker_pause(walker));
+        T_CHECK(vmth_walker_save(walker, &state) == 0);
+        check_counters(memory, &state.registers);
+        for (uint32_t i = 0; i < ENTRIES; i++) {
+            const uint32_t loops = state.registers.loops - (i < state.registers.index ? 0 : 1);
+            const uint32_t first = ((i + loops * 12) & 0x3c) / 4;
+
+            for (uint32_t dword = 0; dword < 4; dword++) {
+                T_CHECK(get(memory, 0x4040 + i * 4096 + dword * 4) == 1000 + first + dword);
+            }
+        }
+    }
+    state.registers.pool_mask = 0x3e;
+    T_CHECK(vmth_walker_load(walker, &state) == -EINVAL);
+    state.registers.pool_mask = 0x3c;
+    state.registers.pool_gpa = MEMORY_BYTES - 0x3c - 12;
+    T_CHECK(vmth_walker_load(walker, &state) == -EINVAL);
+    state.registers.pool_gpa -= 4;
+    T_CHECK(vmth_walker_load(walker, &state) == 0);
+    vmth_walker_free(walker);
+    free(memory);
+}
+
 int main(void)
 {
     test_pauses_lose_no_step();
     test_state_moves_to_another_walker();
     test_a_store_outside_of_memory_crashes_the_guest_only();
+    test_copies_come_from_the_pool();
     return 0;
 }

@@ -24,6 +24,9 @@ cdef extern from "guest/walker.h":
         uint32_t countdown
         uint32_t store_dwords
         uint32_t value_mask
+        uint32_t pool_gpa
+        uint32_t pool_mask
+        uint32_t pool_step
 
     struct vmth_walker_pace:
         uint64_t from_ns
@@ -144,6 +147,9 @@ cdef class Walker:
             state.registers.countdown,
             state.registers.store_dwords,
             state.registers.value_mask,
+            state.registers.pool_gpa,
+            state.registers.pool_mask,
+            state.registers.pool_step,
         )
         paces = [
             (state.paces[i].from_ns, state.paces[i].beat_interval_ns)
@@ -163,6 +169,9 @@ cdef class Walker:
             state.registers.countdown,
             state.registers.store_dwords,
             state.registers.value_mask,
+            state.registers.pool_gpa,
+            state.registers.pool_mask,
+            state.registers.pool_step,
         ) = registers
         state.npaces = fill_paces(state.paces, paces)
         state.running_ns = running_ns

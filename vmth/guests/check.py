@@ -3,11 +3,12 @@
 
 The schedule lies in guest memory, so the guest's own counters prove that no write was lost: after
 ``loops`` whole loops and ``index`` entries of the next, each counter has been raised once for each
-time that the walker passed an entry of its page, and each page's last store is known to the byte.
-Counters start at zero (``schedule.install``). The control block is current only where the guest
-stands at a beat (``pause_at_beat``). Memory is looked at where the walker wrote, not elsewhere:
-some 0.2 s for the largest schedule. What is read may come from another host: every address is
-checked first.
+time that the walker passed an entry of its page, and each page's last store is known to the byte. A
+pool (pool.py) is made again, not read: one that arrived damaged is a problem of its own. Counters
+start at zero (``schedule.install``). The control block is current only where the guest stands at a
+beat (``pause_at_beat``). Memory is looked at where the walker wrote, not elsewhere: some 0.2 s for
+the largest schedule, 0.5 s for each 256 MiB of rewritten pages. What is read may come from another
+host: every address is checked first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy.typing as npt
 
 from vmth.guests.machine import CONTROL_FIELDS, ENTRY_BYTES
 from vmth.guests.memory import PAGE_BYTES
-from vmth.guests.schedule import ENTRIES_MAX, STORE_DWORDS, Control
+from vmth.guests.pool import POOL_MASK_MAX, POOL_TAIL_BYTES, pool_content
+from vmth.guests.schedule import ENTRIES_MAX, REWRITE_STORE_DWORDS, Control, pool_key
 
 __all__ = ["GuestCheck", "check", "expected_counters", "last_stores", "read_schedule"]
 
@@ -27,8 +29,8 @@ U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
 WRONG_PAGES_MAX = 16
-#: Entries whose stores are compared at once, at most 16 MiB.
-_BATCH = 1 << 16
+#: Bytes of stores that are compared at once.
+_BATCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ def expected_counters(control: Control, schedule: U32) -> tuple[U32, U32]:
 
 
 def last_stores(control: Control, schedule: U32) -> tuple[U32, U32]:
-    """(gpas, values): for each place that was stored to, the dword that was stored last."""
+    """(gpas, values): for each place that was stored to, the dword that was stored last; with a
+    pool, the byte of it from which was copied last."""
     entries = len(schedule)
     # Newest first: this loop's entries backwards, then the previous loop's rest backwards.
     newest = np.arange(control.index)[::-1]
@@ -85,6 +88,9 @@ def last_stores(control: Control, schedule: U32) -> tuple[U32, U32]:
     gpas, first = np.unique(schedule[newest, 0], return_index=True)
     entry = newest[first]
     loops = np.where(entry < control.index, control.loops, control.loops - 1).astype(np.uint32)
+    if control.pool_gpa:
+        starts = schedule[entry, 1] + loops * np.uint32(control.pool_step)
+        return gpas, starts & np.uint32(control.pool_mask)
     return gpas, schedule[entry, 1] + (loops & np.uint32(control.value_mask))
 
 
@@ -106,7 +112,9 @@ def check(memory: U8) -> GuestCheck:
     difference = (dwords[counter_gpas // 4] - expected).view(np.int32).astype(np.int64)
     lost = int(-difference[difference < 0].sum())
     repeated = int(difference[difference > 0].sum())
-    wrong = [counter_gpas[difference != 0], _wrong_stores(dwords, control, schedule)]
+    pool = _expected_pool(control, schedule)
+    wrong_pool = _wrong_pool_pages(memory, control, pool)
+    wrong = [counter_gpas[difference != 0], _wrong_stores(dwords, control, schedule, pool)]
     pages = np.unique(np.concatenate(wrong) // PAGE_BYTES) * PAGE_BYTES
     consistent = _beats_agree(control)
     found = []
@@ -116,6 +124,8 @@ def check(memory: U8) -> GuestCheck:
         found.append(f"{repeated} writes too many")
     if len(pages):
         found.append(f"{len(pages)} pages differ from what the guest wrote")
+    if len(wrong_pool):
+        found.append(f"{len(wrong_pool)} pages of the pool, from {wrong_pool[0]:#x} on, differ")
     if not consistent:
         found.append(f"{control.beats} beats do not agree with {control.writes} writes")
     return GuestCheck(
@@ -139,7 +149,9 @@ def _control_problems(control: Control, memory_bytes: int) -> tuple[str, ...]:
         "schedule_gpa": control.schedule_gpa % 4 == 0 and end <= memory_bytes,
         "writes_per_beat": control.writes_per_beat > 0,
         "countdown": 0 < control.countdown <= control.writes_per_beat,
-        "store_dwords": 0 < control.store_dwords <= STORE_DWORDS,
+        "store_dwords": 0 < control.store_dwords <= REWRITE_STORE_DWORDS,
+        "pool_gpa": _pool_end(control) <= memory_bytes,
+        "pool_mask": not control.pool_gpa or _is_pool_mask(control.pool_mask),
     }
     return tuple(
         f"control block: {name} is {getattr(control, name)}"
@@ -154,13 +166,39 @@ def _beats_agree(control: Control) -> bool:
     return (by_beats - control.writes) % (1 << 32) == 0
 
 
-def _wrong_stores(dwords: U32, control: Control, schedule: U32) -> U32:
+def _pool_end(control: Control) -> int:
+    """First byte behind the pool and its tail; 0 without one."""
+    return control.pool_gpa + control.pool_mask + 4 + POOL_TAIL_BYTES if control.pool_gpa else 0
+
+
+def _is_pool_mask(mask: int) -> bool:
+    nbytes = mask + 4
+    return PAGE_BYTES <= nbytes <= POOL_MASK_MAX + 4 and nbytes & (nbytes - 1) == 0
+
+
+def _expected_pool(control: Control, schedule: U32) -> U8:
+    if not control.pool_gpa:
+        return np.zeros(0, dtype=np.uint8)
+    return pool_content(pool_key(schedule), control.pool_mask + 4)
+
+
+def _wrong_pool_pages(memory: U8, control: Control, pool: U8) -> U32:
+    stands = memory[control.pool_gpa : control.pool_gpa + len(pool)].reshape(-1, PAGE_BYTES)
+    differ = (stands != pool.reshape(-1, PAGE_BYTES)).any(axis=1)
+    gpas: U32 = (np.flatnonzero(differ) * PAGE_BYTES + control.pool_gpa).astype(np.uint32)
+    return gpas
+
+
+def _wrong_stores(dwords: U32, control: Control, schedule: U32, pool: U8) -> U32:
     gpas, values = last_stores(control, schedule)
     within = np.arange(control.store_dwords, dtype=np.uint32)
     wrong = [np.zeros(0, dtype=np.uint32)]
-    for at in range(0, len(gpas), _BATCH):
-        batch = gpas[at : at + _BATCH]
+    step = _BATCH_BYTES // (4 * control.store_dwords)
+    for at in range(0, len(gpas), step):
+        batch, expected = gpas[at : at + step], values[at : at + step, None]
+        if control.pool_gpa:
+            expected = pool.view("<u4")[expected // 4 + within]
         stored = dwords[(batch // 4)[:, None] + within]
-        bad = (stored != values[at : at + _BATCH, None]).any(axis=1)
+        bad = (stored != expected).any(axis=1)
         wrong.append(batch[bad])
     return np.concatenate(wrong)

@@ -10,13 +10,21 @@ as flat 32-bit code on a vCPU, the process guest as a native thread; memory look
         0x2000   machine code of the KVM guest, up to 0x8000
         0x10000  schedule: entries of 16 bytes {u32 write_gpa, u32 value, u32 counter_gpa, u32 0}
         ...      counter table of the ``silent`` workload (u32 a page), page aligned
+        ...      pool of the ``rewrite`` workload (pool.py), page aligned
         ...      data pages up to the end of memory
 
-One step of the walker: store ``store_dwords`` dwords of (value + (loops & value_mask)) at
-write_gpa; add 1 to the dword at counter_gpa; next entry (after the last: index 0, loops + 1);
-countdown - 1, and at 0: countdown = writes_per_beat, beats + 1, tell the host (KVM: OUT dword
-``beats`` to port 0x510), which returns when the next beat is due: that paces the guest. In memory
-the control block is current at every beat; between beats the fields may live in registers.
+One step of the walker: store ``store_dwords`` dwords at write_gpa; add 1 to the dword at
+counter_gpa; next entry (after the last: index 0, loops + 1); countdown - 1, and at 0: countdown =
+writes_per_beat, beats + 1, tell the host (KVM: OUT dword ``beats`` to port 0x510), which returns
+when the next beat is due: that paces the guest. In memory the control block is current at every
+beat; between beats the fields may live in registers.
+
+What is stored: without a pool (``pool_gpa`` 0) each dword is value + (loops & value_mask). With one
+they are copied, in ascending order, from pool_gpa + ((value + loops x pool_step) & pool_mask). All
+sums and products are modulo 2^32. The KVM guest has its host copy for it, all stores up to the next
+beat or the end of the schedule at once (OUT dword number of steps to port 0x514), and counts them
+then, which marks their pages dirty: where KVM emulates the guest, string moves take up to 1 ms a
+page.
 """
 
 from __future__ import annotations
@@ -62,6 +70,9 @@ CONTROL_FIELDS = (
     "countdown",
     "store_dwords",
     "value_mask",
+    "pool_gpa",
+    "pool_mask",
+    "pool_step",
 )
 
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process guest: the walker as a native thread over the holder's memory, without /dev/kvm.
 
-Its "CPU state" is the walker's nine registers and its place in time; they travel as one
-little-endian record, version 1:
+Its "CPU state" is the walker's twelve registers and its place in time; they travel as one
+little-endian record, version 2:
 
     offset  field
-    0       u32 x 9   registers, in the order of CONTROL_FIELDS
-    36      u32       npaces, 0 to 16
-    40      u64       running_ns
-    48      u64       next_due_ns: running time at which the step after the last beat may begin
-    56      {u64 from_ns, u64 beat_interval_ns} x npaces
+    0       u32 x 12  registers, in the order of CONTROL_FIELDS
+    48      u32       npaces, 0 to 16
+    52      u64       running_ns
+    60      u64       next_due_ns: running time at which the step after the last beat may begin
+    68      {u64 from_ns, u64 beat_interval_ns} x npaces
+
+Version 1 had no pool: nine registers.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from vmth.types import RamBlock
 
 __all__ = ["STATE_VERSION", "ProcessMachine", "decode_state", "encode_state"]
 
-STATE_VERSION = 1
-_HEAD = struct.Struct("<9I I Q Q")
+STATE_VERSION = 2
+_HEAD = struct.Struct("<12I I Q Q")
 _PACE = struct.Struct("<Q Q")
 
 State = tuple[tuple[int, ...], list[tuple[int, int]], int, int]

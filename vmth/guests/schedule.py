@@ -15,9 +15,12 @@ it is made.
     silent      the working set, shuffled                     64 dwords, the same    counter table
     sparse      the working set, shuffled                     2 dwords               in the page
     always      all pages that the walker reaches, in order   64 dwords, no pacing   in the page
+    rewrite     the working set, in order                     1023 dwords, random    in the page
 
 A page's stores lie at one seeded offset of it, its counter at offset 0: no two entries overlap in
-part.
+part. All store equal dwords but ``rewrite``, which copies all of the page behind its counter from a
+pool of random bytes, from another place at each rewrite (pool.py): no page form makes such pages
+smaller.
 """
 
 from __future__ import annotations
@@ -37,6 +40,13 @@ from vmth.guests.machine import (
     Pace,
 )
 from vmth.guests.memory import MEMORY_MIN_BYTES, PAGE_BYTES
+from vmth.guests.pool import (
+    POOL_TAIL_BYTES,
+    pool_bytes,
+    pool_content,
+    pool_step,
+    window_offsets,
+)
 
 __all__ = [
     "ENTRIES_MAX",
@@ -46,13 +56,15 @@ __all__ = [
     "Workload",
     "install",
     "plan",
+    "pool_key",
     "rate_reached_bps",
 ]
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
-WORKLOADS = ("idle", "sequential", "uniform", "zipf", "silent", "sparse", "always")
+#: A schedule is seeded with its workload's place in here.
+WORKLOADS = ("idle", "sequential", "uniform", "zipf", "silent", "sparse", "always", "rewrite")
 #: Entries of one schedule, 16 bytes each.
 ENTRIES_MAX = 1 << 20
 #: Draws that uniform and zipf make where the working set needs no more.
@@ -62,6 +74,9 @@ ZIPF_EXPONENT = 0.99
 
 STORE_DWORDS = 64
 SPARSE_STORE_DWORDS = 2
+#: All of a page but its counter.
+REWRITE_STORE_DWORDS = PAGE_BYTES // 4 - 1
+_STORE_DWORDS = {"sparse": SPARSE_STORE_DWORDS, "rewrite": REWRITE_STORE_DWORDS}
 #: Offsets below this in a page are the counter's.
 STORE_OFFSET_MIN = 64
 
@@ -124,6 +139,9 @@ class Control:
     countdown: int
     store_dwords: int
     value_mask: int
+    pool_gpa: int = 0  #: 0: no pool
+    pool_mask: int = 0  #: bytes of the pool - 4
+    pool_step: int = 0
 
     @classmethod
     def read(cls, memory: U8) -> Control:
@@ -149,7 +167,7 @@ class Program:
     schedule: U32
     control: Control
     paces: tuple[Pace, ...]
-    data_gpa: int  #: first byte behind schedule and counter table
+    data_gpa: int  #: first byte behind schedule, counter table and pool
     working_set_gpa: int
     working_set_pages: int
 
@@ -188,7 +206,7 @@ def _entries_wanted(kind: str, pages: int, low_bytes: int) -> int:
 
 def _page_order(kind: str, pages: int, entries: int, rng: np.random.Generator) -> U32:
     """Page of the working set for each entry."""
-    if kind in ("sequential", "always", "idle"):
+    if kind in ("sequential", "always", "idle", "rewrite"):
         return np.arange(entries, dtype=np.uint32)
     if kind in ("silent", "sparse"):
         return rng.permutation(pages)[:entries].astype(np.uint32)
@@ -243,7 +261,9 @@ def plan(workload: Workload, low_bytes: int) -> Program:
         pages = max(1, min(DEFAULT_WORKING_SET_BYTES // PAGE_BYTES, all_pages // 4))
     entries = _entries_wanted(kind, pages, low_bytes)
     counter_gpa = _align(SCHEDULE_GPA + entries * ENTRY_BYTES)
-    data_gpa = counter_gpa + (_align(4 * pages) if kind == "silent" else 0)
+    pool_gpa = counter_gpa + (_align(4 * pages) if kind == "silent" else 0)
+    pool_nbytes = pool_bytes(low_bytes) if kind == "rewrite" else 0
+    data_gpa = pool_gpa + (pool_nbytes + POOL_TAIL_BYTES if pool_nbytes else 0)
     room = (low_bytes - data_gpa) // PAGE_BYTES
     if kind == "always" and not workload.working_set_bytes:
         pages = min(pages, room)
@@ -256,15 +276,20 @@ def plan(workload: Workload, low_bytes: int) -> Program:
 
     rng = np.random.default_rng([workload.seed, WORKLOADS.index(kind)])
     first_gpa = data_gpa + int(rng.integers(0, room - pages + 1)) * PAGE_BYTES
-    store_dwords = SPARSE_STORE_DWORDS if kind == "sparse" else STORE_DWORDS
+    store_dwords = _STORE_DWORDS.get(kind, STORE_DWORDS)
+    offset_max = PAGE_BYTES - 4 * store_dwords
+    offset_min = min(STORE_OFFSET_MIN, offset_max)
     offsets = rng.integers(
-        STORE_OFFSET_MIN // 4, (PAGE_BYTES - 4 * store_dwords) // 4 + 1, pages, dtype=np.uint32
+        offset_min // 4, offset_max // 4 + 1, pages, dtype=np.uint32
     ) * np.uint32(4)
     order = _page_order(kind, pages, entries, rng)
     schedule = np.zeros((entries, 4), dtype=np.uint32)
     page_gpas = np.uint32(first_gpa) + order * np.uint32(PAGE_BYTES)
     schedule[:, 0] = page_gpas + offsets[order]
     schedule[:, 1] = rng.integers(0, 1 << 32, entries, dtype=np.uint32)
+    if pool_nbytes:
+        base = schedule[0, 1] & np.uint32(0xFFFFFFFC)
+        schedule[:, 1] = base + window_offsets(order, pool_nbytes)
     schedule[:, 2] = (
         np.uint32(counter_gpa) + order * np.uint32(4) if kind == "silent" else page_gpas
     )
@@ -282,6 +307,9 @@ def plan(workload: Workload, low_bytes: int) -> Program:
             countdown=writes_per_beat,
             store_dwords=store_dwords,
             value_mask=0 if kind == "silent" else 0xFFFFFFFF,
+            pool_gpa=pool_gpa if pool_nbytes else 0,
+            pool_mask=pool_nbytes - 4 if pool_nbytes else 0,
+            pool_step=pool_step(pool_nbytes) if pool_nbytes else 0,
         ),
         paces=paces,
         data_gpa=data_gpa,
@@ -290,15 +318,24 @@ def plan(workload: Workload, low_bytes: int) -> Program:
     )
 
 
+def pool_key(schedule: U32) -> int:
+    """What the pool's content follows from: the seeded value of the first entry."""
+    return int(schedule[0, 1])
+
+
 def install(program: Program, memory: U8) -> None:
     """Write the program into guest memory (gpa 0 first), after its content: control block,
-    schedule, and for silent the bytes that will be stored again and again. Counters must be zero
-    already: fresh memory is, and ``content.fill`` leaves out the pages of ``counter_pages()``.
-    Touching each of them here would fault in the whole working set."""
+    schedule, pool, and for silent the bytes that will be stored again and again. Counters must be
+    zero already: fresh memory is, and ``content.fill`` leaves out the pages of
+    ``counter_pages()``. Touching each of them here would fault in the whole working set."""
     program.control.write(memory)
     schedule_bytes = program.schedule.astype("<u4", copy=False).view(np.uint8).reshape(-1)
     start = program.control.schedule_gpa
     memory[start : start + len(schedule_bytes)] = schedule_bytes
+    pool_gpa = program.control.pool_gpa
+    if pool_gpa:
+        content = pool_content(pool_key(program.schedule), program.control.pool_mask + 4)
+        memory[pool_gpa : pool_gpa + len(content)] = content
     if program.control.value_mask != 0:
         return
     dwords = memory.view("<u4")
