@@ -33,6 +33,10 @@ PACE_ADDRESS = 0xF0100
 PIT_HZ = 1_193_182
 #: The walker's last three instructions, which tell KVM's host of a beat.
 TELL = bytes.fromhex("ba10050000efe9")
+#: Two more, which ask it to copy from the pool.
+ASK = bytes.fromhex("ba14050000ef")
+COPY_ADDRESS = 0xF0400
+RETURN_GPA = 0x9010
 RAM = "pc.ram"
 WRITE_BYTES = 64 << 20
 
@@ -46,14 +50,19 @@ def firmware(folder: Path) -> Path:
 
 
 def _moved_up(program: Program) -> Program:
-    """The same program with its schedule and data 1 MiB higher."""
+    """The same program with its schedule, pool and data 1 MiB higher."""
     shift = LOW_BYTES - SCHEDULE_GPA
+    pool_gpa = program.control.pool_gpa
     schedule = program.schedule.copy()
     schedule[:, [0, 2]] += np.uint32(shift)
     return replace(
         program,
         schedule=schedule,
-        control=replace(program.control, schedule_gpa=LOW_BYTES),
+        control=replace(
+            program.control,
+            schedule_gpa=LOW_BYTES,
+            pool_gpa=pool_gpa + shift if pool_gpa else 0,
+        ),
         data_gpa=program.data_gpa + shift,
         working_set_gpa=program.working_set_gpa + shift,
     )
@@ -75,12 +84,24 @@ def make_memory(nbytes: int, content: str, workload: Workload, seed: int) -> Gue
     install(program, view)
     code = bytearray(_kvm.walker_code())
     at = code.index(TELL)
-    code[at : at + 5] = b"\xe9" + (PACE_ADDRESS - (CODE_GPA + at + 5)).to_bytes(4, "little")
+    code[at : at + 5] = _jump(CODE_GPA + at, PACE_ADDRESS)
+    at = code.index(ASK)
+    code[at : at + 5] = _jump(CODE_GPA + at, COPY_ADDRESS)
+    _put(view, RETURN_GPA, CODE_GPA + at + len(ASK))
     view[CODE_GPA : CODE_GPA + len(code)] = np.frombuffer(bytes(code), np.uint8)
     beat_ns = program.paces[0].beat_interval_ns
     divisor = min(0xFFFF, beat_ns * PIT_HZ // 1_000_000_000) if beat_ns else 0
-    view[DIVISOR_GPA : DIVISOR_GPA + 4] = np.frombuffer(divisor.to_bytes(4, "little"), np.uint8)
+    _put(view, DIVISOR_GPA, divisor)
     return memory
+
+
+def _jump(from_gpa: int, to_gpa: int) -> bytes:
+    """jmp, 5 bytes."""
+    return b"\xe9" + ((to_gpa - (from_gpa + 5)) % (1 << 32)).to_bytes(4, "little")
+
+
+def _put(view: np.ndarray[tuple[int], np.dtype[np.uint8]], gpa: int, dword: int) -> None:
+    view[gpa : gpa + 4] = np.frombuffer(dword.to_bytes(4, "little"), np.uint8)
 
 
 class VersusQemu:

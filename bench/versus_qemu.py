@@ -54,6 +54,8 @@ CASES = {
         Case("W12-silent", 1024 * MIB, MIX, "silent", 200_000_000, 256 * MIB),
         Case("W13-jump", 1024 * MIB, MIX, "uniform", 4_000_000, 64 * MIB, jump_s=2.0),
         Case("random-110", 1024 * MIB, NOISE, "uniform", 110_000_000, 256 * MIB),
+        Case("rewrite-110", 1024 * MIB, MIX, "rewrite", 110_000_000, 256 * MIB),
+        Case("rewrite-150", 1024 * MIB, MIX, "rewrite", 150_000_000, 256 * MIB),
         Case("dup-template", 1024 * MIB, "zero=30,template=15,files=35,random=20"),
         Case("dup-file-copy", 1024 * MIB, "zero=30,file-copy=15,files=35,random=20"),
     )

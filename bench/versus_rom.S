@@ -5,20 +5,28 @@
  *
  *   0x9004  u32 divisor of the PIT: a tick is one beat of the walker     0: not paced
  *   0x9008  u32 ticks so far            0x900c  u32 tick at which the next beat is due
+ *   0x9010  u32 where the walker goes on when its stores are copied
  *   0x9100  IDT                         0xa000  stack, used between beats only
  *
  * Where the walker would tell KVM's host of a beat it jumps to `pace` (at 0xf0100), which halts
- * until the beat is due. Assembled by versus_guest.py with `as --32` and objcopy. */
+ * until the beat is due; where it would ask KVM's host for copies it jumps to `copy` (at 0xf0400), with
+ * esi at the schedule and ebp steps to copy. Assembled by versus_guest.py with `as --32` and objcopy. */
 
         .intel_syntax noprefix
         .set DIVISOR, 0x9004
         .set TICKS,   0x9008
         .set DUE,     0x900c
+        .set RETURN,  0x9010
         .set IDT,     0x9100
         .set STACK,   0xa000
         .set STRETCH, 0x2001
         .set ROM,     0xf0000
         .set LAG_MAX, 100
+        .set LOOPS,        0x100c       /* the walker's control block */
+        .set STORE_DWORDS, 0x101c
+        .set POOL,         0x1024
+        .set POOL_MASK,    0x1028
+        .set POOL_STEP,    0x102c
 
         .text
         .code16
@@ -115,6 +123,29 @@ flat_mode:
 1:      cld
         mov     eax, STRETCH
         jmp     eax
+
+        .org    0x400
+copy:
+        mov     ebx, ds:[LOOPS]
+        imul    ebx, ds:[POOL_STEP]
+        mov     edx, esi
+        mov     esp, ebp
+1:      mov     edi, [edx]
+        mov     esi, [edx + 4]
+        add     esi, ebx
+        and     esi, ds:[POOL_MASK]
+        add     esi, ds:[POOL]
+        mov     ecx, ds:[STORE_DWORDS]
+        rep movsd
+        add     edx, 16
+        dec     esp
+        jnz     1b
+        mov     ecx, ebp
+        mov     esi, ebp
+        shl     esi, 4
+        sub     edx, esi
+        mov     esi, edx
+        jmp     dword ptr ds:[RETURN]
 
         .org    0xfff0
         .code16
