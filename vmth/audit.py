@@ -100,7 +100,8 @@ class MemoryDigests:
         )
 
     def _populated_runs(self, area: Area) -> Iterator[tuple[int, int]]:
-        bits = np.zeros(bitmap_words(area.page + area.npages), dtype=np.uint64)
+        # Of the whole block, as its readers want it; what is not touched takes no memory.
+        bits = np.zeros(bitmap_words(self._guest.blocks[area.block].npages), dtype=np.uint64)
         if isinstance(self._guest, CanReportPopulated):
             self._guest.populated(area.block, area.page, area.npages, bits)
         else:
