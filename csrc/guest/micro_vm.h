@@ -15,7 +15,7 @@
  * the dword n to port 0x514 stores what the next n entries of its schedule say, before the instruction
  * returns. Neither dirty log nor ring sees that, so the guest itself writes to each of these pages (it
  * counts in them) before its next beat, and only there does a pause take hold: whoever looks at a
- * paused guest's dirty pages finds all of them. Code that is emulated would need 0.2 us a dword.
+ * paused guest's dirty pages finds all of them. Emulated code would need near 1 us a dword.
  *
  * A vCPU that stops for a reason that this VM does not have (internal error, triple fault, unknown
  * exit) parks for good: the VM is crashed, and calls return -EIO until it is freed.
