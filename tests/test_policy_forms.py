@@ -205,8 +205,8 @@ def test_what_is_there_is_not_sent_to_find_out_how_fast_the_link_is(mbit: int) -
 
 def test_a_file_that_holds_nothing_costs_little_at_memory_speed() -> None:
     used = warm_run(World(NOISE, 1e12), 40)
-    assert set(used[3:]) <= {0, 1}
-    assert used[5:].count(0) > 30, used
+    assert set(used) <= {0, 1}
+    assert set(used[20:]) == {0}, used  # a look at the link, after a second and a half, tells
 
 
 def test_a_stretch_that_is_not_there_does_not_end_the_looking() -> None:
