@@ -8,6 +8,7 @@ vmth/memory_pass.py.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -85,6 +86,11 @@ class PreCopy:
         the caller resumes the guest if it is paused."""
         self._started_ns = self.clock()
         return self._run_live() if self.live else self._run_cold()
+
+    def let_go(self) -> None:
+        if self.throttle_percent:
+            with contextlib.suppress(Exception):  # close() tries again, and tells
+                self._throttle(0)
 
     def close(self) -> None:
         """Let the throttle go and stop the dirty sources: all of them, whatever one raises; the

@@ -76,6 +76,9 @@ class RoundEngine(Protocol):
         """While paused, after ``run()``: send these pages again and wait until they have landed.
         Raises VerificationError where that cannot be done."""
 
+    def let_go(self) -> None:
+        """The guest is about to run on here: it is not throttled any more. Never raises."""
+
     def close(self) -> None:
         """Stop tracking and throttling: when the guest runs somewhere again, or before it is
         released. Only the first call does anything."""

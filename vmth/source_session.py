@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source's side of one session: meet, send rounds, seal, hand over, clean up.
 
-Runs in the job's thread, which alone calls the guest. ``run()`` reads as the migration; what may
-happen when is decided by the source's table (``vmth.source_record``), the rounds by
-``vmth.precopy``.
+Runs in the job's thread, which alone calls the guest. ``run()`` reads as the migration; the table
+in ``vmth.source_record`` decides what may happen when, ``vmth.precopy`` makes the rounds.
 """
 
 from __future__ import annotations
@@ -190,8 +189,7 @@ class SourceSession:
 
     def run(self) -> MigrationResult:
         """Returns when the guest runs at the destination and is released here. Raises
-        MigrationError or a child; unless that is InDoubtError or
-        NotResumedError the guest runs (or stays paused, as it was) here."""
+        MigrationError or a child: but for InDoubtError, NotResumedError the guest is as before."""
         self._started_ns = self._clock()
         try:
             try:
@@ -386,9 +384,9 @@ class SourceSession:
         where that was more. In cold mode downtime is accepted."""
         if self._options.mode is Mode.COLD:
             return
-        last_ns = final.landed_ns - final.pause_started_ns
-        allowed_ns = max(self.tuning.downtime_limit_ns, 2 * last_ns)
-        if self._clock() - final.pause_started_ns > allowed_ns:
+        paused_ns = final.pause_started_ns
+        allowed_ns = max(self.tuning.downtime_limit_ns, 2 * (final.landed_ns - paused_ns))
+        if self._clock() - paused_ns > allowed_ns:
             raise VerificationError(
                 "the digests differ, and the downtime limit of "
                 f"{format_duration(self.tuning.downtime_limit_ns)} leaves no time to repair"
@@ -464,6 +462,8 @@ class SourceSession:
 
     def _give_up(self, record: SourceRecord, outcome: BaseException) -> GuestError | None:
         """Before the grant: the guest runs here as before. Returns why it does not."""
+        if self._engine is not None:
+            self._engine.let_go()
         paused = record.state is not SourceState.RUNNING
         record.abort_code = abort_code(outcome)
         record.abort_reason = str(outcome)

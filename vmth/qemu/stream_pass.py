@@ -133,6 +133,9 @@ class StreamPass:
             f"{self.guest.blocks[block].idstr!r}: QEMU cannot be asked for them again"
         )
 
+    def let_go(self) -> None:
+        """QEMU's throttle ends with its migration."""
+
     def close(self) -> None:
         """Nothing is tracked here; QEMU's throttle ends with its migration."""
 
