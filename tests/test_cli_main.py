@@ -37,6 +37,42 @@ BAD_INPUT = [
     ("working set", ["demo", "--working-set", "4TiB"], "working set"),
     ("seed", ["demo", "--seed", "-1"], "seed"),
     ("scheme", ["demo", "--send", "http://host:80"], "tcp:HOST:PORT"),
+    (
+        "address of a unix socket",
+        ["demo", "--send", "unix:/s", "--bind", "127.0.0.1"],
+        "--bind: received 127.0.0.1 for unix:/s, allowed with tcp:HOST:PORT only",
+    ),
+    (
+        "interface of a unix socket",
+        ["demo", "--send", "unix:/s", "--interface", "eth0"],
+        "--interface: received eth0 for unix:/s",
+    ),
+    ("address of a descriptor", ["demo", "--send", "fd:9,10", "--bind", "::1"], "::1 for fd:9,10"),
+    (
+        "address where a guest arrives",
+        ["demo", "--receive", "tcp:127.0.0.1:0", "--bind", "127.0.0.1"],
+        "--bind: received 127.0.0.1 with --receive",
+    ),
+    (
+        "address of a QEMU's unix socket",
+        ["migrate", "--qmp", "/none", "unix:/s", "--bind", "127.0.0.1"],
+        "--bind: received 127.0.0.1 for unix:/s",
+    ),
+    (
+        "interface of a QEMU's unix socket",
+        ["migrate", "--qmp", "/none", "unix:/s", "--interface", "eth0"],
+        "--interface: received eth0 for unix:/s",
+    ),
+    (
+        "address of a relay's unix socket",
+        ["relay", "--listen", "tcp:127.0.0.1:0", "--connect", "unix:/s", "--bind", "127.0.0.1"],
+        "--bind: received 127.0.0.1 for unix:/s",
+    ),
+    (
+        "interface of a relay's unix socket",
+        ["relay", "--listen", "unix:/l", "--connect", "unix:/s", "--interface", "eth0"],
+        "--interface: received eth0 for unix:/s",
+    ),
     ("port", ["demo", "--send", "tcp:host:0"], "1 to 65535"),
     ("plaintext to another host", ["demo", "--send", "tcp:192.0.2.1:4444"], "--insecure"),
     ("plaintext from other hosts", ["demo", "--receive", "tcp:0.0.0.0:0"], "--insecure"),

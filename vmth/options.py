@@ -91,6 +91,12 @@ class MigrateOptions:
         if self.audit and not self.digest:
             raise UsageError("audit: received on with the digest off, allowed only with it on")
 
+    def check_for(self, endpoint: Endpoint) -> str | None:
+        """What to report of a migration to ``endpoint``, as ``check_plaintext``; UsageError also
+        where its connections cannot be made as ``link`` says."""
+        self.link.check_for(endpoint)
+        return check_plaintext(endpoint, self.insecure)
+
 
 @dataclass(frozen=True, slots=True)
 class ReceiveOptions:

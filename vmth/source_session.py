@@ -60,7 +60,7 @@ from vmth.handshake import (
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.kept_image import KeptImage
 from vmth.memory import MappedBlock, map_blocks
-from vmth.options import MigrateOptions, check_plaintext
+from vmth.options import MigrateOptions
 from vmth.policy.standard import StandardPolicy
 from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
@@ -125,7 +125,7 @@ class SourceSession:
         self._endpoint = endpoint
         self._options = options
         self._clock = clock
-        plaintext = check_plaintext(endpoint, options.insecure)
+        plaintext = options.check_for(endpoint)
         self._fallbacks = [plaintext] if plaintext is not None else []
         self._make_engine = make_engine
         self._features = features

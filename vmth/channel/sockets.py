@@ -63,6 +63,16 @@ class LinkOptions:
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 to {most}")
 
+    def check_for(self, endpoint: Endpoint) -> None:
+        """UsageError where connections to ``endpoint`` cannot take the addresses and interfaces
+        that were chosen for them: only TCP has such."""
+        for option, names in (("--bind", self.source_addresses), ("--interface", self.interfaces)):
+            if names and endpoint.scheme is not Scheme.TCP:
+                raise UsageError(
+                    f"{option}: received {','.join(names)} for {endpoint.display}, allowed with "
+                    "tcp:HOST:PORT only"
+                )
+
 
 #: IFNAMSIZ without its terminating zero byte.
 _INTERFACE_BYTES = 15

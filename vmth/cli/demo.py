@@ -177,6 +177,12 @@ def _run(given: dict[str, Any], console: Console) -> Outcome:
     if given["receive"] and given["send"]:
         raise UsageError("received both --send and --receive, allowed one of them")
     if given["receive"]:
+        for option in ("bind", "interface"):
+            if given[option]:
+                raise UsageError(
+                    f"--{option}: received {','.join(given[option])} with --receive, allowed where "
+                    "the guest leaves"
+                )
         return run_receive(
             ArrivalSettings(given["guest"] or "", given["run_on"], reuse_choice(given)),
             ReceiveOptions(insecure=given["insecure"], state_dir=given["state_dir"], link=link),

@@ -31,7 +31,7 @@ from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
 from vmth.interrupts import Interrupted, Interrupts
 from vmth.listener import Listener
 from vmth.meter import MoverMeter
-from vmth.options import MigrateOptions, ReceiveOptions, check_plaintext
+from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.progress import Console
 from vmth.reuse.report import index_progress
 from vmth.units import format_duration, format_size
@@ -67,7 +67,7 @@ def run_send(settings: DemoSettings, uri: str, console: Console) -> Outcome:
     """A new guest from here to the ``vmth demo --receive`` that listens at ``uri``."""
     outcome = Outcome("send", settings)
     with _filling(outcome) as (interrupts, resources):
-        check_plaintext(parse_endpoint(uri), settings.migrate.insecure)
+        settings.migrate.check_for(parse_endpoint(uri))
         guest = _spawn_guest(outcome, settings, console, resources)
         _warm_up(settings.warm_up_ns)
         _migrate(outcome, guest, uri, settings.migrate, console, interrupts)

@@ -31,7 +31,7 @@ from vmth.guest import Guest
 from vmth.handshake import SCOPE_STREAM
 from vmth.job import MigrationJob
 from vmth.journal import default_state_dir
-from vmth.options import ALL_FORMS, MigrateOptions, check_plaintext
+from vmth.options import ALL_FORMS, MigrateOptions
 from vmth.policy.interface import OnStall
 from vmth.qemu.check import check_source, raise_if_refused
 from vmth.qemu.facts import gather
@@ -151,7 +151,7 @@ def start_qemu_migration(
     """
     chosen = options or QemuMigrateOptions()
     endpoint = parse_endpoint(uri)
-    check_plaintext(endpoint, chosen.insecure)
+    chosen.session_options().check_for(endpoint)
     return MigrationJob(QemuMigration(qmp_path, endpoint, chosen))
 
 

@@ -108,6 +108,7 @@ class Relay:
 
     def __init__(self, options: RelayOptions, say: Callable[[str], None] = lambda line: None):
         listen, self._connect = options.endpoints()
+        options.link.check_for(self._connect)
         plaintext = [check_plaintext(end, options.insecure) for end in (listen, self._connect)]
         self._options = options
         self._say = say
