@@ -2,8 +2,8 @@
 """A source QEMU for tests, without one: its monitor, its stream, and what it does when that ends.
 
 It behaves as QEMU was seen to: while its stream is read it is active; it stops its guest before the
-end; told SHUT 0 it says completed (postmigrate); if its stream is lost before, it says failed and
-resumes its guest by itself, unless that was paused.
+end; told SHUT 0 it says completed (postmigrate); if its stream is lost before, it says failed, or
+cancelled if it was told so, and resumes its guest by itself, unless that was paused.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class MigratingQemu:
         self.migration = ""
         self.says_failed = says_failed
         self.cont_fails = ""
+        self.cancelling = False
         self.ended = threading.Event()  #: its migration is over
         self._stream = (stream or stream_of(was))[: stops_after or None]
         self._source = FakeSource(self._stream)
@@ -70,6 +71,7 @@ class MigratingQemu:
             "query-status": lambda _: {"status": self.status},
             "query-migrate": self._query,
             "migrate": self._migrate,
+            "migrate_cancel": self._cancel,
             "cont": self._cont,
             "quit": self._quit,
         }
@@ -99,12 +101,20 @@ class MigratingQemu:
         if self._source.answered.is_set() and not self.says_failed:
             self.migration, self.status = "completed", "postmigrate"
         else:
-            self.migration, self.status = "failed", self.was
+            self.migration = "cancelled" if self.cancelling else "failed"
+            self.status = self.was
         try:
             self.qmp.emit("MIGRATION", status=self.migration)
         except (AssertionError, OSError):
             pass  # nobody listens any more
         self.ended.set()
+
+    def _cancel(self, _: object) -> Any:
+        """Heard late: a stream that is lost before makes it a failure."""
+        if not self.ended.wait(0.1):
+            self.cancelling = True
+            self._source.close()
+        return {}
 
     def _cont(self, _: object) -> Any:
         if self.cont_fails:

@@ -14,6 +14,7 @@ from fake_qmp import FakeError, FakeQmp, HangUp
 from qmp_qemu import QmpQemu
 
 from vmth.errors import RefusedError, UsageError
+from vmth.qemu.cancel import cancel_migration
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import (
     MigrationSettings,
@@ -182,7 +183,7 @@ def test_a_real_qemu_gets_them_back_after_a_cancel(tmp_path: Path, side: str) ->
             connection, _ = listener.accept()
             with connection:
                 assert qmp.wait_event(lambda event: event.data.get("status") == "active", 60)
-                qmp.execute("migrate_cancel")
+                assert cancel_migration(qmp, settings, [connection])
                 assert settings.restore() == []
         assert migration_status(qmp) == "cancelled"
         assert (capabilities_of(qmp), parameters_of(qmp)) == before

@@ -23,6 +23,7 @@ from vmth.errors import (
     RefusedError,
     UsageError,
 )
+from vmth.guest import StateStream
 from vmth.handshake import Incoming
 from vmth.job import MigrationJob
 from vmth.listener import Listener
@@ -196,6 +197,39 @@ def test_a_cancel_leaves_the_source_as_it_was(scene: Scene, watchdogs: list[Fake
         with pytest.raises(CancelledError):
             job.wait(20)
         assert left_as_it_was(qemu, watchdogs)
+        assert qemu.migration == "cancelled"
+
+
+def test_a_cancel_that_qemu_does_not_hear_leaves_the_source_as_it_was(
+    scene: Scene, watchdogs: list[FakeWatchdog]
+) -> None:
+    with MigratingQemu(scene.folder, stops_after=HALF) as qemu:
+        qemu.qmp.answers["migrate_cancel"] = FakeError("GenericError", "not now")
+        job = scene.start(qemu)
+        wait_until(lambda: bool(scene.guests))
+        job.cancel()
+        with pytest.raises(CancelledError):
+            job.wait(20)
+        assert left_as_it_was(qemu, watchdogs)
+        assert qemu.migration == "failed"
+
+
+def test_a_cancel_while_the_guest_is_stopped(
+    scene: Scene, watchdogs: list[FakeWatchdog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = QemuSource.save_state
+
+    def cancel_and_save(self: QemuSource, write: Callable[[StateStream], None]) -> None:
+        job.cancel()
+        save(self, write)
+
+    monkeypatch.setattr(QemuSource, "save_state", cancel_and_save)
+    with MigratingQemu(scene.folder) as qemu:
+        job = scene.start(qemu)
+        with pytest.raises(CancelledError):
+            job.wait(20)
+        assert left_as_it_was(qemu, watchdogs)
+        assert qemu.migration == "cancelled"
 
 
 def test_a_source_that_gives_up_says_why_and_is_as_it_was(

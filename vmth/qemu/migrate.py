@@ -177,6 +177,7 @@ class QemuMigration:
             self._settings = MigrationSettings(self._qmp)
             self._guest = QemuSource(
                 self._qmp,
+                self._settings,
                 options.on_success,
                 multifd_channels=options.multifd_channels,
                 auto_converge=options.auto_converge,
@@ -206,6 +207,7 @@ class QemuMigration:
         return self._session.tuning
 
     def cancel(self, reason: str) -> None:
+        self._guest.cancel()
         self._session.cancel(reason)
 
     def retune(

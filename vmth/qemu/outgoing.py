@@ -437,6 +437,11 @@ class OutgoingStream:
         except OSError as error:
             raise ChannelError(f"the source QEMU's return path: {error}") from error
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Of all connections; this object's own."""
+        return [connection.sock for connection in self._connections()]
+
     def close(self) -> None:
         """Let go of the connections; a QEMU that was not told SHUT then resumes its guest.
         Idempotent."""

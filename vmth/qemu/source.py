@@ -23,12 +23,13 @@ from vmth.errors import ChannelError, GuestError, MigrationError, RefusedError
 from vmth.guest import DirtySource, Guest, StateStream
 from vmth.guests.spawn import find as find_held_guest
 from vmth.memory import Memory
+from vmth.qemu.cancel import cancel_migration
 from vmth.qemu.destination import DEVICE_STREAM, DEVICE_STREAM_VERSION
 from vmth.qemu.guest_memory import read_guest_memory
 from vmth.qemu.launch import process_identity
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
-from vmth.qemu.settings import is_over, migration_status
+from vmth.qemu.settings import MigrationSettings, is_over, migration_status
 from vmth.qemu.steering import Helm
 from vmth.qemu.stream import (
     BlockListed,
@@ -144,17 +145,20 @@ class StoppedQemu:
 
 class QemuSource(StoppedQemu):
     """One whose guest is being moved: ``CanHold`` and ``CanReadMemory`` besides. ``open()``
-    before the session begins; the session's thread calls all but ``close``."""
+    before the session begins; the session's thread calls all but ``close`` and ``cancel``."""
 
     def __init__(
         self,
         qmp: Qmp,
+        settings: MigrationSettings,
         on_success: str = "quit",
         *,
         multifd_channels: int = 0,
         auto_converge: bool = False,
     ) -> None:
         super().__init__(qmp, on_success)
+        self._settings = settings
+        self._cancelled = False
         self.was_running = qmp.status() in RUNS
         self._stream = OutgoingStream(qmp, multifd_channels=multifd_channels)
         self._auto_converge = auto_converge
@@ -252,8 +256,20 @@ class QemuSource(StoppedQemu):
     ) -> list[str]:
         return read_guest_memory(self.qmp, self.blocks, blocks, take)
 
-    def resume(self) -> None:
+    def cancel(self) -> None:
+        """If the guest stays here, that is because somebody wanted it so: QEMU is to call its
+        migration cancelled. Any thread."""
+        self._cancelled = True
+
+    def _let_go(self) -> None:
+        """Of the stream, by which QEMU's migration ends if it has not."""
+        if self._cancelled and not self._held and self._stream.sockets:
+            stopped = self._pass is not None and self._pass.guest_stopped
+            cancel_migration(self.qmp, self._settings, self._stream.sockets, stopped=stopped)
         self._stream.close()
+
+    def resume(self) -> None:
+        self._let_go()
         super().resume()
 
     def is_running(self) -> bool:
@@ -263,7 +279,7 @@ class QemuSource(StoppedQemu):
     def give_up(self) -> None:
         """Whatever happened before the grant: QEMU is as it was before its migration. Raises
         GuestError if it does not run again although it ran."""
-        self._stream.close()
+        self._let_go()
         if self.was_running:
             super().resume()
             return

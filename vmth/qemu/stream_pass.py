@@ -126,6 +126,11 @@ class StreamPass:
             tuple(self.rounds), self.was_running, stopped_ns, self._ended_ns, self.tools.clock()
         )
 
+    @property
+    def guest_stopped(self) -> bool:
+        """By QEMU, for the last pages."""
+        return bool(self._ended_ns) or self.helm.stopped_ns is not None
+
     def resend(self, block: int, pages: Sequence[int]) -> None:
         """QEMU sends no page again once its guest has stopped."""
         raise VerificationError(
