@@ -175,7 +175,9 @@ def test_a_real_qemu_gets_them_back_after_a_cancel(tmp_path: Path, side: str) ->
     with QmpQemu(tmp_path, side) as qemu, Qmp(qemu.path) as qmp:
         before = capabilities_of(qmp), parameters_of(qmp)
         settings = MigrationSettings(qmp)
-        settings.apply({"events": True, "return-path": True}, {"downtime-limit": 1})
+        # Slow, so that something is left to send: only then a cancel has an order of its own.
+        slow = {"downtime-limit": 1, "max-bandwidth": 1 << 16}
+        settings.apply({"events": True, "return-path": True}, slow)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "stream"))
             listener.listen(1)

@@ -3,7 +3,7 @@
 
 Up to and including 11, QEMU's ``migrate_cancel`` shuts the stream down first and notes the cancel
 after that: its migration thread, if it writes just then, sees a broken stream and reports failure.
-So nothing is to be written at that moment:
+So nothing is to be written at that moment, if that can be had:
 
     max-bandwidth all but zero -> read what is under way, until the thread writes its share of a
     tenth of a second and sleeps -> migrate_cancel -> wait for the end, still reading
@@ -65,9 +65,12 @@ def cancel_migration(
     with contextlib.suppress(VmthError), _Drain(sockets) as drain:
         if stopped:
             drain.begin()
-        if is_over(migration_status(qmp)):
+        told = qmp.execute("query-migrate")
+        if is_over(str(told.get("status", ""))):
             return True
-        if not stopped:
+        # With nothing left QEMU would stop its guest as soon as it is read: then the cancel comes
+        # first, and the two threads' race is QEMU's.
+        if not stopped and told.get("ram", {}).get("remaining", 0):
             settings.apply(parameters={"max-bandwidth": ALMOST_NOTHING_BPS})
             drain.begin()
             drain.wait_written(SETTLES_S)
