@@ -84,6 +84,8 @@ class Outcome:
     downtime_ns: int = 0  #: 0: gave up or ran out of rounds
     last_pages: int = 0
     throttle_percent: int = 0
+    dirty_limit_bps: float = 0.0
+    limited_at_ns: int = 0
 
     @property
     def last(self) -> Decision:
@@ -102,21 +104,27 @@ def migrate(
     timeout_ns: int = 0,
     on_stall: OnStall = OnStall.PAUSE,
     can_throttle: bool = True,
+    takes_rate: bool = False,
+    unlimited_pps: float = 0.0,
     max_rounds: int = 60,
     ask_after_round: int = -1,
     foresee: bool = False,
     burst_at_pause: Callable[[int], int] = lambda attempt: 0,
 ) -> Outcome:
     """Run the round loop. ``zero_share`` is of round 0; ``burst_at_pause(n)`` pages are dirtied
-    between the n-th decision to switch over and its pause."""
+    between the n-th decision to switch over and its pause. ``takes_rate``: the guest is held to a
+    dirty rate, two seconds after its first limit, but for ``unlimited_pps``: of its devices."""
     rate = min(link.bandwidth_bps, cap_bps) if cap_bps else link.bandwidth_bps
     out = Outcome()
-    pages, now_ns, attempts = memory_bytes // PAGE, 0, 0
+    pages, now_ns, attempts, first_limited_ns = memory_bytes // PAGE, 0, 0, 0
     for number in range(max_rounds):
         zero = round(pages * zero_share) if number == 0 else 0
         nbytes = round((pages - zero) * PAGE * 1.003 + zero * 0.1) + 64
         duration = round(nbytes / rate * NS) + zero * link.zero_page_ns + link.rtt_ns
         dirty = round(workload(now_ns / NS, (now_ns + duration) / NS, out.throttle_percent))
+        if out.dirty_limit_bps and now_ns - first_limited_ns > 2 * NS:
+            held_pps = out.dirty_limit_bps / PAGE + unlimited_pps
+            dirty = min(dirty, round(held_pps * duration / NS))
         now_ns += duration
         out.rounds.append(
             RoundStats(
@@ -151,6 +159,9 @@ def migrate(
             can_throttle=can_throttle,
             failed_rechecks=sum(1 for d in out.rechecks if d.action is Action.CONTINUE),
             switchover_requested=number == ask_after_round,
+            takes_rate=takes_rate,
+            dirty_limit_bps=out.dirty_limit_bps,
+            limited_at_ns=out.limited_at_ns,
         )
         decision = policy.decide(view)
         out.decisions.append(decision)
@@ -162,6 +173,9 @@ def migrate(
             return out
         if decision.action is Action.THROTTLE:
             out.throttle_percent = decision.throttle_percent
+            if takes_rate:
+                first_limited_ns = first_limited_ns or now_ns
+                out.dirty_limit_bps, out.limited_at_ns = decision.dirty_limit_bps, now_ns
         if decision.action is Action.SWITCH_OVER:
             attempts += 1
             pages = dirty + burst_at_pause(attempts)

@@ -23,7 +23,8 @@ class OnStall(enum.Enum):
 class Action(enum.Enum):
     CONTINUE = "continue"  #: another round
     SWITCH_OVER = "switch-over"  #: pause and send the rest
-    THROTTLE = "throttle"  #: set the throttle to ``Decision.throttle_percent`` and do another round
+    THROTTLE = "throttle"  #: set the throttle to ``Decision.throttle_percent``, or the limit to
+    #: ``Decision.dirty_limit_bps`` of a guest that takes one, and do another round
     GIVE_UP = "give-up"  #: NotConvergedError with ``Decision.reason``
 
 
@@ -64,6 +65,13 @@ class RoundView:
     switchover_requested: bool = False
     job_started_ns: int | None = None  #: before its connections; None: with the rounds
     handover_ns: int = 0  #: pause, seal, grant and resume beside round trips; 0: as usual
+    takes_rate: bool = False  #: its hypervisor holds it to a dirty rate instead of a share of time
+    dirty_limit_bps: float = 0.0  #: to which it is held; 0: not
+    limited_at_ns: int = 0  #: since when
+
+    @property
+    def throttled(self) -> bool:
+        return self.throttle_percent > 0 or self.dirty_limit_bps > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,7 @@ class Decision:
     reason: str  #: one sentence with numbers and units, for the log and the result
     forecast: Forecast
     throttle_percent: int = 0
+    dirty_limit_bps: float = 0.0  #: bytes of pages a second that the guest may dirty
     needed_bandwidth_bps: float = 0.0  #: what would converge; 0: not asked or already does
     needed_dirty_rate_bps: float = 0.0
 

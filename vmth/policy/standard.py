@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmth.policy.forecast import (
     NS,
@@ -32,7 +32,14 @@ from vmth.policy.forecast import (
 )
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
 from vmth.policy.outlook import foresee
-from vmth.policy.throttle import THROTTLE_MAX_PERCENT, first_touch_pps, next_percent
+from vmth.policy.throttle import (
+    LEAST_LIMIT_BPS,
+    SETTLES_NS,
+    THROTTLE_MAX_PERCENT,
+    first_touch_pps,
+    next_limit,
+    next_percent,
+)
 from vmth.stats import JobForecast
 from vmth.units import format_duration, format_rate, format_size
 
@@ -59,6 +66,8 @@ UNKNOWN_SHARE = 0.86
 #: A last set this many times larger than forecast is another workload.
 RECHECK_FACTOR = 2
 MAX_FAILED_RECHECKS = 3
+#: Share of its limit to which a guest is held when its sets do not shrink all the same.
+STALLED_LIMIT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +102,15 @@ class StandardPolicy:
         if view.throttle_percent and (percent := self._throttle(view)) != view.throttle_percent:
             why = "the guest dirties " + ("too much" if percent > view.throttle_percent else "less")
             return _throttling(view, expected, _verdict(view), percent, why)
+        if view.dirty_limit_bps and (limit := self._limit(view)) != view.dirty_limit_bps:
+            why = "the guest may dirty " + ("less" if limit < view.dirty_limit_bps else "more")
+            return _limiting(view, expected, _verdict(view), limit, why)
         if _stalled(view):
             return self._on_stall(view, expected, "the dirty set does not shrink")
         settles_at = _settles_at(view)
         if forecast_downtime(view, settles_at).total_ns > SURELY_BEYOND * view.downtime_limit_ns:
             why = f"the dirty set will not get below {format_size(settles_at * view.page_bytes)}"
-            if (
-                view.on_stall is OnStall.THROTTLE
-                and view.can_throttle
-                and not view.throttle_percent
-            ):
+            if view.on_stall is OnStall.THROTTLE and view.can_throttle and not view.throttled:
                 return self._on_stall(view, expected, why)
             verdict = _verdict(view)
             text = f"{why}; {_shown(view, expected)}; {verdict.text}"
@@ -180,6 +188,10 @@ class StandardPolicy:
             return _decision(
                 Action.GIVE_UP, f"{text}; this guest cannot be throttled", expected, verdict
             )
+        if not view.throttled:
+            self._working_set_pages = _working_set(view)
+        if view.takes_rate:
+            return self._on_stall_with_limit(view, expected, verdict, why)
         if view.throttle_percent >= THROTTLE_MAX_PERCENT:
             return _decision(
                 Action.GIVE_UP,
@@ -187,20 +199,45 @@ class StandardPolicy:
                 expected,
                 verdict,
             )
-        if not view.throttle_percent:
-            self._working_set_pages = _working_set(view)
         # A stall says that the present throttle is not enough, whatever the rate seems to be.
         percent = max(self._throttle(view), view.throttle_percent + 1)
         return _throttling(view, expected, verdict, percent, why)
 
+    def _on_stall_with_limit(
+        self, view: RoundView, expected: Forecast, verdict: _Verdict, why: str
+    ) -> Decision:
+        text = f"{why}; {_shown(view, expected)}; {verdict.text}"
+        if not view.dirty_limit_bps:
+            return _limiting(view, expected, verdict, self._limit(view), why)
+        held = f"held to {format_rate(view.dirty_limit_bps)}"
+        if not _settled(view):
+            return _decision(Action.CONTINUE, f"{text}; {held} just now", expected, verdict)
+        if view.dirty_limit_bps <= LEAST_LIMIT_BPS:
+            return _decision(Action.GIVE_UP, f"{text}; {held} already", expected, verdict)
+        limit = min(self._limit(view), STALLED_LIMIT * view.dirty_limit_bps)
+        return _limiting(view, expected, verdict, max(limit, LEAST_LIMIT_BPS), why)
+
     def _throttle(self, view: RoundView) -> int:
         """What holds the guest just below the link, judged by the last round."""
+        return next_percent(view.throttle_percent, *self._rates(view))
+
+    def _limit(self, view: RoundView) -> float:
+        """The same as a dirty rate."""
+        if view.dirty_limit_bps and not _settled(view):
+            return view.dirty_limit_bps
+        # What a limit holds is the rate of distinct pages, however small the working set.
+        last = view.rounds[-1]
+        measured_bps = max(1, last.dirty_pages) * view.page_bytes / last.duration_ns * NS
+        _, wanted_pps = self._rates(view)
+        return next_limit(view.dirty_limit_bps, measured_bps, wanted_pps * view.page_bytes)
+
+    def _rates(self, view: RoundView) -> tuple[float, float]:
+        """First touches, pages/s: (in the last round, what converges)."""
         last = view.rounds[-1]
         measured_pps = first_touch_pps(
             max(1, last.dirty_pages), last.duration_ns / NS, self._working_set_pages
         )
-        wanted_pps = bandwidth_bps(view) / bytes_per_page(view) / CONVERGE_MARGIN
-        return next_percent(view.throttle_percent, measured_pps, wanted_pps)
+        return measured_pps, bandwidth_bps(view) / bytes_per_page(view) / CONVERGE_MARGIN
 
 
 def _settles_at(view: RoundView) -> int:
@@ -209,7 +246,7 @@ def _settles_at(view: RoundView) -> int:
     shrink to nothing, and where the rounds so far do not tell."""
     if len(view.rounds) < ROUNDS_FOR_A_MODEL:
         return 0
-    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttle_percent else view.rounds)
+    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
     u = model.first_touch_pps * bytes_per_page(view) / bandwidth_bps(view)
     if not (math.isfinite(u) and math.isfinite(model.working_set_pages)) or u <= 1:
         return 0
@@ -217,6 +254,12 @@ def _settles_at(view: RoundView) -> int:
     for _ in range(100):
         share = -math.expm1(-u * share)
     return round(share * model.working_set_pages)
+
+
+def _settled(view: RoundView) -> bool:
+    """Was the limit held for all of the last round?"""
+    begun_ns = view.now_ns - view.rounds[-1].duration_ns
+    return begun_ns - view.limited_at_ns >= SETTLES_NS
 
 
 def _working_set(view: RoundView) -> float:
@@ -238,6 +281,14 @@ def _throttling(
         verdict,
         percent,
     )
+
+
+def _limiting(
+    view: RoundView, expected: Forecast, verdict: _Verdict, limit_bps: float, why: str
+) -> Decision:
+    text = f"{why}; {_shown(view, expected)}; {verdict.text}"
+    text += f"; holding its dirty rate below {format_rate(limit_bps)}"
+    return replace(_decision(Action.THROTTLE, text, expected, verdict), dirty_limit_bps=limit_bps)
 
 
 def _decision(
@@ -273,7 +324,7 @@ def _verdict(view: RoundView) -> _Verdict:
     """Either of two bandwidths converges: one that outruns the first-touch rate, or one that sends
     the whole working set within the limit. All rounds are looked at, as the first are those whose
     length differs, unless a throttle made another workload of the older ones."""
-    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttle_percent else view.rounds)
+    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
     page_cost = bytes_per_page(view)
     rate = bandwidth_bps(view)
     outrun = CONVERGE_MARGIN * model.first_touch_pps * page_cost

@@ -10,6 +10,9 @@ rate is not known: a guest that idles anyway hardly notices. So the share that i
 by wanted rate / measured rate, after every round anew, until the measured rate is where it should
 be; inside the band nothing is changed, so that noise does not make it swing.
 
+A hypervisor that holds a guest to a dirty rate is told what is wanted, and less only when the guest
+still dirties more (devices write memory too), after the seconds that it takes to get there.
+
 The rate is that of first touches, which decides whether rounds get shorter: a round that dirtied
 much of the working set has seen fewer distinct pages than writes (vmth/policy/forecast.py). Pure.
 """
@@ -18,13 +21,25 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["THROTTLE_MAX_PERCENT", "first_touch_pps", "next_percent"]
+__all__ = [
+    "LEAST_LIMIT_BPS",
+    "SETTLES_NS",
+    "THROTTLE_MAX_PERCENT",
+    "first_touch_pps",
+    "next_limit",
+    "next_percent",
+]
 
 THROTTLE_MAX_PERCENT = 99
 #: Shares of the wanted rate between which the throttle stays as it is.
 HELD_FROM, HELD_TO = 0.75, 1.05
 #: A round that dirtied nearly all of the working set tells a lower bound only: that of this share.
 SATURATED = 0.98
+#: Until a limit holds: QEMU looks once a second and comes nearer step by step.
+SETTLES_NS = 5_000_000_000
+LEAST_LIMIT_BPS = 1 << 20
+#: A limit is left alone if the next one would differ by less.
+SAME = 0.05
 
 
 def first_touch_pps(dirty_pages: float, duration_s: float, working_set_pages: float) -> float:
@@ -43,3 +58,15 @@ def next_percent(percent: int, measured_pps: float, wanted_pps: float) -> int:
         return percent
     run = (100 - percent) * wanted_pps / measured_pps
     return min(max(0, 100 - math.floor(run)), THROTTLE_MAX_PERCENT)
+
+
+def next_limit(limit_bps: float, measured_bps: float, wanted_bps: float) -> float:
+    """The dirty limit after rounds at ``limit_bps`` (0: none), never above what is wanted. Rates
+    are bytes/s of distinct pages; both positive."""
+    following = wanted_bps
+    if limit_bps:
+        held = HELD_FROM * wanted_bps <= measured_bps <= HELD_TO * wanted_bps
+        following = min(wanted_bps, limit_bps if held else limit_bps * wanted_bps / measured_bps)
+        if abs(following - limit_bps) < SAME * limit_bps:
+            return limit_bps
+    return max(following, LEAST_LIMIT_BPS)
