@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["FakeError", "FakeQmp", "HangUp", "Silence"]
+__all__ = ["FakeError", "FakeLimits", "FakeQmp", "HangUp", "Silence"]
 
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "fake"}
 CAPABILITIES = (
@@ -213,6 +213,55 @@ class FakeQmp:
             if name not in self.parameters:
                 raise FakeError("GenericError", f"Parameter '{name}' is unexpected")
         self.parameters.update(arguments)
+        return {}
+
+
+class FakeLimits:
+    """The dirty limits of a QEMU's vCPUs, MiB/s, answered for by ``fake``. ``rates``: what each
+    dirties, which a test may change. ``ring`` False: QEMU without KVM's dirty ring."""
+
+    def __init__(
+        self,
+        fake: FakeQmp,
+        limits: Mapping[int, int] | None = None,
+        *,
+        vcpus: int = 2,
+        ring: bool = True,
+    ) -> None:
+        self.limits = dict(limits or {})
+        self.rates = dict.fromkeys(range(vcpus), 0)
+        self.ring = ring
+        fake.answers |= {
+            "set-vcpu-dirty-limit": self._set,
+            "cancel-vcpu-dirty-limit": self._cancel,
+            "query-vcpu-dirty-limit": lambda _: [
+                {"cpu-index": index, "limit-rate": limit, "current-rate": self.rates[index]}
+                for index, limit in self.limits.items()
+            ],
+            "query-cpus-fast": lambda _: [
+                {"cpu-index": index, "qom-path": f"/machine/unattached/device[{index}]"}
+                for index in self.rates
+            ],
+        }
+
+    def _set(self, arguments: Mapping[str, Any]) -> Any:
+        if not self.ring:
+            raise FakeError(
+                "GenericError",
+                "dirty page limit feature requires KVM with accelerator property "
+                "'dirty-ring-size' set'",
+            )
+        if arguments["dirty-rate"] == 0:
+            return self._cancel(arguments)
+        for index in [arguments["cpu-index"]] if "cpu-index" in arguments else list(self.rates):
+            self.limits[index] = arguments["dirty-rate"]
+        return {}
+
+    def _cancel(self, arguments: Mapping[str, Any]) -> Any:
+        if "cpu-index" in arguments:
+            self.limits.pop(arguments["cpu-index"], None)
+        else:
+            self.limits.clear()
         return {}
 
 

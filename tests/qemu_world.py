@@ -281,7 +281,7 @@ class World:
             *("-drive", f"file={self.disk},if=ide,format=raw"),
             *("-device", "VGA", "-device", "virtio-rng-pci"),
             # A BIOS takes minutes where KVM is emulated.
-            *(("-bios", str(self._firmware)) if self.accel == "kvm" else ()),
+            *(("-bios", str(self._firmware)) if self.accel.startswith("kvm") else ()),
         ]
 
     def backend(self, name: str, shared: bool) -> str:

@@ -29,12 +29,13 @@ class QmpQemu:
         machine: str = "q35",
         memory: str = "16M",
         paused: bool = True,
+        accel: str = "tcg",
     ) -> None:
         self.path = folder / name
         self.process = subprocess.Popen(
             [
                 *(qemu_binary(side), *(["-S"] if paused else []), "-display", "none"),
-                *("-nodefaults", "-accel", "tcg", "-machine", machine, "-m", memory),
+                *("-nodefaults", "-accel", accel, "-machine", machine, "-m", memory),
                 *("-qmp", f"unix:{self.path},server=on,wait=off", *arguments),
             ]
         )

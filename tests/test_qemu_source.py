@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import qemu_streams as s
-from fake_qmp import FakeError
+from fake_qmp import FakeError, FakeLimits
 from migrating_qemu import HALF, MigratingQemu, TakingGuest, stream_of
 from waiting import wait_until
 
@@ -23,6 +23,7 @@ from vmth.errors import (
     RefusedError,
     UsageError,
 )
+from vmth.events import ThrottleChosen
 from vmth.guest import StateStream
 from vmth.handshake import Incoming
 from vmth.job import MigrationJob
@@ -363,7 +364,6 @@ def test_a_guest_that_cannot_be_carried_is_refused_and_runs_on(
     [
         ({"on_success": "burn"}, "received 'burn', allowed quit, keep"),
         ({"multifd_channels": 300}, "received 300, allowed 0 to 255"),
-        ({"on_stall": OnStall.THROTTLE}, "throttle without auto-converge"),
         ({"channels": 0}, "channels: received 0"),
         ({"downtime_limit_ns": 0}, "downtime_limit_ns: received 0"),
     ],
@@ -371,6 +371,53 @@ def test_a_guest_that_cannot_be_carried_is_refused_and_runs_on(
 def test_options_are_checked_where_they_are_made(changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         QemuMigrateOptions(**changes)
+
+
+def test_a_throttle_is_a_dirty_limit_where_qemu_has_one(
+    scene: Scene, watchdogs: list[FakeWatchdog]
+) -> None:
+    seen: dict[str, Any] = {}
+    scene.prepare = lambda guest: seen.update(qemu.qmp.capabilities)
+    with MigratingQemu(scene.folder) as qemu:
+        limits = FakeLimits(qemu.qmp, {0: 7})
+        qemu.qmp.capabilities["dirty-limit"] = True
+        qemu.before = dict(qemu.qmp.capabilities), dict(qemu.qmp.parameters)
+        job = scene.start(qemu, on_stall=OnStall.THROTTLE, on_success="keep")
+        result = job.wait(20)
+        assert qemu.settings_are_back and limits.limits == {0: 7}
+    assert not seen["dirty-limit"] and not seen["auto-converge"]  # commands set the limits
+    ways = [event.way for event in job.events() if isinstance(event, ThrottleChosen)]
+    assert ways == ["dirty-limit"]
+    assert not any("throttle" in what for what in result.fallbacks)
+    assert watchdogs[0].order[1]["dirty-limits"] == [(0, 7)]
+
+
+def test_a_throttle_is_auto_converge_where_qemu_has_no_dirty_limit(scene: Scene) -> None:
+    seen: dict[str, Any] = {}
+    scene.prepare = lambda guest: seen.update(qemu.qmp.capabilities)
+    with MigratingQemu(scene.folder) as qemu:
+        FakeLimits(qemu.qmp, ring=False)
+        result = scene.start(qemu, on_stall=OnStall.THROTTLE).wait(20)
+    assert seen["auto-converge"]
+    (told,) = [what for what in result.fallbacks if "auto-converge" in what]
+    assert "no dirty limit: dirty page limit feature requires KVM" in told
+
+
+def test_auto_converge_by_name_asks_for_no_dirty_limit(scene: Scene) -> None:
+    with MigratingQemu(scene.folder) as qemu:
+        FakeLimits(qemu.qmp)
+        result = scene.start(qemu, on_stall=OnStall.THROTTLE, auto_converge=True).wait(20)
+        assert not any("dirty-limit" in name for name in qemu.qmp.commands())
+    assert not any("auto-converge" in what for what in result.fallbacks)
+
+
+def test_a_qemu_that_cannot_throttle_is_refused_untouched(scene: Scene) -> None:
+    with MigratingQemu(scene.folder) as qemu:
+        del qemu.qmp.capabilities["auto-converge"]
+        qemu.before = dict(qemu.qmp.capabilities), dict(qemu.qmp.parameters)
+        with pytest.raises(RefusedError, match=r"received throttle.*7\.2\.22 does not know it"):
+            scene.start(qemu, on_stall=OnStall.THROTTLE)
+        assert qemu.settings_are_back
 
 
 def test_the_run_state_is_read_from_the_state() -> None:

@@ -22,10 +22,11 @@ from vmth.errors import (
     StreamError,
     VerificationError,
 )
-from vmth.events import Event, GuestPaused, RoundFinished, Throttled
+from vmth.events import DirtyLimited, Event, GuestPaused, RoundFinished, Throttled
 from vmth.guest import StateStream
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
 from vmth.qemu import stream as q
+from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS, StreamPass
 from vmth.rounds import RoundTools
@@ -72,7 +73,11 @@ class FakeHelm:
     throttle_percent: int = 0
     stopped_ns: int | None = None
     allowed: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
     trouble: Exception | None = None
+
+    def hold_dirty_rate(self, rate_bps: int) -> None:
+        self.held.append(rate_bps)
 
     def allow_downtime(self, limit_ns: int) -> None:
         self.allowed.append(limit_ns)
@@ -424,6 +429,34 @@ def test_qemus_throttle_is_shown() -> None:
     world.engine.run()
     assert world.engine.throttle_percent == 30
     assert [event.percent for event in world.events if isinstance(event, Throttled)] == [30]
+
+
+def test_a_dirty_limit_is_set_as_decided_and_let_go() -> None:
+    limiting = Decision(Action.THROTTLE, "scripted", NOTHING, dirty_limit_bps=5e6)
+    more = Decision(Action.CONTINUE, "scripted", NOTHING)
+    world = World([every_page()] * 3 + [END, DEVICES], policy=ScriptedPolicy(limiting, more))
+    world.engine.throttle = ThrottleWay.DIRTY_LIMIT
+    world.engine.run()
+    first, second = world.policy.views[:2]
+    assert first.takes_rate and first.can_throttle and not first.throttled
+    assert second.dirty_limit_bps == 5e6 and 0 < second.limited_at_ns < second.now_ns
+    assert world.helm.held == [5_000_000]
+    for _ in range(2):
+        world.engine.let_go()
+        world.engine.close()
+    assert world.helm.held == [5_000_000, 0]
+    told = [event.rate_bps for event in world.events if isinstance(event, DirtyLimited)]
+    assert told == [5_000_000, 0]
+
+
+def test_auto_converge_is_left_to_qemu() -> None:
+    throttling = Decision(Action.THROTTLE, "scripted", NOTHING, throttle_percent=40)
+    world = World([every_page()] * 2 + [END, DEVICES], policy=ScriptedPolicy(throttling))
+    world.engine.throttle = ThrottleWay.AUTO_CONVERGE
+    world.engine.run()
+    world.engine.close()
+    assert world.policy.views[0].can_throttle and not world.policy.views[0].takes_rate
+    assert world.helm.held == []
 
 
 def test_the_queue_is_bounded_by_the_downtime_limit() -> None:

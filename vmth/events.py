@@ -17,6 +17,7 @@ from vmth.stats import FormDecision, MigrationResult, RoundStats
 __all__ = [
     "Completed",
     "Connected",
+    "DirtyLimited",
     "Event",
     "EventLog",
     "Failed",
@@ -29,6 +30,7 @@ __all__ = [
     "RoundFinished",
     "RoundStarted",
     "SealMatched",
+    "ThrottleChosen",
     "Throttled",
 ]
 
@@ -62,6 +64,20 @@ class RoundFinished(Event):
 @dataclass(frozen=True, slots=True)
 class Throttled(Event):
     percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyLimited(Event):
+    """The guest's hypervisor was told to hold it to that; 0: to nothing."""
+
+    rate_bps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleChosen(Event):
+    """How this guest is slowed down at need: "dirty-limit", "auto-converge" or "none"."""
+
+    way: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from vmth.events import (
     Connected,
+    DirtyLimited,
     Event,
     FellBack,
     FormsChosen,
@@ -147,6 +148,10 @@ def _event_text(event: Event) -> str:
         return f"forms: {event.decision.reason}"
     if isinstance(event, Throttled):
         return f"guest throttled by {event.percent} %"
+    if isinstance(event, DirtyLimited):
+        if not event.rate_bps:
+            return "guest's dirty rate is not held any more"
+        return f"guest's dirty rate held below {format_rate(event.rate_bps)}"
     if isinstance(event, GuestPaused):
         return "guest paused at the source"
     if isinstance(event, GuestResumed):

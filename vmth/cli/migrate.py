@@ -45,9 +45,12 @@ __all__ = ["migrate"]
     default=OnStall.PAUSE.value,
     show_default=True,
     help="When rounds stop shrinking or the timeout comes: pause the guest and send the rest, "
-    "cancel, or let --auto-converge throttle it and cancel if that does not help.",
+    "cancel, or throttle it (by QEMU's dirty limit where it has one, else by auto-converge) and "
+    "cancel if that does not help.",
 )
-@click.option("--auto-converge", is_flag=True, help="QEMU slows the guest's vCPUs down at need.")
+@click.option(
+    "--auto-converge", is_flag=True, help="QEMU slows all of the guest's vCPUs down at need."
+)
 @click.option("--parallel", is_flag=True, help="QEMU sends over several connections (multifd).")
 @click.option(
     "--parallel-connections",

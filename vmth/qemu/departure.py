@@ -9,7 +9,7 @@ from typing import Any
 
 from vmth import __version__
 from vmth.errors import ExitCode, InDoubtError, VmthError
-from vmth.events import RoundFinished
+from vmth.events import RoundFinished, ThrottleChosen
 from vmth.interrupts import Interrupts
 from vmth.meter import MoverCost, MoverMeter
 from vmth.progress import Console
@@ -43,6 +43,7 @@ class Departure:
     result: MigrationResult | None = None
     cost: MoverCost | None = None
     source_runs: bool | None = True
+    throttle: str = "none"  #: how the guest would be slowed down
     notes: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     error: str = ""
@@ -63,6 +64,8 @@ def depart(
                     console.show(event)
                     if isinstance(event, RoundFinished):
                         departure.rounds.append(event.stats)
+                    elif isinstance(event, ThrottleChosen):
+                        departure.throttle = event.way
                 departure.result = job.wait()
         except VmthError as error:
             _fail(departure, error)
@@ -125,6 +128,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
         "kept_image": kept_values(result.kept_image) if result else None,
         "movers": {"source": cost_values(departure.cost)},
         "on_success": departure.options.on_success,
+        "throttle": departure.throttle,
         "fallbacks": departure.fallbacks,
         "notes": departure.notes,
         "session_id": result.session_id if result else None,
@@ -172,6 +176,8 @@ def departure_lines(departure: Departure) -> list[str]:
     kept = result.kept_image if result else None
     if kept is not None and not kept.error:
         lines.append(kept_line(kept))
+    if departure.throttle != "none":
+        lines.append(fact_line("throttle", departure.throttle))
     lines += [fact_line("fell back", what) for what in departure.fallbacks]
     lines += [fact_line("note", note) for note in departure.notes]
     return [*lines, *_end_lines(departure)]

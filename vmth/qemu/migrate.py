@@ -26,7 +26,7 @@ from vmth.errors import (
     UsageError,
     VmthError,
 )
-from vmth.events import EventLog, FellBack
+from vmth.events import EventLog, FellBack, ThrottleChosen
 from vmth.guest import Guest
 from vmth.handshake import SCOPE_STREAM
 from vmth.job import MigrationJob
@@ -34,6 +34,7 @@ from vmth.journal import default_state_dir
 from vmth.options import ALL_FORMS, MigrateOptions
 from vmth.policy.interface import OnStall
 from vmth.qemu.check import check_source, raise_if_refused
+from vmth.qemu.dirty_limit import Throttle, ThrottleWay, choose_throttle
 from vmth.qemu.facts import gather
 from vmth.qemu.outgoing import MAX_CHANNELS
 from vmth.qemu.qmp import Qmp
@@ -89,7 +90,7 @@ class QemuMigrateOptions:
     downtime_limit_ns: int = 300_000_000
     timeout_ns: int = 0
     on_stall: OnStall = OnStall.PAUSE
-    auto_converge: bool = False
+    auto_converge: bool = False  #: True: QEMU's own; else on_stall=throttle chooses by itself
     on_success: str = "quit"
     digest: bool = True
     forms: tuple[str, ...] = ALL_FORMS
@@ -114,8 +115,6 @@ class QemuMigrateOptions:
             raise UsageError(
                 f"multifd channels: received {self.multifd_channels}, allowed 0 to {MAX_CHANNELS}"
             )
-        if self.on_stall is OnStall.THROTTLE and not self.auto_converge:
-            raise UsageError("on stall: received throttle without auto-converge, allowed with it")
         self.session_options()
 
     def session_options(self) -> MigrateOptions:
@@ -171,6 +170,7 @@ class QemuMigration:
         self._guest_info: dict[str, str] = {}
         self._notes: list[str] = []
         self._steering: Steering | None = None
+        self._throttle = Throttle(ThrottleWay.NONE)
         self._qmp = Qmp(qmp_path)
         try:
             self._look_at_qemu()
@@ -180,7 +180,7 @@ class QemuMigration:
                 self._settings,
                 options.on_success,
                 multifd_channels=options.multifd_channels,
-                auto_converge=options.auto_converge,
+                throttle=self._throttle.way,
             )
             self._session = SourceSession(
                 self._guest,
@@ -244,6 +244,15 @@ class QemuMigration:
         """Raises RefusedError for a QEMU that cannot migrate now; nothing is touched yet."""
         facts = gather(self._qmp)
         raise_if_refused(check_source(facts))
+        options = self._options
+        self._throttle = choose_throttle(
+            self._qmp, facts.capabilities, options.on_stall, options.auto_converge
+        )
+        if self._throttle.why_not_limit:
+            self._notes.append(
+                "throttle by auto-converge, which takes time of all vCPUs alike; no dirty limit: "
+                + self._throttle.why_not_limit
+            )
         if facts.capabilities.get("dirty-bitmaps"):
             self._notes.append("dirty-bitmaps switched off: block dirty bitmaps stay behind")
         try:
@@ -255,6 +264,8 @@ class QemuMigration:
         """Settings, watchdog, steering; undone in the other order."""
         unknown = self._settings.apply(self._capabilities(), self._parameters())
         stack.callback(self._restore)
+        if self._throttle.way is ThrottleWay.DIRTY_LIMIT:
+            self._settings.remember_limits()
         wanted = [name for name in unknown if self._capabilities().get(name)]
         if wanted:
             raise RefusedError(f"this QEMU does not know {', '.join(wanted)}")
@@ -275,7 +286,7 @@ class QemuMigration:
             "return-path": True,
             "events": True,
             "multifd": bool(self._options.multifd_channels),
-            "auto-converge": self._options.auto_converge,
+            "auto-converge": self._throttle.way is ThrottleWay.AUTO_CONVERGE,
             **dict.fromkeys(_OFF, False),
         }
 
@@ -297,6 +308,7 @@ class QemuMigration:
         assert self._steering is not None
         engine = self._guest.make_engine(tools, self._steering)
         engine.notes += self._notes
+        tools.emit(ThrottleChosen(self._clock(), self._throttle.way.value))
         for note in self._notes:
             tools.emit(FellBack(self._clock(), note))
         return engine

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmth.errors import ChannelError, RefusedError, UsageError
+from vmth.qemu.dirty_limit import limits_of, put_limits_back
 from vmth.qemu.qmp import Qmp, QmpError
 
 __all__ = [
@@ -60,6 +61,11 @@ class MigrationSettings:
         self._qmp = qmp
         self._capabilities: dict[str, bool] = {}
         self._parameters: dict[str, Any] = {}
+        self._limits: list[tuple[int, int]] | None = None
+
+    def remember_limits(self) -> None:
+        """Whatever dirty limits the vCPUs will have, those of now are put back."""
+        self._limits = limits_of(self._qmp)
 
     def apply(
         self,
@@ -97,14 +103,16 @@ class MigrationSettings:
         ]
 
     def saved(self) -> dict[str, Any]:
-        """What ``restore()`` would put back, for ``put_back``: {"capabilities", "parameters"}."""
-        return {"capabilities": dict(self._capabilities), "parameters": dict(self._parameters)}
+        """What ``restore()`` would put back, for ``put_back``: {"capabilities", "parameters"}, and
+        "dirty-limits" if they were remembered."""
+        saved = {"capabilities": dict(self._capabilities), "parameters": dict(self._parameters)}
+        return saved if self._limits is None else {**saved, "dirty-limits": self._limits}
 
     def restore(self, timeout_s: float = PUT_BACK_S) -> list[str]:
         """Put back what was there. Returns a sentence for what could not be put back, and raises
         nothing for it: a QEMU that is gone has no settings. Idempotent."""
         saved = self.saved()
-        self._capabilities, self._parameters = {}, {}
+        self._capabilities, self._parameters, self._limits = {}, {}, None
         return put_back(self._qmp, saved, timeout_s)
 
 
@@ -120,6 +128,11 @@ def put_back(qmp: Qmp, saved: Mapping[str, Any], timeout_s: float = PUT_BACK_S) 
     capabilities, parameters = saved_settings(saved)
     problems = []
     try:
+        if "dirty-limits" in saved:
+            try:
+                put_limits_back(qmp, [(int(cpu), int(rate)) for cpu, rate in saved["dirty-limits"]])
+            except QmpError as error:
+                problems.append(f"the vCPUs' dirty limits: {error.description}")
         if capabilities:
             _wait_over(qmp, timeout_s)
             try:

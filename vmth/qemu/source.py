@@ -25,6 +25,7 @@ from vmth.guests.spawn import find as find_held_guest
 from vmth.memory import Memory
 from vmth.qemu.cancel import cancel_migration
 from vmth.qemu.destination import DEVICE_STREAM, DEVICE_STREAM_VERSION
+from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.guest_memory import read_guest_memory
 from vmth.qemu.launch import process_identity
 from vmth.qemu.outgoing import OutgoingStream
@@ -154,14 +155,14 @@ class QemuSource(StoppedQemu):
         on_success: str = "quit",
         *,
         multifd_channels: int = 0,
-        auto_converge: bool = False,
+        throttle: ThrottleWay = ThrottleWay.NONE,
     ) -> None:
         super().__init__(qmp, on_success)
         self._settings = settings
         self._cancelled = False
         self.was_running = qmp.status() in RUNS
         self._stream = OutgoingStream(qmp, multifd_channels=multifd_channels)
-        self._auto_converge = auto_converge
+        self._throttle = throttle
         self._pass: StreamPass | None = None
         self._held = False
         self._head = b""
@@ -221,7 +222,7 @@ class QemuSource(StoppedQemu):
         return entries
 
     def make_engine(self, tools: RoundTools, helm: Helm) -> StreamPass:
-        self._pass = StreamPass(self, tools, self._stream, helm, auto_converge=self._auto_converge)
+        self._pass = StreamPass(self, tools, self._stream, helm, throttle=self._throttle)
         return self._pass
 
     def pause(self) -> bool:

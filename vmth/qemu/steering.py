@@ -13,9 +13,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from vmth.errors import ChannelError, VmthError
+from vmth.qemu.dirty_limit import VcpuLimits
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.settings import MigrationSettings
 
@@ -48,6 +50,9 @@ class Helm(Protocol):
     def stopped_ns(self) -> int | None:
         """When the guest stopped, on the clock; None while it runs."""
 
+    def hold_dirty_rate(self, rate_bps: int) -> None:
+        """The vCPUs may dirty so many bytes/s together; 0: what they like."""
+
     def allow_downtime(self, limit_ns: int) -> None:
         """QEMU may stop its guest when it expects to send the rest within that; 0: at once."""
 
@@ -66,6 +71,7 @@ class Steering:
     ) -> None:
         self._qmp = qmp
         self._settings = settings
+        self._limits = VcpuLimits(qmp)
         self._clock = clock
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._trouble: VmthError | None = None
@@ -76,6 +82,9 @@ class Steering:
         self._forget_events = qmp.on_event(self._heard)
         self._thread = threading.Thread(target=self._steer, name="vmth-steer", daemon=True)
         self._thread.start()
+
+    def hold_dirty_rate(self, rate_bps: int) -> None:
+        self._orders.put(partial(self._limits.hold, rate_bps) if rate_bps else self._limits.let_go)
 
     def allow_downtime(self, limit_ns: int) -> None:
         limit_ms = MAX_DOWNTIME_LIMIT_MS
@@ -130,6 +139,7 @@ class Steering:
         ram = answer.get("ram")
         if ram is not None:
             self.remaining_bytes = int(ram["remaining"])
+        self._limits.share_anew()
 
     def _limit(self, limit_ms: int) -> None:
         self._settings.apply(parameters={"downtime-limit": limit_ms})

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
-from vmth.events import GuestPaused, RoundFinished, RoundStarted, Throttled
+from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, Throttled
 from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
+from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.ram import PageKind
 from vmth.qemu.steering import Helm
 from vmth.qemu.stream import (
@@ -89,12 +90,13 @@ class StreamPass:
     tools: RoundTools
     stream: PageStream
     helm: Helm
-    auto_converge: bool = False
+    throttle: ThrottleWay = ThrottleWay.NONE
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     notes: list[str] = field(default_factory=list)
     state: bytearray = field(default_factory=bytearray)  #: all bytes behind ram's END
     taken_back_ns: int = 0  #: a QEMU that has stopped its guest is not called back
     throttle_percent: int = 0
+    dirty_limit_bps: int = 0  #: to which QEMU holds its vCPUs; 0: not
     was_running: bool = False
     _round: int = 0
     _round_started_ns: int = 0
@@ -106,6 +108,7 @@ class StreamPass:
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
     _started_ns: int = 0
     _looked_ns: int = 0
+    _limited_at_ns: int = 0
     _stalled_out: bool = False  #: QEMU was told to stop whatever is left
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
@@ -139,10 +142,13 @@ class StreamPass:
         )
 
     def let_go(self) -> None:
-        """QEMU's throttle ends with its migration."""
+        """Of the dirty limit; auto-converge ends with its migration."""
+        if self.dirty_limit_bps:
+            self._hold_dirty_rate(0)
 
     def close(self) -> None:
-        """Nothing is tracked here; QEMU's throttle ends with its migration."""
+        """Nothing is tracked here."""
+        self.let_go()
 
     # -- what the stream brings --------------------------------------------------------------------
 
@@ -298,16 +304,24 @@ class StreamPass:
             )
 
     def _steer(self, decision: Decision) -> None:
-        """What the policy decided, in QEMU's terms. A throttle is auto-converge's own."""
+        """What the policy decided, in QEMU's terms. Auto-converge throttles by itself."""
         tuning = self.tools.tuning
         if decision.action is Action.GIVE_UP:
             raise NotConvergedError(decision.reason)
+        if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
+            self._hold_dirty_rate(int(decision.dirty_limit_bps))
         if decision.action is not Action.SWITCH_OVER:
             return
         if decision.forecast.total_ns <= tuning.downtime_limit_ns:
             self.helm.allow_downtime(tuning.downtime_limit_ns)
         else:
             self._stop_now()
+
+    def _hold_dirty_rate(self, rate_bps: int) -> None:
+        self._limited_at_ns = self.tools.clock()
+        self.dirty_limit_bps = rate_bps
+        self.helm.hold_dirty_rate(rate_bps)
+        self.tools.emit(DirtyLimited(self._limited_at_ns, rate_bps))
 
     def _stop_now(self) -> None:
         """Whatever is left: asked for, or the timeout came."""
@@ -397,11 +411,14 @@ class StreamPass:
             timeout_ns=tuning.timeout_ns,
             on_stall=tuning.on_stall,
             throttle_percent=self.throttle_percent,
-            can_throttle=self.auto_converge,
+            can_throttle=self.throttle is not ThrottleWay.NONE,
             failed_rechecks=0,
             switchover_requested=tuning.switchover_requested,
             job_started_ns=self.tools.job_started_ns,
             handover_ns=HANDOVER_NS,
+            takes_rate=self.throttle is ThrottleWay.DIRTY_LIMIT,
+            dirty_limit_bps=self.dirty_limit_bps,
+            limited_at_ns=self._limited_at_ns,
         )
 
 
