@@ -15,6 +15,8 @@ from fake_qmp import FakeError, FakeLimits
 from migrating_qemu import HALF, MigratingQemu, TakingGuest, stream_of
 from waiting import wait_until
 
+from vmth import source_session
+from vmth.channel.pages import NativeSender
 from vmth.errors import (
     CancelledError,
     ExitCode,
@@ -29,7 +31,7 @@ from vmth.handshake import Incoming
 from vmth.job import MigrationJob
 from vmth.listener import Listener
 from vmth.options import ReceiveOptions
-from vmth.policy.interface import OnStall
+from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
 from vmth.progress import Console
 from vmth.qemu import migrate
 from vmth.qemu import source as source_module
@@ -39,6 +41,8 @@ from vmth.qemu.migrate import QemuMigrateOptions, start_qemu_migration
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.source import QemuSource, StoppedQemu, find_guest, run_state_in
 from vmth.uri import parse_endpoint
+
+SET = "set-vcpu-dirty-limit"
 
 
 @dataclass
@@ -390,6 +394,44 @@ def test_a_throttle_is_a_dirty_limit_where_qemu_has_one(
     assert ways == ["dirty-limit"]
     assert not any("throttle" in what for what in result.fallbacks)
     assert watchdogs[0].order[1]["dirty-limits"] == [(0, 7)]
+
+
+class LimitingPolicy:
+    """Holds the guest to 50 MiB/s after each round."""
+
+    def decide(self, view: RoundView) -> Decision:
+        return Decision(Action.THROTTLE, "limits", Forecast(0, 0, 0, 0), dirty_limit_bps=50 << 20)
+
+    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
+        raise AssertionError("QEMU has stopped its guest for good")
+
+
+@pytest.mark.parametrize("how", ["seal", "load_state", "success"])
+def test_a_limited_guest_is_let_go(scene: Scene, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Also where the digests differ, and QEMU sends no page again."""
+    monkeypatch.setattr(source_session, "StandardPolicy", LimitingPolicy)
+    if how == "seal":
+        digest = NativeSender.digest
+        monkeypatch.setattr(
+            NativeSender, "digest", lambda self: (digest(self)[0] ^ 1, *digest(self)[1:])
+        )
+    elif how == "load_state":
+        scene.prepare = lambda guest: setattr(guest, "fails", "no such device")
+    whole = stream_of("running")
+    at = whole.index(s.end(s.normal(5, "pc.ram", 102))[:64])  # where the last section begins
+    again = s.part(s.normal(9, "pc.ram", 55) + s.eos())  # two passes more
+    with MigratingQemu(scene.folder, stream=whole[:at] + 2 * again + whole[at:]) as qemu:
+        limits = FakeLimits(qemu.qmp)
+        job = scene.start(qemu, on_stall=OnStall.THROTTLE, on_success="keep")
+        if how == "success":
+            job.wait(20)
+        else:
+            with pytest.raises(MigrationError):
+                job.wait(20)
+        set_to = [at["dirty-rate"] for name, at in qemu.qmp.received if name == SET and at]
+        assert max(set_to) == 25
+        assert limits.limits == {} and qemu.settings_are_back
+        assert qemu.status == ("postmigrate" if how == "success" else "running")
 
 
 def test_a_throttle_is_auto_converge_where_qemu_has_no_dirty_limit(scene: Scene) -> None:
