@@ -25,7 +25,7 @@ from typing import Any
 
 __all__ = ["FakeError", "FakeLimits", "FakeQmp", "HangUp", "Silence"]
 
-VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "fake"}
+VERSION = (7, 2, 22)
 CAPABILITIES = (
     "xbzrle",
     "auto-converge",
@@ -69,6 +69,7 @@ class FakeQmp:
         self.answers: dict[str, Any] = {}
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
         self.parameters = copy.deepcopy(PARAMETERS)
+        self.version = VERSION  #: of the next client's greeting
         self._greeting = greeting
         self._greets = greets
         self._lock = threading.Lock()
@@ -140,7 +141,7 @@ class FakeQmp:
             self._client = client
         try:
             if self._greets:
-                client.sendall(self._greeting or json.dumps(_greeting()).encode() + b"\r\n")
+                client.sendall(self._greeting or json.dumps(self._told()).encode() + b"\r\n")
             with selectors.DefaultSelector() as selector:
                 selector.register(client, selectors.EVENT_READ)
                 selector.register(self._woken, selectors.EVENT_READ)
@@ -185,7 +186,7 @@ class FakeQmp:
             return found(arguments) if callable(found) else found
         known: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             "qmp_capabilities": lambda _: {},
-            "query-version": lambda _: VERSION,
+            "query-version": lambda _: self._told()["QMP"]["version"],
             "query-status": lambda _: {"status": "running", "running": True},
             "query-migrate": lambda _: {},
             "query-commands": lambda _: [{"name": name} for name in {*known, *self.answers}],
@@ -199,6 +200,10 @@ class FakeQmp:
         if command not in known:
             raise FakeError("CommandNotFound", f"The command {command} has not been found")
         return known[command](arguments)
+
+    def _told(self) -> dict[str, Any]:
+        numbers = dict(zip(("major", "minor", "micro"), self.version, strict=True))
+        return {"QMP": {"version": {"qemu": numbers, "package": "fake"}, "capabilities": ["oob"]}}
 
     def _set_capabilities(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         rows = arguments["capabilities"]
@@ -218,7 +223,8 @@ class FakeQmp:
 
 class FakeLimits:
     """The dirty limits of a QEMU's vCPUs, MiB/s, answered for by ``fake``. ``rates``: what each
-    dirties, which a test may change. ``ring`` False: QEMU without KVM's dirty ring."""
+    dirties, which a test may change. ``ring`` False: QEMU without KVM's dirty ring. For clients
+    that connect from now on it is QEMU 10.0."""
 
     def __init__(
         self,
@@ -228,6 +234,7 @@ class FakeLimits:
         vcpus: int = 2,
         ring: bool = True,
     ) -> None:
+        fake.version = (10, 0, 0)
         self.limits = dict(limits or {})
         self.rates = dict.fromkeys(range(vcpus), 0)
         self.ring = ring
@@ -263,10 +270,6 @@ class FakeLimits:
         else:
             self.limits.clear()
         return {}
-
-
-def _greeting() -> dict[str, Any]:
-    return {"QMP": {"version": VERSION, "capabilities": ["oob"]}}
 
 
 def _split(data: bytes) -> tuple[list[Any], bytes]:

@@ -410,11 +410,11 @@ class World:
         for machine in self.machines:
             machine.close()
         if kind is not None:
-            self._tell()
+            self.tell()
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         """For pytest to show with the failure."""
         for machine in self.machines:
             print(f"{machine.name}: {machine.build} {machine.log.read_text(errors='replace')}")

@@ -39,6 +39,7 @@ KNOWN = {"auto-converge": False}
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[FakeQmp]:
     with FakeQmp(tmp_path / "qmp") as server:
+        server.version = (10, 0, 0)
         yield server
 
 
@@ -86,15 +87,24 @@ def test_a_dirty_limit_is_chosen_where_there_is_one(fake: FakeQmp, qmp: Qmp) -> 
 
 
 @pytest.mark.parametrize(
-    ("known", "why"), [(True, "dirty page limit feature requires KVM"), (False, "7.1 does")]
+    ("version", "why"),
+    [
+        ((10, 0, 0), "dirty page limit feature requires KVM"),
+        ((8, 1, 5), "QEMU 8.1.5 may crash when its dirty limit ends, 8.2 does not"),
+        ((7, 0, 0), "QEMU 7.0.0 does not know it"),
+    ],
 )
-def test_auto_converge_takes_its_place(fake: FakeQmp, qmp: Qmp, known: bool, why: str) -> None:
-    if known:
-        FakeLimits(fake, ring=False)
-    chosen = choose_throttle(qmp, KNOWN, OnStall.THROTTLE, auto_converge=False)
-    assert chosen.way is ThrottleWay.AUTO_CONVERGE and why in chosen.why_not_limit
-    with pytest.raises(RefusedError, match=why):
-        choose_throttle(qmp, {}, OnStall.THROTTLE, auto_converge=False)
+def test_auto_converge_takes_its_place(
+    fake: FakeQmp, version: tuple[int, int, int], why: str
+) -> None:
+    if version > (7, 1):
+        FakeLimits(fake, ring=version < (8, 2))
+    fake.version = version
+    with Qmp(fake.path) as qmp:
+        chosen = choose_throttle(qmp, KNOWN, OnStall.THROTTLE, auto_converge=False)
+        assert chosen.way is ThrottleWay.AUTO_CONVERGE and why in chosen.why_not_limit
+        with pytest.raises(RefusedError, match=why):
+            choose_throttle(qmp, {}, OnStall.THROTTLE, auto_converge=False)
 
 
 @pytest.mark.parametrize("on_stall", [OnStall.PAUSE, OnStall.CANCEL])
@@ -165,7 +175,10 @@ def test_a_watchdog_puts_the_limits_back(fake: FakeQmp, qmp: Qmp) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_qemu_without_kvm_has_auto_converge(tmp_path: Path) -> None:
+def test_a_real_qemu_without_kvm_has_auto_converge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMTH_QEMU_SRC", modern_build().program)
     with QmpQemu(tmp_path, "SRC") as qemu, Qmp(qemu.path) as qmp:
         chosen = choose_throttle(qmp, capabilities_of(qmp), OnStall.THROTTLE, False)
         assert chosen.way is ThrottleWay.AUTO_CONVERGE

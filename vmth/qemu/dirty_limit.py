@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a source QEMU slows its guest down: by its dirty limit where it has one, else auto-converge.
 
-QEMU's dirty limit (7.1 and later, KVM with its dirty ring) holds each vCPU to a rate of dirtied
+QEMU's dirty limit (8.2 and later, KVM with its dirty ring) holds each vCPU to a rate of dirtied
 pages: one that only reads is never slowed down. Auto-converge takes a share of the time of all.
 
 The limits are set one vCPU at a time by QMP commands. QEMU's migration capability of the same name
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 MIB = 1 << 20
+#: Before, a vCPU may look at limits while they are freed.
+SAFE_FROM = (8, 2)
 #: A vCPU that reaches so much of its limit would dirty more.
 HUNGRY_FROM = 0.8
 #: One that does not is left so much above what it dirties.
@@ -75,8 +77,11 @@ def choose_throttle(
 
 def _why_no_limit(qmp: Qmp) -> str:
     """Empty where vCPUs can be limited."""
+    version = ".".join(map(str, qmp.version))
     if not qmp.has_command("set-vcpu-dirty-limit"):
-        return f"QEMU {'.'.join(map(str, qmp.version))} does not know it, 7.1 does"
+        return f"QEMU {version} does not know it"
+    if qmp.version < SAFE_FROM:
+        return f"QEMU {version} may crash when its dirty limit ends, 8.2 does not"
     if limits_of(qmp):
         return ""
     try:
