@@ -42,10 +42,7 @@ KEPT = {
         "test_a_restore_that_is_killed[state]",
         "test_a_damaged_file_is_found_before_qemu_is_touched",
     ),
-    "test_qemu_throttle.py": (
-        "test_after_a_cancel[auto-converge]",
-        "test_a_guest_that_is_held_back_moves[dirty-limit]",
-    ),
+    "test_qemu_throttle.py": ("test_after_a_cancel[auto-converge]",),
     "test_qemu_versions.py": (),  # .ci/run crosses from the installed one to 10.0 and back
     "test_relay_qemu.py": (
         "test_precopy[plain-one relay]",

@@ -441,12 +441,28 @@ def test_a_dirty_limit_is_set_as_decided_and_let_go() -> None:
     assert first.takes_rate and first.can_throttle and not first.throttled
     assert second.dirty_limit_bps == 5e6 and 0 < second.limited_at_ns < second.now_ns
     assert world.helm.held == [5_000_000]
+    world.engine.let_go()
+    assert world.helm.held == [5_000_000]  # a stopped guest is not kept waiting for that
     for _ in range(2):
-        world.engine.let_go()
         world.engine.close()
     assert world.helm.held == [5_000_000, 0]
     told = [event.rate_bps for event in world.events if isinstance(event, DirtyLimited)]
     assert told == [5_000_000, 0]
+
+
+def test_a_guest_that_was_given_up_is_let_go_at_once() -> None:
+    answers = [
+        Decision(Action.THROTTLE, "scripted", NOTHING, dirty_limit_bps=5e6),
+        Decision(Action.GIVE_UP, "hopeless", NOTHING),
+    ]
+    world = World([every_page()] * 4 + [END, DEVICES], policy=ScriptedPolicy(*answers))
+    world.engine.throttle = ThrottleWay.DIRTY_LIMIT
+    with pytest.raises(NotConvergedError, match="hopeless"):
+        world.engine.run()
+    world.engine.let_go()
+    assert world.helm.held == [5_000_000, 0]
+    world.engine.close()
+    assert world.helm.held == [5_000_000, 0]
 
 
 def test_auto_converge_is_left_to_qemu() -> None:

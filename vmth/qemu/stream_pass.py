@@ -142,13 +142,15 @@ class StreamPass:
         )
 
     def let_go(self) -> None:
-        """Of the dirty limit; auto-converge ends with its migration."""
-        if self.dirty_limit_bps:
+        """Of the dirty limit, which takes QEMU up to a second: a guest that is stopped comes first,
+        and is let go by ``close()``. Auto-converge ends with its migration."""
+        if self.dirty_limit_bps and not self.guest_stopped:
             self._hold_dirty_rate(0)
 
     def close(self) -> None:
         """Nothing is tracked here."""
-        self.let_go()
+        if self.dirty_limit_bps:
+            self._hold_dirty_rate(0)
 
     # -- what the stream brings --------------------------------------------------------------------
 
