@@ -52,16 +52,25 @@ def foresee(
         if decision.action is Action.GIVE_UP:
             return JobForecast(after, False, view.now_ns - begun_ns, 0, number)
         if decision.action is Action.THROTTLE:
-            model = _slowed(model, view.throttle_percent, decision.throttle_percent)
-            view = replace(view, throttle_percent=decision.throttle_percent)
+            model = _slowed(model, view, decision)
+            view = replace(
+                view,
+                throttle_percent=decision.throttle_percent,
+                dirty_limit_bps=decision.dirty_limit_bps,
+                limited_at_ns=view.now_ns,
+            )
         view = _after_round(view, number, model)
         decision = decide(view)
     return JobForecast(after, False, 0, 0, 0)
 
 
-def _slowed(model: DirtyModel, percent_before: int, percent: int) -> DirtyModel:
-    """vCPUs that run for a share of the time touch that share of pages."""
-    share = (100 - percent) / max(1, 100 - percent_before)
+def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyModel:
+    """vCPUs that run for a share of the time touch that share of pages; those that are held to a
+    rate touch no more than that."""
+    if decision.dirty_limit_bps:
+        limit_pps = decision.dirty_limit_bps / view.page_bytes
+        return replace(model, first_touch_pps=min(model.first_touch_pps, limit_pps))
+    share = (100 - decision.throttle_percent) / max(1, 100 - view.throttle_percent)
     return replace(model, first_touch_pps=model.first_touch_pps * share)
 
 
