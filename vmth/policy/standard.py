@@ -336,8 +336,10 @@ def _verdict(view: RoundView) -> _Verdict:
         dirty_rate = f"above {format_rate(view.rounds[-1].dirty_rate_bps)}"
     else:
         dirty_rate = format_rate(model.first_touch_pps * view.page_bytes)
+    # Where every round dirtied all of the working set, less may do; nobody has seen how much less.
+    most = "at most " if math.isinf(model.first_touch_pps) else ""
     with_bandwidth = (
-        f"{format_rate(needed_bandwidth)} of bandwidth (now {format_rate(rate)}) or "
+        f"{most}{format_rate(needed_bandwidth)} of bandwidth (now {format_rate(rate)}) or "
         if math.isfinite(needed_bandwidth)
         else ""
     )
