@@ -41,6 +41,7 @@ DeltaCache::DeltaCache(size_t page_bytes, uint64_t nbytes, uint64_t guest_pages)
         return;
     }
     slots_.resize(nsets_ * ways);
+    filled_ = std::vector<std::atomic<uint8_t>>(nsets_);
     void *contents = mmap(nullptr, slots_.size() * page_bytes_, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (contents == MAP_FAILED) {
@@ -89,6 +90,9 @@ size_t DeltaCache::exchange(const DeltaPage &page, uint8_t *out, size_t room)
     }
     const uint64_t owner = owner_of(page);
     const size_t set = static_cast<size_t>(mix(owner) % nsets_);
+    if (page.round == 0 && filled_[set].load(std::memory_order_relaxed) == ways) {
+        return 0;  // it was never sent before and takes nobody's place: most pages of a large guest
+    }
     std::lock_guard<std::mutex> lock(mutexes_[set % locks]);
     size_t at = find_locked(set, owner);
     size_t nbytes = 0;
@@ -102,6 +106,9 @@ size_t DeltaCache::exchange(const DeltaPage &page, uint8_t *out, size_t room)
         }
     }
     if (at != none) {
+        if (slots_[at].owner == 0) {
+            filled_[set].fetch_add(1, std::memory_order_relaxed);
+        }
         memcpy(contents_ + at * page_bytes_, page.content, page_bytes_);
         slots_[at].owner = owner;
         slots_[at].hash = page.hash;

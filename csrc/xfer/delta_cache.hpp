@@ -14,6 +14,7 @@
 #define VMTH_XFER_DELTA_CACHE_HPP
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -67,6 +68,7 @@ private:
     size_t nsets_ = 0;
     uint8_t *contents_ = nullptr;
     std::array<std::mutex, locks> mutexes_;  // of set s: s % locks
+    std::vector<std::atomic<uint8_t>> filled_;  // used slots of each set; changes under its mutex
     std::vector<Slot> slots_;                // under their set's mutex, as are their contents
 };
 
