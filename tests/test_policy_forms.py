@@ -219,3 +219,30 @@ def test_a_stretch_that_is_not_there_does_not_end_the_looking() -> None:
             chooser.choose(World(NOISE if away else RETURNED, 125e6).interval(at)).rung.name
         )
         assert at > 0, interval
+
+
+@dataclass
+class Crowded(World):
+    """Others want ``load`` cores, and give up what is more than their share."""
+
+    load: float = 1.2
+    had: float = 1.2
+
+    def rate(self, at: int) -> float:
+        cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
+        return min(self.had * 1e9 / cpu_ns, self.link_bps / wire)
+
+    def interval(self, at: int) -> FormsView:
+        view = super().interval(at)
+        own = view.cost.cpu_ns / view.interval_ns
+        idle = max(0.0, self.cores - self.load - own)
+        return FormsView(
+            view.interval_ns, view.cost, view.acked_bps, self.cap_bps, self.workers, own + idle
+        )
+
+
+def test_cores_that_others_give_up_count_once_they_were_had() -> None:
+    world = Crowded(MIXED, 117e6)
+    assert world.rate(3) > 1.4 * world.rate(2)
+    used = run(world, 100)
+    assert reached(world, used) > 0.95, used

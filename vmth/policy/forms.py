@@ -13,7 +13,9 @@ bytes than the one before:
     + delta                  a copy of what was sent is kept, and compared
     + zstd 1, 3, 6, 9 ...    compression
 
-Costs are those measured in this migration; what was not tried yet is taken from priors that say how
+Cores are those that idle and those that the workers have, or had lately when they wanted more: who
+else runs gives some up then, and idleness alone would call a busy machine slower than it is. Costs
+are those measured in this migration; what was not tried yet is taken from priors that say how
 a rung compares with the one that was. The link is what acknowledged bytes and the cap tell: while
 the workers wait for it, it is what they reach; while they do not, it carries more than that, and
 a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["LADDER", "FormChoice", "FormChooser", "FormCost", "FormsView", "Rung"]
 
@@ -161,6 +163,7 @@ class FormChooser:
     _landed_bps: deque[float] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
     _waits: int = 0  #: intervals in which the workers waited for the link
     _busy_intervals: int = 0  #: since the last of them
+    _had_cores: float = 0.0  #: that the workers had of late when they wanted them
     _intervals: int = 0
     _settled: bool = True
 
@@ -191,6 +194,10 @@ class FormChooser:
             rung = self.rungs[self._at]
             return FormChoice(rung, f"{rung.name}: just begun")
         self._learn(view)
+        self._had_cores = max(
+            view.cost.cpu_ns / max(1, view.interval_ns), (1 - FADE) * self._had_cores
+        )
+        view = replace(view, cores=max(view.cores, self._had_cores))
         rates = self.rates(view)
         at = self._best(rates, view)
         if at == self._at and self._intervals % self._probe_every() == 0:
