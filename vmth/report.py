@@ -41,6 +41,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "zero_pages": stats.zero_pages,
         "hole_pages": stats.hole_pages,
         "missed_pages": stats.missed_pages,
+        "delta_pages": stats.delta_pages,
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,
         "duration_ns": stats.duration_ns,
