@@ -8,6 +8,7 @@ process dies.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -55,10 +56,11 @@ def parameters_of(qmp: Qmp) -> dict[str, Any]:
 
 
 class MigrationSettings:
-    """The settings of one QEMU. For one thread at a time."""
+    """The settings of one QEMU. Any thread: changes come one after the other."""
 
     def __init__(self, qmp: Qmp) -> None:
         self._qmp = qmp
+        self._lock = threading.RLock()
         self._capabilities: dict[str, bool] = {}
         self._parameters: dict[str, Any] = {}
         self._limits: list[tuple[int, int]] | None = None
@@ -78,6 +80,12 @@ class MigrationSettings:
         value or a combination, what this object changed so far is put back and RefusedError has
         QEMU's words.
         """
+        with self._lock:
+            return self._apply(capabilities, parameters)
+
+    def _apply(
+        self, capabilities: Mapping[str, bool] | None, parameters: Mapping[str, Any] | None
+    ) -> list[str]:
         known_capabilities = capabilities_of(self._qmp) if capabilities else {}
         known_parameters = parameters_of(self._qmp) if parameters else {}
         switches, switched = _differing(capabilities or {}, known_capabilities)
@@ -111,8 +119,9 @@ class MigrationSettings:
     def restore(self, timeout_s: float = PUT_BACK_S) -> list[str]:
         """Put back what was there. Returns a sentence for what could not be put back, and raises
         nothing for it: a QEMU that is gone has no settings. Idempotent."""
-        saved = self.saved()
-        self._capabilities, self._parameters, self._limits = {}, {}, None
+        with self._lock:
+            saved = self.saved()
+            self._capabilities, self._parameters, self._limits = {}, {}, None
         return put_back(self._qmp, saved, timeout_s)
 
 
