@@ -11,17 +11,11 @@ from __future__ import annotations
 import pytest
 
 KEPT = {
-    "test_qemu_kill.py": (
-        "test_the_source_vmth_dies[hold the guest]",
-        "test_the_destination_vmth_dies[journal STARTING]",
-    ),
+    "test_qemu_kill.py": ("test_the_source_vmth_dies[hold the guest]",),
     "test_qemu_kill_relay.py": (),  # test_relay_qemu.py has the relay's own
     # .ci/run crosses versions with those that are idle, paused or under KVM.
     "test_qemu_migrate.py": ("test_busy_guest_goes_round[multifd-zstd-plain]",),
-    "test_qemu_keep_image.py": (
-        "test_a_qemu_leaves_its_memory_behind[False]",
-        "test_a_guest_that_comes_back_brings_what_changed[memory]",
-    ),
+    "test_qemu_keep_image.py": ("test_a_guest_that_comes_back_brings_what_changed[memory]",),
     "test_qemu_migrate_carried.py": (
         "test_busy_guest_goes_through_a_file[live]",
         "test_busy_guest_goes_through_relays[two relays, compressed]",
@@ -37,7 +31,6 @@ KEPT = {
         "test_a_running_guest_is_saved_and_runs_on_elsewhere[True]",
         "test_a_save_that_is_killed[cold-pages]",
         "test_a_full_disk",
-        "test_a_restore_that_is_killed[state]",
         "test_a_damaged_file_is_found_before_qemu_is_touched",
     ),
     "test_qemu_throttle.py": (),  # test_throttle_let_go.py has the core's
