@@ -13,7 +13,7 @@ import pytest
 KEPT = {
     "test_qemu_kill.py": ("test_the_source_vmth_dies[hold the guest]",),
     "test_qemu_kill_relay.py": (),  # test_relay_qemu.py has the relay's own
-    # .ci/run crosses versions with those that are idle, paused or under KVM.
+    # .ci/run crosses versions with those that are idle or paused.
     "test_qemu_migrate.py": ("test_busy_guest_goes_round[multifd-zstd-plain]",),
     "test_qemu_keep_image.py": ("test_a_guest_that_comes_back_brings_what_changed[memory]",),
     "test_qemu_migrate_carried.py": (
