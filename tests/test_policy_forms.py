@@ -246,3 +246,35 @@ def test_cores_that_others_give_up_count_once_they_were_had() -> None:
     assert world.rate(3) > 1.4 * world.rate(2)
     used = run(world, 100)
     assert reached(world, used) > 0.95, used
+
+
+def test_cores_that_were_had_are_counted_after_a_stretch_of_noise() -> None:
+    """Too few idle to come back to zstd by what is seen from the rung below."""
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    at = names.index(chooser.first(100_000_000, 2).rung.name)
+    used = []
+    for interval in range(80):
+        costs = NOISE if 20 <= interval < 30 else MIXED
+        world = Crowded(costs, 117e6, cap_bps=100_000_000, load=1.95)
+        used.append(at)
+        at = names.index(chooser.choose(world.interval(at)).rung.name)
+    assert used[60:].count(3) > 15, used
+
+
+def test_a_raw_page_is_a_page_whatever_is_known_of_the_other_forms() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    view = World(RETURNED, 125e6).interval(1)
+    for _ in range(5):
+        chooser.choose(view)
+    rates = chooser.rates(view)
+    assert rates[1] > 3 * rates[0]
+
+
+def test_a_warm_destination_is_asked_where_it_makes_no_difference() -> None:
+    """As fast raw as with a look: the link is the limit, and nothing of this stretch is there."""
+    chooser = FormChooser(frozenset({"zero", "reuse"}))
+    chooser.first(0, 2)
+    used = [chooser.choose(World(NOISE, 125e6).interval(1)).rung.name for _ in range(15)]
+    assert chooser.rungs[0].name not in used

@@ -3,7 +3,8 @@
 
     downtime = pages + queue + state + overhead      each part is a field of ``Forecast``
 
-    pages      dirty pages x bytes a page / bandwidth, but never less than reading them takes
+    pages      dirty pages x bytes a page / bandwidth, but never less than reading them takes, nor
+               than what a page took in the rounds so far
     queue      bytes handed to sockets that have not landed yet / bandwidth
     state      CPU and device state / bandwidth
     overhead   the round trips of barrier, seal and grant, and what pause, journal and resume cost
