@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,58 @@ def test_events_are_written_and_the_load_is_awaited(tmp_path: Path) -> None:
         world.completes("paused")
         assert stream.await_loaded(5) == "paused"
         assert stream.trouble() is None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_held_guest_needs_no_question(tmp_path: Path, late: bool) -> None:
+    """QEMU says it by an event, which may be heard after the return path."""
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        asked = world.fake.commands().count("query-status")
+        world.fake.emit("MIGRATION", status="active")
+        if not late:
+            world.fake.emit("MIGRATION", status="completed")
+        world.completes("paused")
+        timer = threading.Timer(0.01, lambda: world.fake.emit("MIGRATION", status="completed"))
+        with timer_of(timer, late):
+            stream.await_held(5)
+        assert world.fake.commands().count("query-status") == asked
+        assert stream.trouble() is None
+        stream.close()
+        assert world.switched_on() == set()  # put back, as for one that was asked
+
+
+def test_a_qemu_without_events_is_asked(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        asked = world.fake.commands().count("query-status")
+        world.completes("paused")
+        stream.await_held(5)
+        assert world.fake.commands().count("query-status") == asked + 1
+
+
+@pytest.mark.parametrize("events", [False, True])
+def test_a_guest_that_runs_is_not_held(tmp_path: Path, events: bool) -> None:
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        if events:
+            world.fake.emit("RESUME")
+            world.fake.emit("MIGRATION", status="completed")
+        world.completes("running")
+        with pytest.raises(MigrationError, match="although it was told to stay paused"):
+            stream.await_held(5)
+
+
+@contextlib.contextmanager
+def timer_of(timer: threading.Timer, wanted: bool) -> Iterator[None]:
+    if wanted:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if wanted:
+            timer.join()
 
 
 def test_qemu_is_told_to_stay_paused_and_settings_come_back(tmp_path: Path) -> None:

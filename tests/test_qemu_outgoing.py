@@ -84,6 +84,31 @@ def test_nothing_is_complete_before_its_last_byte(monkeypatch: pytest.MonkeyPatc
         assert stream.next_event(0.05) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "complete"),
+    [
+        (b'{"page_size": 4096, "devices": []}', True),
+        (b'{"page_size": 4096, "devices": {}}', False),
+        (b'{"page_size": 4096, "devices": [}', False),
+        (b'{"page_size": 4096}', False),
+        (b'{"devices": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", False),
+        (b'["devices"]', False),
+        (b"state of a device", False),
+    ],
+)
+def test_only_a_description_completes(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, complete: bool
+) -> None:
+    """Device state may end, where a read ends, as a description begins and with its length."""
+    monkeypatch.setattr(outgoing, "QUIET_S", 60)
+    whole = s.plain()
+    state = whole[: whole.rindex(b"\x00\x06") + 1]
+    with started(FakeSource(state + b"\x06" + s.u32(len(said)) + said)) as stream:
+        while (event := stream.next_event(0.1)) is not None and not stream.finished:
+            pass
+        assert (stream.finished, event is not None) == (complete, complete)
+
+
 MULTIFD_MAIN = b"".join(
     (
         s.header(),

@@ -86,5 +86,10 @@ def test_passes_stops_and_what_is_left_are_heard(fake: FakeQmp, steering: Steeri
     assert steering.passes == 3 and steering.stopped_ns is None
     fake.emit("STOP")
     wait_until(lambda: steering.stopped_ns is not None)
+    fake.emit("MIGRATION_PASS", **{"pass": 4})
+    wait_until(lambda: steering.passes == 4)
+    steering.allow_downtime(1)
+    wait_until(lambda: fake.parameters["downtime-limit"] == 1)
+    assert fake.commands().count("query-migrate") == 1  # a stopped guest is not kept waiting
     fake.emit("RESUME")
     wait_until(lambda: steering.stopped_ns is None)

@@ -26,6 +26,7 @@ from vmth.events import DirtyLimited, Event, GuestPaused, RoundFinished, Throttl
 from vmth.guest import StateStream
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
 from vmth.qemu import stream as q
+from vmth.qemu import stream_pass
 from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS, StreamPass
@@ -485,6 +486,33 @@ def test_the_queue_is_bounded_by_the_downtime_limit() -> None:
     assert world.link.sender.window_bytes >= 256 << 10
     assert world.stream.read_bytes == world.link.sender.window_bytes // 2
     assert stats[0].bytes > 0
+
+
+def test_less_is_queued_where_qemu_may_stop_its_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_pass, "NEAR_BYTES", 20 * s.PAGE)
+    monkeypatch.setattr(stream_pass, "MIN_WINDOW_BYTES", 1)
+    windows: list[tuple[int, int]] = []  # (pieces read, bytes that may be under way)
+    read = 0
+
+    def before(piece: int) -> None:
+        nonlocal read
+        read = piece
+        world.helm.remaining_bytes = 64 * s.PAGE
+        world.now_ns += 2 * LOOK_NS if piece in (1, 4) else 0
+
+    def note(nbytes: int) -> None:
+        windows.append((read, nbytes))
+
+    def pages(first: int, end: int) -> bytes:
+        return s.part(b"".join(s.normal(page, "pc.ram") for page in range(first, end)) + s.eos())
+
+    parts = [every_page(), None, pages(0, 40), None, pages(40, 64), END, DEVICES]
+    world = World(parts, before=before)
+    monkeypatch.setattr(world.link.sender, "set_window", note)
+    world.engine.run()
+    assert [pieces for pieces, _ in windows][-2:] == [4, 5]
+    far, near = (nbytes for _, nbytes in windows[-2:])
+    assert 3.9 < far / near < 4.1
 
 
 def test_more_blocks_than_a_stream_may_list() -> None:

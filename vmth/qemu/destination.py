@@ -240,7 +240,7 @@ class QemuDestination(HeldQemu):
         for event in _ram_section(SectionKind.END):
             self._stream.send(event)
         self._stream.send_raw(given[0].data)
-        self._stream.await_loaded(_LOAD_S)
+        self._stream.await_held(_LOAD_S)
         if self.process is not None:
             self.process.keep()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vmth.errors import MigrationError, RefusedError, StreamError, UsageError, VmthError
-from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
 from vmth.qemu.settings import MigrationSettings
 from vmth.qemu.stream.events import Command, CommandCode, Event
 from vmth.qemu.stream.fields import BE32
@@ -34,6 +34,7 @@ __all__ = ["CAPABILITIES", "IncomingStream"]
 #: Set for the load and put back behind it. What would make QEMU expect another stream, more
 #: connections or a running guest is off; image locks are taken when the guest is resumed.
 CAPABILITIES = {
+    "events": True,
     "late-block-activate": True,
     "mapped-ram": False,
     "multifd": False,
@@ -45,6 +46,8 @@ _PING_BASE = 0x766D0000
 _READ_BYTES = 4096
 #: Between two looks at QEMU's state after it has said that everything is loaded: downtime.
 _LOOK_S = 0.001
+#: QEMU sends its event before it says that everything is loaded, on another connection.
+_EVENT_S = 0.05
 
 
 class IncomingStream:
@@ -139,22 +142,42 @@ class IncomingStream:
     def await_loaded(self, timeout_s: float) -> str:
         """Everything was written. Return when QEMU has loaded it and holds the guest, paused: its
         run state. Raises MigrationError with QEMU's reason; QEMU then runs nothing."""
+        deadline = time.monotonic() + timeout_s
+        self._await_shut(deadline, timeout_s)
+        return self._await_state(deadline, timeout_s)
+
+    def await_held(self, timeout_s: float) -> None:
+        """As ``await_loaded``, but QEMU is not asked for its run state where its events say that
+        the guest is held: the answer would be downtime."""
+        deadline = time.monotonic() + timeout_s
+        self._await_shut(deadline, timeout_s)
+        if self._qmp.wait_event(_is_completed, _EVENT_S) is None:
+            self._await_state(deadline, timeout_s)
+        elif self._qmp.wait_event(_is_resume, 0) is not None:
+            raise self._runs()
+        self._loaded = True
+
+    def _await_shut(self, deadline: float, timeout_s: float) -> None:
         self._ending = True  # QEMU may close from now on
         with contextlib.suppress(OSError):  # it has closed: what it said is read below
             self._connection.shutdown(socket.SHUT_WR)  # it shall not wait for what is missing
-        deadline = time.monotonic() + timeout_s
         while not isinstance(message := self._next_message(deadline, timeout_s), Shut):
             pass
         if message.status != 0:
             raise self._failure(f"it shut the stream with status {message.status}")
+
+    def _await_state(self, deadline: float, timeout_s: float) -> str:
         while (status := self._status()) == "inmigrate":
             if time.monotonic() >= deadline:
                 raise self._failure(f"it was not ready within {timeout_s:g} s")
             time.sleep(_LOOK_S)
         if status == "running":
-            raise MigrationError(f"{self._who} runs its guest although it was told to stay paused")
+            raise self._runs()
         self._loaded = True
         return status
+
+    def _runs(self) -> MigrationError:
+        return MigrationError(f"{self._who} runs its guest although it was told to stay paused")
 
     def lock_images(self, *, late: bool) -> None:
         """Change ``lock_late`` before the last byte is written. Raises RefusedError."""
@@ -291,6 +314,15 @@ class IncomingStream:
             if not data:
                 raise self._failure("it closed its stream")
             self._returned.feed(data)
+
+
+def _is_completed(event: QmpEvent) -> bool:
+    """QEMU sends it when nothing of the load is left to do."""
+    return event.name == "MIGRATION" and event.data.get("status") == "completed"
+
+
+def _is_resume(event: QmpEvent) -> bool:
+    return event.name == "RESUME"
 
 
 def _ready(sock: socket.socket, what: int, timeout_s: float) -> bool:

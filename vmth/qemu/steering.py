@@ -114,7 +114,8 @@ class Steering:
         """On the monitor's thread."""
         if event.name == "MIGRATION_PASS":
             self.passes = int(event.data.get("pass", self.passes + 1))
-            self._orders.put(self._look)
+            if self.stopped_ns is None:  # nothing is left to decide, and asking takes a core
+                self._orders.put(self._look)
         elif event.name == "STOP":
             self.stopped_ns = self._clock()
         elif event.name == "RESUME":

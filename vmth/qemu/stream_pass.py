@@ -58,8 +58,11 @@ ROUNDS_KEPT = 1000
 MIN_AHEAD_BYTES = 256 << 10
 START_AHEAD_BYTES = 4 << 20
 MIN_WINDOW_BYTES = 256 << 10
-#: An idle guest is stopped with all of this still under way.
+#: What may be under way when the guest is stopped: far from a pass's end, where only an order stops
+#: it, and near it, where QEMU does.
 MOST_QUEUED_NS = 8_000_000
+NEAR_QUEUED_NS = 2_000_000
+NEAR_BYTES = 64 << 20
 #: Device state written and loaded, seal and ``cont``: 15 to 25 ms with 7.2 and 10.0.
 HANDOVER_NS = 20_000_000
 #: A round's bandwidth is believed when it has lasted so long.
@@ -104,6 +107,8 @@ class StreamPass:
     _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
     _ahead_bytes: int = 0
     _ahead_limit_bytes: int = START_AHEAD_BYTES
+    _seen_pages: int = 0  #: of this round
+    _near_end: bool = False  #: of QEMU's pass, as far as is known
     _passes: int = 0
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
     _started_ns: int = 0
@@ -173,6 +178,7 @@ class StreamPass:
 
     def _send(self, event: RamPages) -> None:
         sender, runs, data = self.tools.sender, event.runs, event.data
+        npages = int(runs["npages"].sum())
         worst = int(runs["kind"].max(initial=0))
         if worst > PageKind.PAGE:
             raise StreamError(
@@ -186,6 +192,15 @@ class StreamPass:
             runs = runs[queued:]
             if len(runs):
                 self._next_round()
+                npages = int(runs["npages"].sum())
+        self._seen_pages += npages
+        if not self._near_end and self._left_bytes() < NEAR_BYTES:
+            self._near_end = True
+            self._bound_ahead(self.tools.clock())
+
+    def _left_bytes(self) -> int:
+        """Of this round, if QEMU dirtied nothing meanwhile."""
+        return (self._expected_pages() - self._seen_pages) * self.tools.page_bytes
 
     def _hold_back(self, ticket: int, nbytes: int) -> None:
         """The bytes stay until they were read; not more than the bound is read ahead."""
@@ -253,10 +268,13 @@ class StreamPass:
     def _begin_round(self) -> None:
         self._round_started_ns = self.tools.clock()
         self._before = self.tools.sender.counters()
-        expected_pages = self.helm.remaining_bytes // self.tools.page_bytes
+        self._seen_pages, self._near_end = 0, False
+        self.tools.emit(RoundStarted(self._round_started_ns, self._round, self._expected_pages()))
+
+    def _expected_pages(self) -> int:
         if self._round == 0:
-            expected_pages = sum(block.npages for block in self.guest.blocks)
-        self.tools.emit(RoundStarted(self._round_started_ns, self._round, expected_pages))
+            return sum(block.npages for block in self.guest.blocks)
+        return self.helm.remaining_bytes // self.tools.page_bytes
 
     def _next_round(self) -> None:
         self._finish_round()
@@ -377,14 +395,15 @@ class StreamPass:
 
     def _bound_ahead(self, now_ns: int) -> None:
         """What is queued here at the pause is downtime: at most a tenth of the limit, and no more
-        than MOST_QUEUED_NS, beyond what the link needs (bandwidth x RTT)."""
+        than some milliseconds, beyond what the link needs (bandwidth x RTT)."""
         lasted_ns = now_ns - self._round_started_ns
         if lasted_ns < MEASURED_NS:
             return
         counters = self.tools.sender.counters()
         bps = (counters.acked_bytes - self._before.acked_bytes) * _SECOND_NS / lasted_ns
         bps = max([bps, *(stats.bandwidth_bps for stats in self.rounds[-4:])])
-        queued_ns = min(self.tools.tuning.downtime_limit_ns // 10, MOST_QUEUED_NS)
+        most_ns = NEAR_QUEUED_NS if self._near_end else MOST_QUEUED_NS
+        queued_ns = min(self.tools.tuning.downtime_limit_ns // 10, most_ns)
         room_ns = counters.rtt_ns + queued_ns
         room_bytes = int(bps * room_ns / _SECOND_NS)
         self.tools.sender.set_window(max(MIN_WINDOW_BYTES, room_bytes))
