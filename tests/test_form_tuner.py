@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from vmth.form_tuner import FormTuner, idle_seconds, tuner_for
 from vmth.options import ALL_FORMS, MigrateOptions
 from vmth.stats import FormDecision, TransferCounters
 from vmth.tuning import Tuning
+from vmth.worker_share import WorkerShare
 
 SECOND_NS = 1_000_000_000
 
@@ -111,6 +114,65 @@ def test_a_machine_without_an_idle_core_does_not_compress() -> None:
     for _ in range(20):
         world.interval(100e6)
     assert all(mask & forms_mask(["zstd"]) == 0 for mask, _ in world.sender.set)
+
+
+def test_cores_that_are_had_when_wanted_are_told_to_the_chooser() -> None:
+    world = World()
+    world.tuner = FormTuner(
+        world.sender,
+        ALL_FORMS,
+        page_bytes=4096,
+        workers=2,
+        limit_bps=lambda: 0,
+        clock=lambda: world.now_ns,
+        emit=world.told.append,
+        idle=lambda: 0.0,
+        share=lambda: 0.8,
+    )
+    for _ in range(20):
+        world.interval(100e6)
+    assert any(mask & forms_mask(["zstd"]) for mask, _ in world.sender.set)
+    assert any("1.6 cores are had when wanted" in told.reason for told in world.told)
+
+
+def schedstat(tasks: Path, task: int, name: str, ran_ns: int, waited_ns: int) -> None:
+    folder = tasks / str(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comm").write_text(f"{name}\n")
+    (folder / "schedstat").write_text(f"{ran_ns} {waited_ns} 17\n")
+
+
+def test_the_share_is_that_of_the_workers_since_the_last_look(tmp_path: Path) -> None:
+    tasks = tmp_path / "task"
+    share = WorkerShare(tasks=str(tasks))
+    assert share.share() == 0.0  # no such kernel
+    schedstat(tasks, 1, "python", 900_000_000, 0)
+    schedstat(tasks, 2, "vmth-send-0", 30_000_000, 10_000_000)
+    schedstat(tasks, 3, "vmth-send-1", 30_000_000, 10_000_000)
+    assert share.share() == 0.75
+    schedstat(tasks, 2, "vmth-send-0", 31_000_000, 10_500_000)
+    assert share.share() == 0.0  # they wanted hardly anything
+    schedstat(tasks, 2, "vmth-send-0", 41_000_000, 40_500_000)
+    shutil.rmtree(tasks / "3")
+    assert share.share() == 0.25
+    shutil.rmtree(tasks / "2")
+    assert share.share() == 0.0
+
+
+def test_a_thread_that_wants_a_core_is_seen() -> None:
+    def spin() -> None:
+        until = time.thread_time_ns() + 30_000_000
+        while time.thread_time_ns() < until:
+            pass
+
+    share = WorkerShare(prefix=_comm())
+    share.share()
+    spin()
+    assert 0 < share.share() <= 1
+
+
+def _comm() -> str:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text().strip()
 
 
 def test_idle_seconds_are_those_of_the_cores_that_may_be_used(tmp_path: Path) -> None:

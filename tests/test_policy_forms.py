@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -227,6 +227,7 @@ class Crowded(World):
 
     load: float = 1.2
     had: float = 1.2
+    given: float = 0.0  #: what the scheduler gave the workers when they wanted one
 
     def rate(self, at: int) -> float:
         cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
@@ -236,9 +237,49 @@ class Crowded(World):
         view = super().interval(at)
         own = view.cost.cpu_ns / view.interval_ns
         idle = max(0.0, self.cores - self.load - own)
-        return FormsView(
-            view.interval_ns, view.cost, view.acked_bps, self.cap_bps, self.workers, own + idle
-        )
+        return replace(view, cores=own + idle, given_cores=self.given)
+
+
+def test_cores_are_taken_from_others_where_that_lets_much_more_through() -> None:
+    busy = Crowded(MIXED, 117e6, load=2.0, had=1.2, given=1.6)
+    assert busy.rate(3) > 1.4 * busy.rate(2)
+    used = run(busy, 100)
+    assert reached(busy, used) > 0.95, used
+    assert 3 not in run(replace(busy, given=0.0), 100)  # it is not known that they would be had
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        Crowded(MIXED, 117e6, load=2.0, had=0.2, given=1.6),  # they are not had after all
+        Crowded(NOISE, 117e6, load=2.0, had=1.2, given=1.6),
+        Crowded(MIXED, 1e12, load=2.0, had=1.2, given=1.6),
+    ],
+)
+def test_what_does_not_pay_is_not_taken_again_soon(world: Crowded) -> None:
+    used = run(world, 400)
+    assert sum(at >= 3 for at in used) <= 7 * 5, used
+    assert reached(world, used) > 0.93
+
+
+def test_a_taking_is_not_judged_by_its_first_intervals() -> None:
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    world = Crowded(MIXED, 117e6, load=2.0, had=1.2, given=1.6)
+    at, used = 0, []
+    for _ in range(30):
+        new = len(used) - used.index(3) if 3 in used else 9
+        seen = replace(world, had=0.15) if new < 3 else world
+        used.append(at)
+        at = names.index(chooser.choose(seen.interval(at)).rung.name)
+    assert set(used[used.index(3) :]) == {3}, used
+
+
+def test_a_little_is_not_worth_taking() -> None:
+    """The scheduler would give enough for a tenth more pages a second."""
+    world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=0.45)
+    assert 1.0 < 0.45e9 / 13_000 / world.rate(2) < 1.25
+    assert 3 not in run(world, 200)
 
 
 def test_cores_that_others_give_up_count_once_they_were_had() -> None:

@@ -20,6 +20,7 @@ from vmth.options import MigrateOptions
 from vmth.policy.forms import FormChoice, FormChooser, FormCost, FormsView
 from vmth.stats import FormDecision, TransferCounters
 from vmth.tuning import Tuning
+from vmth.worker_share import WorkerShare
 
 __all__ = ["INTERVAL_NS", "FormSender", "FormTuner", "idle_seconds", "tuner_for"]
 
@@ -58,8 +59,9 @@ class FormTuner:
     """A context manager: a thread named ``vmth-forms`` looks ten times a second inside it.
     ``limit_bps`` is asked anew each time, so that a cap that changes changes the choice.
 
-    ``idle`` tells the seconds that cores have idled. ``fixed_level`` other than None: all forms at
-    once, at that zstd level, and no thread.
+    ``idle`` tells the seconds that cores have idled, ``share`` which part of the time in which the
+    workers wanted a core they had one since it was asked last (0: not known). ``fixed_level`` other
+    than None: all forms at once, at that zstd level, and no thread.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class FormTuner:
         emit: Callable[[FormDecision], None],
         fixed_level: int | None = None,
         idle: Callable[[], float] | None = None,
+        share: Callable[[], float] | None = None,
     ) -> None:
         self._idle = idle or idle_seconds
+        self._share = share or WorkerShare().share
         self.decisions: list[FormDecision] = []
         self._sender = sender
         self._allowed = frozenset(allowed)
@@ -128,7 +132,10 @@ class FormTuner:
         idle_s = self._idle()
         cores = (cost.cpu_ns + (idle_s - self._idle_s) * 1e9) / interval_ns
         self._idle_s = idle_s
-        return FormsView(interval_ns, cost, acked_bps, self._limit_bps(), self._workers, cores)
+        given = self._workers * self._share()
+        return FormsView(
+            interval_ns, cost, acked_bps, self._limit_bps(), self._workers, cores, given
+        )
 
     def _set(self, forms: frozenset[str], level: int, reason: str) -> None:
         self._sender.set_forms(forms_mask(forms - _ALWAYS), level or 1)

@@ -14,8 +14,11 @@ bytes than the one before:
     + zstd 1, 3, 6, 9 ...    compression
 
 Cores are those that idle and those that the workers have, or had lately when they wanted more: who
-else runs gives some up then, and idleness alone would call a busy machine slower than it is. Costs
-are those measured in this migration; what was not tried yet is taken from priors that say how
+else runs gives some up then, and idleness alone would call a busy machine slower than it is. Where
+none idle, those that the scheduler gives the workers when they want one can be taken from others,
+among them the guest: that must promise a quarter more, and is undone where they are not had.
+
+Costs are those measured in this migration; what was not tried yet is taken from priors that say how
 a rung compares with the one that was. The link is what acknowledged bytes and the cap tell: while
 the workers wait for it, it is what they reach; while they do not, it carries more than that, and
 a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
@@ -73,6 +76,12 @@ SLOWEST_LINK_BPS = 4e7
 WORTH_IDLE_TIME = 1.02
 #: On faster links a look at a page costs about as long as sending it: it must have shown its worth.
 SLOW_LINK_BPS = 3e8
+#: What is taken from others must promise so many times more pages a second than what idles.
+WORTH_TAKING = 1.25
+#: Intervals between two such takings, and of one at least: its first have pages of before and show
+#: little of what is had.
+TAKE_EVERY = 60
+TAKE_FOR = 4
 #: A share of a core is always had.
 LEAST_CORES = 0.1
 #: Share by which what was measured on other rungs gives way to what the present one suggests.
@@ -122,6 +131,7 @@ class FormsView:
     limit_bps: int
     workers: int  #: page channels
     cores: float  #: that they used or could have used: their own time, and what idled
+    given_cores: float = 0.0  #: that the scheduler gave them when they wanted one; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +175,7 @@ class FormChooser:
     _busy_intervals: int = 0  #: since the last of them
     _had_cores: float = 0.0  #: that the workers had of late when they wanted them
     _intervals: int = 0
+    _taken_at: int = -TAKE_EVERY  #: the interval in which cores were taken from others last
     _settled: bool = True
 
     def __post_init__(self) -> None:
@@ -207,6 +218,13 @@ class FormChooser:
             uncompressed = self.rungs[self._at].level == 0 and up < len(rates)
             if uncompressed and self._link_is_known and self._by_cpu(up, view) > rates[at]:
                 return self._move(up, "tried, to see what it saves")
+        taken = self._worth_taking(at, rates, view)
+        if taken > at:
+            self._taken_at = self._intervals
+            had = f"{view.given_cores:.1f} cores are had when wanted, {view.cores:.1f} are free"
+            return self._move(taken, had)
+        if at < self._at and self._intervals - self._taken_at < TAKE_FOR:
+            at = self._at
         if at != self._at:
             return self._move(at, self._reason(at, rates))
         return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
@@ -251,6 +269,15 @@ class FormChooser:
         if best > self._at and rates[best] <= rates[self._at] * WORTH_A_CHANGE:
             return self._at
         return best
+
+    def _worth_taking(self, at: int, rates: Sequence[float], view: FormsView) -> int:
+        """The rung for the cores that others would have to give up, if that is worth it."""
+        lately = self._intervals - self._taken_at < TAKE_EVERY
+        if lately or not self._link_is_known or view.given_cores <= view.cores:
+            return at
+        promised = self.rates(replace(view, cores=view.given_cores))
+        enough = WORTH_TAKING * rates[at]
+        return next((up for up in range(at + 1, len(rates)) if promised[up] >= enough), at)
 
     def _is_free(self, up: int, rates: Sequence[float], view: FormsView) -> bool:
         """Whether the workers have the time for that rung, and something may come of it."""
