@@ -266,7 +266,8 @@ def test_a_taking_is_not_judged_by_its_first_intervals() -> None:
     chooser = FormChooser(ALL)
     names = [rung.name for rung in chooser.rungs]
     world = Crowded(MIXED, 117e6, load=2.0, had=1.2, given=1.6)
-    at, used = 0, []
+    at = 0
+    used: list[int] = []
     for _ in range(30):
         new = len(used) - used.index(3) if 3 in used else 9
         seen = replace(world, had=0.15) if new < 3 else world
