@@ -45,11 +45,22 @@ struct Kernel {
         }
         return sum;
     }
-    bool covers(uint64_t page)
+    bool asked(uint64_t page)
     {
         return std::any_of(calls.begin(), calls.end(), [page](const Call &call) {
             return page >= call.page && page - call.page < call.npages;
         });
+    }
+    // The kernel maps what is in memory around a page that is asked for to be read: 64 KiB, aligned.
+    bool mapped(uint64_t page)
+    {
+        return asked(page) || std::any_of(calls.begin(), calls.end(), [&](const Call &call) {
+                   return call.kind == VMTH_POPULATE_READ && window(call.page) == window(page);
+               });
+    }
+    uintptr_t window(uint64_t page)
+    {
+        return reinterpret_cast<uintptr_t>(memory->page(page)) / (64 * 1024);
     }
 };
 
@@ -120,22 +131,23 @@ struct Moved {
     std::unique_ptr<vmth::Receiver> receiver;
 };
 
-void test_each_page_once_and_no_hole()
+void test_all_pages_once_and_no_hole()
 {
     Moved moved(true, 350);
     moved.round(0);
+    const size_t once = moved.reads.calls.size() + moved.writes.calls.size();
     moved.round(1);
-    T_EQUAL(moved.reads.pages(VMTH_POPULATE_READ), npages - 100);
+    T_EQUAL(moved.reads.calls.size() + moved.writes.calls.size(), once);
+    // What is there: one page for many. Holes that are filled, [350, 400) and [410, 600): every page.
+    T_CHECK(moved.reads.pages(VMTH_POPULATE_READ) <= npages / 8);
     T_EQUAL(moved.reads.pages(VMTH_POPULATE_WRITE), 0);
-    // Content for pages that may hold something, [0, 100), [110, 200), [300, 350); and for holes,
-    // [350, 400), [410, 600).
-    T_EQUAL(moved.writes.pages(VMTH_POPULATE_READ), 240);
+    T_CHECK(moved.writes.pages(VMTH_POPULATE_READ) <= npages / 8);
     T_EQUAL(moved.writes.pages(VMTH_POPULATE_WRITE), 240);
     for (uint64_t page = 0; page < npages; page++) {
-        bool zero = (page >= 100 && page < 110) || (page >= 400 && page < 410);
-        bool hole = page >= 200 && page < 300;
-        T_EQUAL(moved.reads.covers(page), !hole);
-        T_EQUAL(moved.writes.covers(page), !hole && !zero);
+        const bool zero = (page >= 100 && page < 110) || (page >= 400 && page < 410);
+        const bool hole = page >= 200 && page < 300;
+        T_CHECK(hole ? !moved.reads.asked(page) : moved.reads.mapped(page));
+        T_CHECK(hole || zero ? !moved.writes.asked(page) : moved.writes.mapped(page));
     }
     T_CHECK(moved.sender->fallbacks().size() == 1);  // no zero-copy on a unix socket
     T_CHECK(moved.receiver->fallbacks().empty());
@@ -195,7 +207,7 @@ void test_system_call()
 
 int main()
 {
-    test_each_page_once_and_no_hole();
+    test_all_pages_once_and_no_hole();
     test_only_holes_of_memory_mapped_before();
     test_refusal_is_named_and_harmless();
     test_system_call();

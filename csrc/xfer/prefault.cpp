@@ -6,6 +6,14 @@
 
 namespace vmth {
 
+namespace {
+
+// What the kernel maps at a fault for reading, aligned, unless it was told otherwise; what it leaves out
+// costs a fault later.
+constexpr uint64_t around_bytes = 64 * 1024;
+
+}  // namespace
+
 Prefault::Prefault(const GuestMemory &memory, const vmth_populate_ops *ops)
     : memory_(memory), ops_(ops != nullptr ? ops : vmth_populate_system_ops())
 {
@@ -32,10 +40,23 @@ void Prefault::populate(uint32_t block, uint64_t page, uint64_t npages,
     }
 }
 
+// Pages that are in memory already: a fault for reading maps all of them around it, writable where they
+// are shared. Asking for each of them would look each up again, and mark it as used.
+void Prefault::map_around(uint32_t block, uint64_t page, uint64_t npages) noexcept
+{
+    const uint64_t page_bytes = memory_.page_bytes();
+    const uint64_t end = page + npages;
+    while (page < end && error_.load(std::memory_order_relaxed) == 0) {
+        populate(block, page, 1, VMTH_POPULATE_READ);
+        const auto at = reinterpret_cast<uintptr_t>(memory_.host(block, page));
+        page += (around_bytes - at % around_bytes + page_bytes - 1) / page_bytes;
+    }
+}
+
 void Prefault::read(uint32_t block, const vmth_run &run) noexcept
 {
     if (memory_.mapped_anew(block) && wanted(block, run)) {
-        populate(block, run.page, run.npages, VMTH_POPULATE_READ);
+        map_around(block, run.page, run.npages);
     }
 }
 
@@ -53,7 +74,7 @@ void Prefault::write(uint32_t block, const vmth_run &run, const AtomicBitmap &ma
         }
         if (present && memory_.mapped_anew(block)) {
             // Many pages of a shared file are mapped at one fault for reading, one at a time for writing.
-            populate(block, present->page, present->npages, VMTH_POPULATE_READ);
+            map_around(block, present->page, present->npages);
         }
         page = present ? present->page + present->npages : end;
     }

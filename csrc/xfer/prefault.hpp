@@ -3,7 +3,8 @@
 // memory that was mapped for this transfer.
 //
 //   a mapping made anew   | . . . . . . |  a fault a page takes longer than the page's copy
-//   after one call        | P P P P . . |  a fraction of that; every page once, later rounds cost nothing
+//   holes, in one call    | P P P P . . |  a fraction of that; every page once, later rounds cost nothing
+//   what is there         | P p p p . . |  one page in each 64 KiB: the kernel maps those around it
 //
 // Pages of memory that was mapped before are left alone: asking for what is there is not free. Where the
 // kernel refuses, nothing is populated from then on and refused() says so: only speed is lost.
@@ -37,6 +38,7 @@ public:
 private:
     bool wanted(uint32_t block, const vmth_run &run) noexcept;
     void populate(uint32_t block, uint64_t page, uint64_t npages, vmth_populate_kind kind) noexcept;
+    void map_around(uint32_t block, uint64_t page, uint64_t npages) noexcept;
 
     const GuestMemory &memory_;
     const vmth_populate_ops *const ops_;
