@@ -362,7 +362,7 @@ ssize_t failing_pread(int fd, void *buffer, size_t nbytes, off_t offset)
 
 void test_a_disk_that_fails()
 {
-    const vmth_file_ops files = {failing_pread};
+    const vmth_file_ops files = {failing_pread, pwrite};
     Memory before(128);
     fill(before, 1);
     const Stored file(pages_of(before, 0, 128));
