@@ -36,6 +36,7 @@ struct Counters {
     Counter hole_pages;
     Counter free_pages;
     Counter missed_pages;
+    Counter written_pages;  // at the receiver: holes that were filled by a write to their file
     Counter wire_bytes;
     Counter acked_bytes;
     Counter packets;

@@ -23,6 +23,8 @@ struct MemoryBlock {
     uint64_t npages;
     bool mapped_anew = false;  // for this transfer: its pages are not in this process's page table
     bool handed_on = false;    // sender: the destination keeps none of its pages, so none is a base
+    int fd = -1;               // receiver: the file that is mapped shared at `host`; -1: none is known
+    uint64_t offset = 0;       // of page 0 in it
 };
 
 class GuestMemory {
@@ -55,6 +57,11 @@ public:
     }
     bool mapped_anew(size_t block) const noexcept { return blocks_[block].mapped_anew; }
     bool handed_on(size_t block) const noexcept { return blocks_[block].handed_on; }
+    int fd(size_t block) const noexcept { return hostless(block) ? -1 : blocks_[block].fd; }
+    uint64_t file_offset(size_t block, uint64_t page) const noexcept
+    {
+        return blocks_[block].offset + page * page_bytes_;
+    }
     bool hostless(size_t block) const noexcept { return blocks_[block].host == nullptr; }
     // Not for a hostless block.
     uint8_t *host(size_t block, uint64_t page) const noexcept

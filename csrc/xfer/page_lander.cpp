@@ -66,37 +66,88 @@ void PageLander::write_zeros(uint32_t block, const vmth_run &zeros)
 
 // ---- content ----------------------------------------------------------------------------------------
 
+// The pages at the front of [page, end) that all land in one way. Nobody else changes their bits: they are
+// claimed.
+PageLander::Part PageLander::first_part(uint32_t block, uint64_t page, uint64_t end) const
+{
+    const vmth_run all = {page, end - page};
+    if (!shared_.holes.writes(block)) {
+        return {all, false};
+    }
+    const std::optional<vmth_run> present = shared_.maybe_nonzero[block].first_run(page, end - page);
+    if (!present) {
+        return {all, true};
+    }
+    return present->page > page ? Part{{page, present->page - page}, true} : Part{*present, false};
+}
+
+void PageLander::about_to_overwrite(uint32_t block, const vmth_run &run)
+{
+    shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
+    shared_.maybe_nonzero[block].set_range(run.page, run.npages);
+}
+
+void PageLander::fill(uint32_t block, const vmth_run &hole, const uint8_t *content)
+{
+    if (!shared_.holes.write(block, hole, content)) {
+        about_to_overwrite(block, hole);
+        memcpy(shared_.memory.host(block, hole.page), content,
+               static_cast<size_t>(hole.npages) * shared_.memory.page_bytes());
+        return;
+    }
+    shared_.maybe_nonzero[block].set_range(hole.page, hole.npages);
+    shared_.counters.written_pages.add(hole.npages);
+    if (shared_.hashes.enabled()) {
+        // Hashing reads them: a fault maps all that is there around it, and costs less than asking.
+        shared_.prefault.mapped(block, hole);
+    }
+}
+
 std::vector<iovec> &PageLander::direct(uint32_t block, const std::vector<vmth_run> &piece)
 {
     const size_t page_bytes = shared_.memory.page_bytes();
     iov_.clear();
-    uint64_t npages = 0;
+    to_write_.clear();
+    size_t buffered = 0;
+    const auto buffer = [&](uint64_t npages) {
+        scratch_.resize(piece_pages_ * page_bytes);
+        iov_.push_back({scratch_.data() + buffered, static_cast<size_t>(npages) * page_bytes});
+        buffered += iov_.back().iov_len;
+    };
     for (const vmth_run &run : piece) {
-        npages += run.npages;
         if (shared_.memory.hostless(block)) {
+            buffer(run.npages);
             continue;
         }
-        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
-        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
-        iov_.push_back({shared_.memory.host(block, run.page),
-                        static_cast<size_t>(run.npages) * page_bytes});
-    }
-    if (shared_.memory.hostless(block) && npages > 0) {
-        scratch_.resize(piece_pages_ * page_bytes);
-        iov_.push_back({scratch_.data(), static_cast<size_t>(npages) * page_bytes});
+        const uint64_t end = run.page + run.npages;
+        for (uint64_t page = run.page; page < end;) {
+            const Part part = first_part(block, page, end);
+            if (part.hole) {
+                buffer(part.run.npages);
+                to_write_.push_back(part.run);
+            } else {
+                about_to_overwrite(block, part.run);
+                iov_.push_back({shared_.memory.host(block, page),
+                                static_cast<size_t>(part.run.npages) * page_bytes});
+            }
+            page += part.run.npages;
+        }
     }
     return iov_;
 }
 
 void PageLander::landed(uint32_t block, const std::vector<vmth_run> &piece, vmth_digest *fresh)
 {
+    const uint8_t *content = scratch_.data();
     if (shared_.memory.hostless(block)) {
-        hand_on(block, piece, scratch_.data(), fresh);
+        hand_on(block, piece, content, fresh);
         return;
     }
-    for (const vmth_run &run : piece) {
-        set_hashes(block, run, shared_.memory.host(block, run.page), fresh);
+    for (const vmth_run &hole : to_write_) {
+        fill(block, hole, content);
+        content += hole.npages * shared_.memory.page_bytes();
     }
+    hash_mapped(block, piece, fresh);
 }
 
 void PageLander::from_buffer(uint32_t block, const std::vector<vmth_run> &runs,
@@ -107,13 +158,28 @@ void PageLander::from_buffer(uint32_t block, const std::vector<vmth_run> &runs,
         return;
     }
     for (const vmth_run &run : runs) {
-        const size_t nbytes = static_cast<size_t>(run.npages) * shared_.memory.page_bytes();
-        uint8_t *host = shared_.memory.host(block, run.page);
-        shared_.prefault.write(block, run, shared_.maybe_nonzero[block]);
-        shared_.maybe_nonzero[block].set_range(run.page, run.npages);
-        memcpy(host, content, nbytes);
-        set_hashes(block, run, host, fresh);
-        content += nbytes;
+        const uint64_t end = run.page + run.npages;
+        for (uint64_t page = run.page; page < end;) {
+            const Part part = first_part(block, page, end);
+            const size_t nbytes = static_cast<size_t>(part.run.npages) * shared_.memory.page_bytes();
+            if (part.hole) {
+                fill(block, part.run, content);
+            } else {
+                about_to_overwrite(block, part.run);
+                memcpy(shared_.memory.host(block, page), content, nbytes);
+            }
+            page += part.run.npages;
+            content += nbytes;
+        }
+    }
+    hash_mapped(block, runs, fresh);
+}
+
+// After all of the runs have landed: one fault maps those of several.
+void PageLander::hash_mapped(uint32_t block, const std::vector<vmth_run> &runs, vmth_digest *fresh)
+{
+    for (const vmth_run &run : runs) {
+        set_hashes(block, run, shared_.memory.host(block, run.page), fresh);
     }
 }
 

@@ -80,6 +80,11 @@ void Prefault::write(uint32_t block, const vmth_run &run, const AtomicBitmap &ma
     }
 }
 
+void Prefault::mapped(uint32_t block, const vmth_run &run) noexcept
+{
+    done_[block].set_range(run.page, run.npages);
+}
+
 std::string Prefault::refused() const
 {
     const int error = error_.load(std::memory_order_relaxed);

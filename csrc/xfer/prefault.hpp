@@ -32,6 +32,8 @@ public:
     void read(uint32_t block, const vmth_run &run) noexcept;
     // The pages are about to be overwritten. `maybe_nonzero`: those with a clear bit are holes.
     void write(uint32_t block, const vmth_run &run, const AtomicBitmap &maybe_nonzero) noexcept;
+    // The pages are mapped, or about to be by reading them: they are not asked for. Any thread.
+    void mapped(uint32_t block, const vmth_run &run) noexcept;
     // Empty, or what the kernel said. Any thread.
     std::string refused() const;
 

@@ -34,7 +34,7 @@ ReceiverShared::ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_byte
     : options(checked(given)), memory(std::move(blocks), page_bytes),
       hashes(memory, options.hash_seed, options.digest),
       store(options.reuse, options.reuse_key, page_bytes, options.files), gate(memory, options.channels),
-      prefault(memory, options.populate)
+      prefault(memory, options.populate), holes(memory, options.files)
 {
     for (size_t block = 0; block < memory.nblocks(); block++) {
         if (memory.hostless(block) && options.sink.fd < 0) {
@@ -163,12 +163,18 @@ void Receiver::close()
     // Whoever reads the stream may wait for its end; only channels use it, and none starts any more.
     std::lock_guard<std::mutex> lock(shared_.mutex);
     shared_.sink.reset();
+    shared_.holes.close();
 }
 
 std::vector<std::string> Receiver::fallbacks() const
 {
-    const std::string refused = shared_.prefault.refused();
-    return refused.empty() ? std::vector<std::string>{} : std::vector<std::string>{refused};
+    std::vector<std::string> names;
+    for (const std::string &refused : {shared_.prefault.refused(), shared_.holes.refused()}) {
+        if (!refused.empty()) {
+            names.push_back(refused);
+        }
+    }
+    return names;
 }
 
 }  // namespace vmth

@@ -3,6 +3,7 @@
 //
 //   socket k --> header, descriptors: all checked --> claim pages --> invalidate their hashes
 //            --> payload into guest memory, piece by piece --> hash what landed --> acknowledge
+//            --> hole of a file: into a buffer, from there into the file, hash what is mapped of it
 //            --> hostless block: into a scratch buffer, hash, hand on to the sink
 //            --> a form that cannot be undone here: the page is missed, the acknowledgement says so
 //
@@ -24,6 +25,7 @@
 #include "xfer/counters.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
+#include "xfer/hole_writer.hpp"
 #include "xfer/page_forms.hpp"
 #include "xfer/page_store.hpp"
 #include "xfer/prefault.hpp"
@@ -42,7 +44,7 @@ struct ReceiverOptions {
     StreamSinkOptions sink;                       // needed where a block is hostless
     std::vector<StoreSource> reuse;               // files with pages, in the order they are asked
     uint8_t reuse_key[VMTH_CONTENT_KEY_BYTES] = {};  // of their indexes
-    const vmth_file_ops *files = nullptr;         // nullptr: the kernel's
+    const vmth_file_ops *files = nullptr;         // of `reuse` and of memory; nullptr: the kernel's
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
     const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
 };
@@ -64,6 +66,7 @@ public:
     // Bit set: our page may hold non-zero bytes. Written by whoever claimed the page.
     std::vector<AtomicBitmap> maybe_nonzero;
     Prefault prefault;
+    HoleWriter holes;
     Counters counters;
     FailureLatch latch;
     std::unique_ptr<StreamSink> sink;  // of hostless blocks; nullptr: there are none
@@ -80,7 +83,8 @@ class Receiver {
 public:
     // `maybe_nonzero[i]` points at `nwords[i]` words, copied: the pages of block i that may hold
     // non-zero bytes now. A page whose bit is clear is a proven hole, and a zero page leaves it one.
-    // The arrays and files of options.reuse are read until close().
+    // The arrays and files of options.reuse are read until close(). The blocks' own files
+    // are duplicated, until close().
     Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes, const ReceiverOptions &options,
              const std::vector<const uint64_t *> &maybe_nonzero, const std::vector<size_t> &nwords);
     ~Receiver();
