@@ -49,7 +49,10 @@ class MemoryGuest:
         self.writing = writing
         self._pace_s = pace_s
         self._random = random.Random(seed)
-        self._fds = [os.memfd_create(f"guest-{idstr}") for idstr in idstrs]
+        self._fds = [
+            os.memfd_create(f"guest-{idstr}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            for idstr in idstrs
+        ]
         self._maps: list[mmap.mmap] = []
         self.views: list[npt.NDArray[np.uint8]] = []
         for fd in self._fds:

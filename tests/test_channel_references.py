@@ -29,7 +29,9 @@ U8 = npt.NDArray[np.uint8]
 
 def _mapped(array: U8) -> list[MappedBlock]:
     address = address_of(array)
-    return [MappedBlock(RamBlock("ram", array.nbytes, Gpa(0), Mapping(address)), address, array)]
+    return [
+        MappedBlock(RamBlock("ram", array.nbytes, Gpa(0), Mapping(address=address)), address, array)
+    ]
 
 
 class Ends:

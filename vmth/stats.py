@@ -56,6 +56,7 @@ class TransferCounters:
     hole_pages: int = 0  #: never populated, not read
     free_pages: int = 0
     missed_pages: int = 0  #: to be sent again: damaged on the way or torn while read
+    written_pages: int = 0  #: at the destination: holes of a file, filled by writing to it
     wire_bytes: int = 0  #: headers, descriptors and payload that were handed to the sockets
     acked_bytes: int = 0  #: of those, landed and acknowledged
     packets: int = 0

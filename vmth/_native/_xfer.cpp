@@ -170,7 +170,9 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
     return py::dict(
         "normal_pages"_a = counters.normal_pages.get(), "zero_pages"_a = counters.zero_pages.get(),
         "hole_pages"_a = counters.hole_pages.get(), "free_pages"_a = counters.free_pages.get(),
-        "missed_pages"_a = counters.missed_pages.get(), "wire_bytes"_a = counters.wire_bytes.get(),
+        "missed_pages"_a = counters.missed_pages.get(),
+        "written_pages"_a = counters.written_pages.get(),
+        "wire_bytes"_a = counters.wire_bytes.get(),
         "acked_bytes"_a = counters.acked_bytes.get(), "packets"_a = counters.packets.get(),
         "torn_packets"_a = counters.torn_packets.get(),
         "zerocopy_sends"_a = counters.zerocopy_sends.get(),
@@ -271,11 +273,23 @@ py::tuple next_part(vmth::FilterWriter &writer)
 // (fd, section id, idstrs as they are on the wire)
 using Sink = std::optional<std::tuple<int, uint32_t, std::vector<std::string>>>;
 
+// (fd, offset of page 0) of the file that each block's memory is; fd -1: none
+using Files = std::vector<std::pair<int, uint64_t>>;
+
 std::unique_ptr<vmth::Receiver, DeleteWithoutGil>
 make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest,
               const py::sequence &maybe_nonzero, unsigned channels, const Sink &sink,
-              uint32_t forms, const py::sequence &reuse, const py::bytes &reuse_key)
+              uint32_t forms, const py::sequence &reuse, const py::bytes &reuse_key,
+              const Files &memory_files)
 {
+    std::vector<vmth::MemoryBlock> memory = memory_blocks(blocks);
+    if (!memory_files.empty() && memory_files.size() != memory.size()) {
+        throw usage(std::to_string(memory_files.size()) + " memory files, allowed none or " +
+                    std::to_string(memory.size()));
+    }
+    for (size_t i = 0; i < memory_files.size(); i++) {
+        std::tie(memory[i].fd, memory[i].offset) = memory_files[i];
+    }
     vmth::ReceiverOptions options;
     options.hash_seed = hash_seed;
     options.digest = digest;
@@ -298,7 +312,7 @@ make_receiver(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool 
         nwords.push_back(static_cast<size_t>(arrays.back().size()));
     }
     return Holder<vmth::Receiver>(
-        new vmth::Receiver(memory_blocks(blocks), page_bytes, options, words, nwords));
+        new vmth::Receiver(std::move(memory), page_bytes, options, words, nwords));
 }
 
 uint64_t take_missed(vmth::Sender &sender, const py::sequence &bitmaps)
@@ -486,7 +500,8 @@ void bind_receiver(py::module_ &module)
         .def(py::init(&make_receiver), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("maybe_nonzero"),
              py::arg("channels"), py::arg("sink") = py::none(), py::arg("forms") = 0,
-             py::arg("reuse") = py::tuple(), py::arg("reuse_key") = py::bytes())
+             py::arg("reuse") = py::tuple(), py::arg("reuse_key") = py::bytes(),
+             py::arg("memory_files") = Files())
         .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
         .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
         .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })

@@ -136,6 +136,9 @@ class Receiver:
         forms: int = 0,  # bit f: both ends agreed on form f
         reuse: Sequence[ReuseFile] = (),  # read until close(); the owner keeps arrays and files
         reuse_key: bytes = b"",  # 32 bytes, where there are such files
+        memory_files: Sequence[tuple[int, int]] = (),  # (fd, offset of page 0) of the file that is
+        # mapped shared at each block's address, fd -1: none; duplicated until close(). Holes are
+        # filled by writing to it. Empty: no block has one
     ) -> None: ...
     def attach(self, fd: int, index: int) -> None:
         """A connected socket past its preamble; duplicated. Starts its thread."""

@@ -73,6 +73,11 @@ def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, in
     return areas
 
 
+def _memory_files(memory: Sequence[MappedBlock]) -> list[tuple[int, int]]:
+    mappings = [area.block.mapping for area in memory]
+    return [(-1 if of.fd is None else of.fd, of.offset) for of in mappings]
+
+
 def _wire_sink(sink: StreamSink) -> tuple[int, int, list[bytes]]:
     names = [idstr.encode("utf-8", "surrogateescape") for idstr in sink.idstrs]
     return sink.fd, sink.section_id, names
@@ -298,7 +303,9 @@ class NativeReceiver(_NativeEnd):
         reuse: Sequence[ReuseSource] = (),
     ) -> None:
         """``sink``: where the pages of hostless blocks are handed on; needed where there is one.
-        ``forms``: what both ends agreed on. ``reuse``: files with pages, asked in their order."""
+        ``forms``: what both ends agreed on. ``reuse``: files with pages, asked in their order. The
+        files of ``memory`` are duplicated: holes are filled by writing to them, which is cheaper
+        than by a fault, and ``fallbacks()`` names one that does not take it."""
         with _translate:
             native = _xfer.Receiver(
                 _areas(memory, page_bytes),
@@ -311,6 +318,7 @@ class NativeReceiver(_NativeEnd):
                 forms=forms,
                 reuse=native_files(reuse),
                 reuse_key=reuse[0].key if reuse else b"",
+                memory_files=_memory_files(memory),
             )
         # What native threads may read is dropped after the receiver that joins them.
         self._native: _xfer.Receiver = native
