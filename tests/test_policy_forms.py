@@ -276,6 +276,12 @@ def test_a_taking_is_not_judged_by_its_first_intervals() -> None:
     assert set(used[used.index(3) :]) == {3}, used
 
 
+def test_busy_workers_do_not_ask_the_link_again_soon() -> None:
+    world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=1.6)
+    used = run(world, 100)
+    assert used[used.index(3) :][:22] == [3] * 22, used
+
+
 def test_a_little_is_not_worth_taking() -> None:
     """The scheduler would give enough for a tenth more pages a second."""
     world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=0.45)

@@ -98,7 +98,9 @@ LEAST_WAITS = 2
 #: which they waited for it, but not more than MOST_WAITS count.
 STALE_AFTER = 4
 MOST_WAITS = 10
-#: So much later where what lands is not less than the known link divided by this.
+#: So many times later, since asking takes pages that are not compressed; and so many where what lands
+#: is not less than the known link divided by MOST_BELOW.
+LEAST_PATIENCE = 3.0
 PATIENCE = 8
 MOST_BELOW = 1.4
 #: Intervals with fewer non-zero pages than this teach nothing.
@@ -346,7 +348,7 @@ class FormChooser:
         near = landed_bps * MOST_BELOW > self._link_bps  # both may be the limit: no hint at more
         # A link that would have to be many times faster to matter is asked again as much later.
         rates = self.rates(view)
-        patience = max(PATIENCE if near else 1.0, rates[self._at] / max(1.0, rates[0]))
+        patience = max(PATIENCE if near else LEAST_PATIENCE, rates[self._at] / max(1.0, rates[0]))
         if self._busy_intervals > STALE_AFTER * self._waits * patience:
             self._link_is_known = False
             self._busy_intervals = 0
