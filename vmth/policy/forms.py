@@ -98,7 +98,7 @@ LEAST_WAITS = 2
 #: which they waited for it, but not more than MOST_WAITS count.
 STALE_AFTER = 4
 MOST_WAITS = 10
-#: So many times later, since asking takes pages that are not compressed; and so many where what lands
+#: So many times later, as asking takes pages that are not compressed; and so many where what lands
 #: is not less than the known link divided by MOST_BELOW.
 LEAST_PATIENCE = 3.0
 PATIENCE = 8
