@@ -276,6 +276,13 @@ def test_a_taking_is_not_judged_by_its_first_intervals() -> None:
     assert set(used[used.index(3) :]) == {3}, used
 
 
+def test_no_core_is_taken_for_a_higher_level() -> None:
+    """What is free pays for zstd 1; with what others have, 3 would promise a quarter more."""
+    costs = ((900, 4160), (1200, 4100), (1900, 4100), (14_000, 1700), (20_000, 1650))
+    used = run(Crowded(costs, 117e6, load=1.5, had=1.2, given=1.9), 100)
+    assert 3 in used and 4 not in used, used
+
+
 def test_busy_workers_do_not_ask_the_link_again_soon() -> None:
     world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=1.6)
     used = run(world, 100)

@@ -273,13 +273,16 @@ class FormChooser:
         return best
 
     def _worth_taking(self, at: int, rates: Sequence[float], view: FormsView) -> int:
-        """The rung for the cores that others would have to give up, if that is worth it."""
-        lately = self._intervals - self._taken_at < TAKE_EVERY
-        if lately or not self._link_is_known or view.given_cores <= view.cores:
+        """The first rung that compresses, for the cores that others would have to give up, if that
+        is worth it. A higher level is not."""
+        if self.rungs[at].level > 0 or self._intervals - self._taken_at < TAKE_EVERY:
+            return at
+        if not self._link_is_known or view.given_cores <= view.cores:
             return at
         promised = self.rates(replace(view, cores=view.given_cores))
         enough = WORTH_TAKING * rates[at]
-        return next((up for up in range(at + 1, len(rates)) if promised[up] >= enough), at)
+        up = next((up for up, rung in enumerate(self.rungs) if rung.level > 0), at)
+        return up if promised[up] >= enough else at
 
     def _is_free(self, up: int, rates: Sequence[float], view: FormsView) -> bool:
         """Whether the workers have the time for that rung, and something may come of it."""
