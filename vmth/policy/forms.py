@@ -275,7 +275,7 @@ class FormChooser:
     def _worth_taking(self, at: int, rates: Sequence[float], view: FormsView) -> int:
         """The first rung that compresses, for the cores that others would have to give up, if that
         is worth it. A higher level is not."""
-        if self.rungs[at].level > 0 or self._intervals - self._taken_at < TAKE_EVERY:
+        if self._intervals - self._taken_at < TAKE_EVERY:
             return at
         if not self._link_is_known or view.given_cores <= view.cores:
             return at
