@@ -13,9 +13,27 @@ from vmth.policy.forms import LADDER, FormChoice, FormChooser, FormCost, FormsVi
 
 ALL = frozenset({"zero", "same", "dedup", "delta", "zstd"})
 INTERVAL_NS = 100_000_000
+#: Where the ladder begins to compress, and its zstd 1.
+LIGHTEST, ZSTD_1 = 3, 4
 #: CPU ns and bytes of a non-zero page on each rung, by content.
-MIXED = ((900, 4160), (1200, 3500), (1700, 3500), (13_000, 1900), (20_000, 1800), (45_000, 1750))
-NOISE = ((900, 4160), (1200, 4170), (1700, 4170), (3500, 4170), (5000, 4170), (9000, 4170))
+MIXED = (
+    (900, 4160),
+    (1200, 3500),
+    (1700, 3500),
+    (10_000, 2300),
+    (13_000, 1900),
+    (20_000, 1800),
+    (45_000, 1750),
+)
+NOISE = (
+    (900, 4160),
+    (1200, 4170),
+    (1700, 4170),
+    (3300, 4170),
+    (3500, 4170),
+    (5000, 4170),
+    (9000, 4170),
+)
 
 
 @dataclass
@@ -70,11 +88,11 @@ def test_settles_near_the_best_rung(mbit: int, costs: tuple[tuple[int, int], ...
 #: What the content of a long first round costs on each rung, by kind of memory.
 FILES = (
     *((900, 4160), (1200, 4100), (1900, 4100)),
-    *((14_000, 1700), (22_000, 1600), (50_000, 1500), (80_000, 1480)),
+    *((11_000, 2200), (14_000, 1700), (22_000, 1600), (50_000, 1500), (80_000, 1480)),
 )
 STANDARD = (
     *((900, 4160), (1200, 3290), (1900, 3290)),
-    *((9500, 2300), (13_500, 2200), (30_000, 2130), (45_000, 2110)),
+    *((7500, 2700), (9500, 2300), (13_500, 2200), (30_000, 2130), (45_000, 2110)),
 )
 
 
@@ -184,7 +202,15 @@ def test_with_a_warm_destination_looking_comes_first() -> None:
 
 
 #: A guest that comes back: a look costs some CPU, and nearly all pages are there.
-RETURNED = ((900, 4160), (6000, 120), (7000, 120), (7000, 120), (7000, 120), (7000, 120))
+RETURNED = (
+    (900, 4160),
+    (6000, 120),
+    (7000, 120),
+    (7000, 120),
+    (7000, 120),
+    (7000, 120),
+    (7000, 120),
+)
 
 
 def warm_run(world: World, intervals: int) -> list[int]:
@@ -242,10 +268,12 @@ class Crowded(World):
 
 def test_cores_are_taken_from_others_where_that_lets_much_more_through() -> None:
     busy = Crowded(MIXED, 117e6, load=2.0, had=1.2, given=1.6)
-    assert busy.rate(3) > 1.4 * busy.rate(2)
+    assert busy.rate(ZSTD_1) > 1.4 * busy.rate(2)
     used = run(busy, 100)
     assert reached(busy, used) > 0.95, used
-    assert 3 not in run(replace(busy, given=0.0), 100)  # it is not known that they would be had
+    assert (
+        max(run(replace(busy, given=0.0), 100)) < LIGHTEST
+    )  # it is not known that they would be had
 
 
 @pytest.mark.parametrize(
@@ -258,7 +286,7 @@ def test_cores_are_taken_from_others_where_that_lets_much_more_through() -> None
 )
 def test_what_does_not_pay_is_not_taken_again_soon(world: Crowded) -> None:
     used = run(world, 400)
-    assert sum(at >= 3 for at in used) <= 7 * 5, used
+    assert sum(at >= LIGHTEST for at in used) <= 7 * 5, used
     assert reached(world, used) > 0.93
 
 
@@ -269,36 +297,37 @@ def test_a_taking_is_not_judged_by_its_first_intervals() -> None:
     at = 0
     used: list[int] = []
     for _ in range(30):
-        new = len(used) - used.index(3) if 3 in used else 9
+        new = len(used) - used.index(ZSTD_1) if ZSTD_1 in used else 9
         seen = replace(world, had=0.15) if new < 3 else world
         used.append(at)
         at = names.index(chooser.choose(seen.interval(at)).rung.name)
-    assert set(used[used.index(3) :]) == {3}, used
+    assert set(used[used.index(ZSTD_1) :]) == {ZSTD_1}, used
 
 
 def test_no_core_is_taken_for_a_higher_level() -> None:
     """What is free pays for zstd 1; with what others have, 3 would promise a quarter more."""
-    costs = ((900, 4160), (1200, 4100), (1900, 4100), (14_000, 1700), (20_000, 1650))
+    light = ((900, 4160), (1200, 4100), (1900, 4100), (11_000, 2000), (14_000, 1700))
+    costs = (*light, (20_000, 1650))
     used = run(Crowded(costs, 117e6, load=1.5, had=1.2, given=1.9), 100)
-    assert 3 in used and 4 not in used, used
+    assert LIGHTEST <= max(used) <= ZSTD_1, used
 
 
 def test_busy_workers_do_not_ask_the_link_again_soon() -> None:
     world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=1.6)
     used = run(world, 100)
-    assert used[used.index(3) :][:22] == [3] * 22, used
+    assert min(used[used.index(ZSTD_1) :][:22]) >= LIGHTEST, used
 
 
 def test_a_little_is_not_worth_taking() -> None:
     """The scheduler would give enough for a tenth more pages a second."""
-    world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=0.45)
-    assert 1.0 < 0.45e9 / 13_000 / world.rate(2) < 1.25
-    assert 3 not in run(world, 200)
+    world = Crowded(MIXED, 117e6, load=2.0, had=0.5, given=0.33)
+    assert 1.0 < 0.33e9 / 10_850 / world.rate(0) < 1.25
+    assert max(run(world, 200)) < LIGHTEST
 
 
 def test_cores_that_others_give_up_count_once_they_were_had() -> None:
     world = Crowded(MIXED, 117e6)
-    assert world.rate(3) > 1.4 * world.rate(2)
+    assert world.rate(ZSTD_1) > 1.4 * world.rate(2)
     used = run(world, 100)
     assert reached(world, used) > 0.95, used
 
@@ -314,7 +343,7 @@ def test_cores_that_were_had_are_counted_after_a_stretch_of_noise() -> None:
         world = Crowded(costs, 117e6, cap_bps=100_000_000, load=1.95)
         used.append(at)
         at = names.index(chooser.choose(world.interval(at)).rung.name)
-    assert used[60:].count(3) > 15, used
+    assert used[60:].count(ZSTD_1) > 15, used
 
 
 def test_a_raw_page_is_a_page_whatever_is_known_of_the_other_forms() -> None:

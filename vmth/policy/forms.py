@@ -11,7 +11,7 @@ bytes than the one before:
     zero                     bytes as they are
     + same, dedup, reuse     a hash and a look into a table
     + delta                  a copy of what was sent is kept, and compared
-    + zstd 1, 3, 6, 9 ...    compression
+    + zstd -3, 1, 3, 6, 9    compression
 
 Cores are those that idle and those that the workers have, or had lately when they wanted more: who
 else runs gives some up then, and idleness alone would call a busy machine slower than it is. Where
@@ -58,7 +58,8 @@ LADDER: tuple[Rung, ...] = (
     Rung("raw", _RAW, 0, 900.0, 1.0),
     Rung("same, dedup", _CHEAP, 0, 250.0, 1.0),
     Rung("delta", _DELTA, 0, 700.0, 1.0),
-    Rung("zstd 1", _ALL, 1, 12_000.0, 0.5),
+    Rung("zstd -3", _ALL, -3, 9_000.0, 0.6),
+    Rung("zstd 1", _ALL, 1, 3_000.0, 0.83),
     Rung("zstd 3", _ALL, 3, 8_000.0, 0.94),
     Rung("zstd 6", _ALL, 6, 30_000.0, 0.96),
     Rung("zstd 9", _ALL, 9, 45_000.0, 0.98),
@@ -253,8 +254,8 @@ class FormChooser:
 
     def _best(self, rates: Sequence[float], view: FormsView) -> int:
         """The rung that lets most through. Among equals the cheapest, since what it saves is the
-        guest's; but where the link is the limit and the workers wait for it, up to the first that
-        compresses: content differs from place to place, and looking costs nothing then."""
+        guest's; but where the link is the limit and the workers wait for it, up to zstd 1: content
+        differs from place to place, and looking costs nothing then."""
         best = max(range(len(rates)), key=lambda at: rates[at])
         while best > 0 and rates[best - 1] * WORTH_A_CHANGE >= rates[best]:
             best -= 1
@@ -273,20 +274,22 @@ class FormChooser:
         return best
 
     def _worth_taking(self, at: int, rates: Sequence[float], view: FormsView) -> int:
-        """The first rung that compresses, for the cores that others would have to give up, if that
+        """A rung that begins to compress, for the cores that others would have to give up, if that
         is worth it. A higher level is not."""
         if self._intervals - self._taken_at < TAKE_EVERY:
             return at
         if not self._link_is_known or view.given_cores <= view.cores:
             return at
         promised = self.rates(replace(view, cores=view.given_cores))
-        enough = WORTH_TAKING * rates[at]
-        up = next((up for up, rung in enumerate(self.rungs) if rung.level > 0), at)
-        return up if promised[up] >= enough else at
+        light = [up for up, rung in enumerate(self.rungs) if rung.level != 0 and rung.level <= 1]
+        best = max((promised[up] for up in light), default=0.0)
+        if best < WORTH_TAKING * rates[at]:
+            return at
+        return next(up for up in light if promised[up] * WORTH_A_CHANGE >= best)
 
     def _is_free(self, up: int, rates: Sequence[float], view: FormsView) -> bool:
         """Whether the workers have the time for that rung, and something may come of it."""
-        if self.rungs[up - 1].level > 0 and (
+        if self.rungs[up].level > 1 and (
             self._link_bps > SLOWEST_LINK_BPS or rates[up] < WORTH_IDLE_TIME * rates[up - 1]
         ):
             return False
