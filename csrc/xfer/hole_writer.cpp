@@ -42,8 +42,12 @@ bool HoleWriter::write(uint32_t block, const vmth_run &run, const uint8_t *conte
     }
     File &file = files_[block];
     const size_t nbytes = static_cast<size_t>(run.npages) * memory_.page_bytes();
-    const int error = -vmth_file_write_at(ops_, file.fd.get(), content, nbytes,
-                                          memory_.file_offset(block, run.page));
+    int error;
+    {
+        std::lock_guard<std::mutex> lock(file.writing);
+        error = -vmth_file_write_at(ops_, file.fd.get(), content, nbytes,
+                                    memory_.file_offset(block, run.page));
+    }
     if (no_room(error)) {
         throw system_error("landing pages in the file of block " + std::to_string(block), error);
     }

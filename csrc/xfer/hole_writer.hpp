@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,8 @@ public:
 private:
     struct File {
         UniqueFd fd;
+        // The kernel writes a file for one at a time, and who waits for that there spins on a core.
+        std::mutex writing;
         std::atomic<int> error{0};  // the first errno; no call is made any more
     };
 
