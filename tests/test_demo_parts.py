@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmth.demo.arrival import Arrival
-from vmth.demo.check import GuestCheckReport
+from vmth.demo.check import GuestCheckReport, beats_missing
 from vmth.demo.compare import compare_memories
 from vmth.demo.outcome import Outcome
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
@@ -293,3 +293,20 @@ def test_what_a_signal_means_for_the_exit_code(
         outcome.fail(MigrationError(error), ExitCode.IN_DOUBT if in_doubt else None)
     account_for_signal(outcome, signalled)
     assert outcome.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen", "in_memory", "missing"),
+    [
+        ("kvm", 7, 7, 0),
+        ("kvm", 7, 8, 0),  # paused between the count and its OUT
+        ("kvm", 7, 9, 2),
+        ("kvm", 7, 6, 1),  # an old page
+        ("process", 7, 7, 0),
+        ("process", 7, 8, 1),
+    ],
+)
+def test_a_beat_that_is_on_its_way_is_not_lost(
+    kind: str, seen: int, in_memory: int, missing: int
+) -> None:
+    assert beats_missing(kind, seen, in_memory) == missing
