@@ -79,10 +79,11 @@ WORTH_IDLE_TIME = 1.02
 SLOW_LINK_BPS = 3e8
 #: What is taken from others must promise so many times more pages a second than what idles.
 WORTH_TAKING = 1.25
-#: Intervals between two such takings, and of one at least: its first have pages of before and show
-#: little of what is had.
+#: Intervals between two such takings.
 TAKE_EVERY = 60
-TAKE_FOR = 4
+#: Intervals that compression lasts at least: its first have pages of before and show little of the
+#: cores that are had.
+COMPRESS_FOR = 4
 #: A share of a core is always had.
 LEAST_CORES = 0.1
 #: Share by which what was measured on other rungs gives way to what the present one suggests.
@@ -179,6 +180,7 @@ class FormChooser:
     _had_cores: float = 0.0  #: that the workers had of late when they wanted them
     _intervals: int = 0
     _taken_at: int = -TAKE_EVERY  #: the interval in which cores were taken from others last
+    _compressing_since: int = -COMPRESS_FOR  #: the interval in which that was begun last
     _settled: bool = True
 
     def __post_init__(self) -> None:
@@ -226,8 +228,8 @@ class FormChooser:
             self._taken_at = self._intervals
             had = f"{view.given_cores:.1f} cores are had when wanted, {view.cores:.1f} are free"
             return self._move(taken, had)
-        if at < self._at and self._intervals - self._taken_at < TAKE_FOR:
-            at = self._at
+        if self.rungs[at].level == 0 and self._intervals - self._compressing_since < COMPRESS_FOR:
+            at = max(at, self._at)
         if at != self._at:
             return self._move(at, self._reason(at, rates))
         return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
@@ -246,6 +248,8 @@ class FormChooser:
         return PROBE_EVERY * (SHORT_PROBE_FACTOR if short else 1)
 
     def _move(self, at: int, reason: str) -> FormChoice:
+        if self.rungs[self._at].level == 0 and self.rungs[at].level != 0:
+            self._compressing_since = self._intervals
         self._at = at
         self._settled = False  # the next interval still has packets of the old choice
         self._landed_bps.clear()
