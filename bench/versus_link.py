@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ class Link:
 
 @contextmanager
 def make_link(name: str, bits_per_second: int) -> Iterator[Link]:
-    """0 bits/s: loopback. Everything that was made is removed at the end."""
+    """0 bits/s: loopback. Everything that was made is removed at the end, also by SIGTERM, which
+    then unwinds the main thread: guests and movers of the caller go the same way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if bits_per_second == 0:
         yield Link(name, (), (), "127.0.0.1")
         return

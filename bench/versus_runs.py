@@ -326,8 +326,8 @@ def run_core(
         converged = told["exit_code"] == 0
         return Outcome(
             converged=converged,
-            total_s=told.get("total_time_ms", 0) / 1e3 if converged else case.limit_s,
-            downtime_s=told.get("downtime_ms", 0) / 1e3,
+            total_s=told["total_time_ms"] / 1e3 if converged else case.limit_s,
+            downtime_s=(told.get("downtime_ms") or 0) / 1e3,
             wire_bytes=device_bytes(link) - before if link.source else told.get("wire_bytes", 0),
             cpu_s=_mover_seconds(told, "source") + _mover_seconds(other, "destination"),
             detail=_detail(told),
@@ -367,7 +367,10 @@ def _detail(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mover_seconds(told: Mapping[str, Any], side: str) -> float:
-    return float(told.get("movers", {}).get(side, {}).get("cpu_seconds", 0.0))
+    mover = (told.get("movers") or {}).get(
+        side
+    ) or {}  # null of an end that does not know the other
+    return float(mover.get("cpu_seconds", 0.0))
 
 
 def _await_listener(link: Link) -> None:
