@@ -367,9 +367,7 @@ def _detail(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mover_seconds(told: Mapping[str, Any], side: str) -> float:
-    mover = (told.get("movers") or {}).get(
-        side
-    ) or {}  # null: it does not know the other
+    mover = (told.get("movers") or {}).get(side) or {}  # null: it does not know the other
     return float(mover.get("cpu_seconds", 0.0))
 
 
