@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,13 @@ class CountingSender:
 
 
 class World:
-    def __init__(self, fixed_level: int | None = None) -> None:
+    def __init__(
+        self,
+        fixed_level: int | None = None,
+        *,
+        idle_cores: int = 2,
+        share: Callable[[], float] | None = None,
+    ) -> None:
         self.sender = CountingSender()
         self.now_ns = 0
         self.cap_bps = 0
@@ -60,7 +67,8 @@ class World:
             clock=lambda: self.now_ns,
             emit=self.told.append,
             fixed_level=fixed_level,
-            idle=lambda: 2 * self.now_ns / 1e9,
+            idle=lambda: idle_cores * self.now_ns / 1e9,
+            share=share,
         )
 
     def interval(self, link_bps: float) -> None:
@@ -100,35 +108,14 @@ def test_a_choice_that_stays_is_told_once() -> None:
 
 
 def test_a_machine_without_an_idle_core_does_not_compress() -> None:
-    world = World()
-    world.tuner = FormTuner(
-        world.sender,
-        ALL_FORMS,
-        page_bytes=4096,
-        workers=2,
-        limit_bps=lambda: 0,
-        clock=lambda: world.now_ns,
-        emit=world.told.append,
-        idle=lambda: 0.0,
-    )
+    world = World(idle_cores=0)
     for _ in range(20):
         world.interval(100e6)
     assert all(mask & forms_mask(["zstd"]) == 0 for mask, _ in world.sender.set)
 
 
 def test_cores_that_are_had_when_wanted_are_told_to_the_chooser() -> None:
-    world = World()
-    world.tuner = FormTuner(
-        world.sender,
-        ALL_FORMS,
-        page_bytes=4096,
-        workers=2,
-        limit_bps=lambda: 0,
-        clock=lambda: world.now_ns,
-        emit=world.told.append,
-        idle=lambda: 0.0,
-        share=lambda: 0.8,
-    )
+    world = World(idle_cores=0, share=lambda: 0.8)
     for _ in range(20):
         world.interval(100e6)
     assert any(mask & forms_mask(["zstd"]) for mask, _ in world.sender.set)

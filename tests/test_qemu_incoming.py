@@ -12,6 +12,7 @@ import pytest
 from incoming_world import IncomingWorld
 
 from vmth.errors import MigrationError, RefusedError, UsageError
+from vmth.qemu import incoming
 from vmth.qemu import stream as q
 from vmth.qemu.incoming import IncomingStream
 
@@ -37,8 +38,11 @@ def test_events_are_written_and_the_load_is_awaited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_held_guest_needs_no_question(tmp_path: Path, late: bool) -> None:
+def test_a_held_guest_needs_no_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
     """QEMU says it by an event, which may be heard after the return path."""
+    monkeypatch.setattr(incoming, "_EVENT_S", 10.0)
     with IncomingWorld(tmp_path) as world:
         stream = world.started()
         asked = world.fake.commands().count("query-status")

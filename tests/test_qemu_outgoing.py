@@ -103,10 +103,15 @@ def test_only_a_description_completes(
     monkeypatch.setattr(outgoing, "QUIET_S", 60)
     whole = s.plain()
     state = whole[: whole.rindex(b"\x00\x06") + 1]
-    with started(FakeSource(state + b"\x06" + s.u32(len(said)) + said)) as stream:
-        while (event := stream.next_event(0.1)) is not None and not stream.finished:
-            pass
-        assert (stream.finished, event is not None) == (complete, complete)
+    sent = state + b"\x06" + s.u32(len(said)) + said
+    with started(FakeSource(sent)) as stream:
+
+        def settled() -> bool:
+            event = stream.next_event(0.05)
+            return stream.finished or (event is None and stream.given_out_bytes == len(sent))
+
+        wait_until(settled)
+        assert stream.finished == complete
 
 
 MULTIFD_MAIN = b"".join(

@@ -144,7 +144,9 @@ class IncomingStream:
         run state. Raises MigrationError with QEMU's reason; QEMU then runs nothing."""
         deadline = time.monotonic() + timeout_s
         self._await_shut(deadline, timeout_s)
-        return self._await_state(deadline, timeout_s)
+        status = self._await_state(deadline, timeout_s)
+        self._loaded = True
+        return status
 
     def await_held(self, timeout_s: float) -> None:
         """As ``await_loaded``, but QEMU is not asked for its run state where its events say that
@@ -173,7 +175,6 @@ class IncomingStream:
             time.sleep(_LOOK_S)
         if status == "running":
             raise self._runs()
-        self._loaded = True
         return status
 
     def _runs(self) -> MigrationError:
