@@ -77,13 +77,21 @@ class MemoryPass:
     def _is_hole(self, block: int, first: int, n: int) -> bool:
         """Send a span as holes if nothing in it was ever populated. The first look is a hint; after
         re-arming, the second one counts."""
-        if self._populated(block, first, n).any():
+        if self._any_populated(block, first, n):
             return False
         self._rearm(block, first, n)
-        if self._populated(block, first, n).any():
+        if self._any_populated(block, first, n):
             return False
         self.sender.send_holes(block, np.array([[first, n]], dtype=np.uint64), 0)
         return True
+
+    def _any_populated(self, block: int, first: int, n: int) -> bool:
+        """Asked by chunks: where there is data, the first of them usually tells."""
+        chunk_pages = CHUNK_BYTES // self.page_bytes
+        return any(
+            bool(self._populated(block, at, min(chunk_pages, first + n - at)).any())
+            for at in range(first, first + n, chunk_pages)
+        )
 
     def _send_populated(self, block: int, first: int, n: int) -> None:
         populated = self._populated(block, first, n)

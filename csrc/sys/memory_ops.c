@@ -49,6 +49,36 @@ static int64_t kernel_lseek(const struct vmth_memory_ops *self, int fd, int64_t 
     return result < 0 ? -errno : (int64_t)result;
 }
 
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* the same number wherever userfaultfd's scan can be built */
+#endif
+
+/* The structs of linux/mman.h, which older headers do not have. */
+struct cachestat_query {
+    uint64_t offset;
+    uint64_t nbytes;
+};
+
+struct cachestat_answer {
+    uint64_t cached;
+    uint64_t dirty;
+    uint64_t writeback;
+    uint64_t evicted;
+    uint64_t recently_evicted;
+};
+
+static int64_t kernel_cached_pages(const struct vmth_memory_ops *self, int fd, uint64_t offset,
+                                   uint64_t nbytes)
+{
+    struct cachestat_query query = {.offset = offset, .nbytes = nbytes};
+    struct cachestat_answer answer;
+    long result = syscall(SYS_cachestat, fd, &query, &answer, 0);
+
+    (void)self;
+    /* A swapped page of tmpfs counts as evicted. */
+    return result < 0 ? -errno : (int64_t)(answer.cached + answer.evicted);
+}
+
 static int kernel_fs_magic(const struct vmth_memory_ops *self, int fd, uint64_t *magic)
 {
     struct statfs info;
@@ -70,6 +100,7 @@ const struct vmth_memory_ops *vmth_memory_ops_kernel(void)
         .ioctl = kernel_ioctl,
         .userfaultfd = kernel_userfaultfd,
         .lseek = kernel_lseek,
+        .cached_pages = kernel_cached_pages,
         .fs_magic = kernel_fs_magic,
     };
 

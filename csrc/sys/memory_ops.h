@@ -23,6 +23,10 @@ struct vmth_memory_ops {
     int (*userfaultfd)(const struct vmth_memory_ops *self, int flags);
     /* lseek(2); the callers here only use SEEK_DATA and SEEK_HOLE. */
     int64_t (*lseek)(const struct vmth_memory_ops *self, int fd, int64_t offset, int whence);
+    /* cachestat(2) (Linux 6.5): how many pages of bytes [offset, + nbytes) the file holds, in the page
+     * cache or swapped out. */
+    int64_t (*cached_pages)(const struct vmth_memory_ops *self, int fd, uint64_t offset,
+                            uint64_t nbytes);
     /* fstatfs(2): *magic gets the type of the file system that holds `fd`. */
     int (*fs_magic)(const struct vmth_memory_ops *self, int fd, uint64_t *magic);
 };

@@ -48,48 +48,74 @@ static int64_t next_data(const struct vmth_memory_ops *ops, int fd, int64_t at, 
     return data > end ? end : data;
 }
 
-static int64_t next_hole(const struct vmth_memory_ops *ops, int fd, int64_t at, int64_t end)
+/* Where the data at `at` ends, `end` if it goes on. SEEK_HOLE walks to the data's end wherever that
+ * is, so it is asked only where a hole is known to come before `end`: asked for every piece of a
+ * full file, it would walk the rest of the file each time. */
+static int64_t next_hole(const struct vmth_memory_ops *ops, int fd, int64_t at, int64_t end,
+                         uint64_t page_bytes, bool hole_ahead)
 {
-    int64_t hole = ops->lseek(ops, fd, at, SEEK_HOLE);
+    int64_t hole = at;
 
-    /* The data was punched out between the two questions: look again from here. */
-    if (hole == -ENXIO) {
-        return at;
+    if (hole_ahead) {
+        hole = ops->lseek(ops, fd, at, SEEK_HOLE);
+        /* The data was punched out between the two questions: look again from here. */
+        if (hole == -ENXIO) {
+            return at;
+        }
+        return hole > end ? end : hole;
     }
-    return hole > end ? end : hole;
+    while (hole < end) {
+        int64_t data = ops->lseek(ops, fd, hole, SEEK_DATA);
+
+        if (data < 0 && data != -ENXIO) {
+            return data;
+        }
+        if (data != hole) {
+            break;
+        }
+        hole += (int64_t)page_bytes;
+    }
+    return hole;
 }
 
 int vmth_populated_file(const struct vmth_memory_ops *ops, int fd, uint64_t offset, uint64_t npages,
                         uint64_t page_bytes, uint64_t *words, uint64_t page)
 {
     const int64_t end = (int64_t)(offset + npages * page_bytes);
-    int64_t at = (int64_t)offset;
+    int64_t at = next_data(ops, fd, (int64_t)offset, end);
+    /* Pages of [at, end) that hold something; -errno where the kernel does not count them. */
+    int64_t held = at >= 0 && at < end
+                       ? ops->cached_pages(ops, fd, (uint64_t)at, (uint64_t)(end - at))
+                       : 0;
 
-    while (at < end) {
-        int64_t data = next_data(ops, fd, at, end);
+    while (at >= 0 && at < end) {
+        const uint64_t first = ((uint64_t)at - offset) / page_bytes;
         int64_t hole;
-        uint64_t first;
         uint64_t last;
 
-        if (data < 0) {
-            return (int)data;
-        }
-        if (data == end) {
+        if (held >= 0 && (uint64_t)held >= npages - first) {
+            vmth_bitmap_set_range(words, page + first, npages - first);
             return 0;
         }
-        hole = next_hole(ops, fd, data, end);
+        hole = next_hole(ops, fd, at, end, page_bytes, held >= 0);
         if (hole < 0) {
             return (int)hole;
         }
-        if (hole < data || data < at) {
+        if (hole < at) {
             return -EIO;
         }
-        first = ((uint64_t)data - offset) / page_bytes;
         last = ((uint64_t)hole - offset + page_bytes - 1) / page_bytes;
         vmth_bitmap_set_range(words, page + first, last - first);
-        at = hole;
+        if (held >= 0) {
+            /* Zero although there is more: it was written meanwhile. That costs a walk. */
+            held = held > (int64_t)(last - first) ? held - (int64_t)(last - first) : 0;
+        }
+        at = hole < end ? next_data(ops, fd, hole, end) : end;
+        if (at >= 0 && at < hole) {
+            return -EIO;
+        }
     }
-    return 0;
+    return at < 0 ? (int)at : 0;
 }
 
 int vmth_populated_file_is_exact(const struct vmth_memory_ops *ops, int fd, bool *exact)

@@ -19,6 +19,9 @@ static uint64_t words[FAKE_PAGES / 64];
 static bool file_data[FILE_PAGES];
 static bool punch_after_seek_data;
 static int fail_lseek;
+static bool counts_cached; /* is there cachestat(2)? */
+static bool write_after_count;
+static uint64_t pages_walked; /* by SEEK_HOLE and SEEK_DATA, as the kernel walks them */
 
 static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t offset, int whence)
 {
@@ -36,6 +39,7 @@ static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t of
     if (file_data[page] != want) {
         while (page < FILE_PAGES && file_data[page] != want) {
             page++;
+            pages_walked++;
         }
         if (page == FILE_PAGES && want) {
             return -ENXIO;
@@ -49,10 +53,35 @@ static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t of
     return offset;
 }
 
+static int64_t file_cached(const struct vmth_memory_ops *self, int fd, uint64_t offset,
+                           uint64_t nbytes)
+{
+    int64_t n = 0;
+    uint64_t page;
+
+    (void)self;
+    T_EQUAL(fd, FILE_FD);
+    T_EQUAL(offset % FAKE_PAGE_BYTES + nbytes % FAKE_PAGE_BYTES, 0);
+    if (!counts_cached) {
+        return -ENOSYS;
+    }
+    for (page = offset / FAKE_PAGE_BYTES; page < (offset + nbytes) / FAKE_PAGE_BYTES; page++) {
+        n += file_data[page];
+    }
+    if (write_after_count) {
+        memset(file_data, 1, sizeof(file_data));
+    }
+    return n;
+}
+
 static void reset(void)
 {
     fake_init(&fake);
     fake.ops.lseek = file_lseek;
+    fake.ops.cached_pages = file_cached;
+    counts_cached = true;
+    write_after_count = false;
+    pages_walked = 0;
     memset(words, 0, sizeof(words));
     memset(file_data, 0, sizeof(file_data));
     punch_after_seek_data = false;
@@ -128,6 +157,64 @@ static void test_a_hole_punched_between_two_questions_ends_no_search(void)
     T_EQUAL(words[0], 1u << 9);
 }
 
+static void test_holes_anywhere_with_and_without_a_count(void)
+{
+    uint32_t random = 12345;
+    unsigned round;
+
+    for (round = 0; round < 400; round++) {
+        const uint64_t npages = round % 251;
+        unsigned page;
+
+        reset();
+        counts_cached = round % 2 == 0;
+        for (page = 0; page < FILE_PAGES; page++) {
+            random = random * 1664525u + 1013904223u;
+            /* From nearly full to nearly empty, in runs. */
+            file_data[page] = page > 0 && (random >> 28) > 1 ? file_data[page - 1]
+                                                              : (random >> 8) % 8 > round % 8;
+        }
+        T_EQUAL(ask_file(npages, 1), 0);
+        T_EQUAL(vmth_bitmap_test(words, 0), 0);
+        for (page = 0; page < npages; page++) {
+            T_EQUAL(vmth_bitmap_test(words, page + 1), file_data[3 + page]);
+        }
+        T_EQUAL(vmth_bitmap_test(words, npages + 1), 0);
+    }
+}
+
+/* Asked piece by piece, as a pass does. */
+static void test_a_full_file_is_not_walked_for_each_piece(void)
+{
+    unsigned round;
+
+    for (round = 0; round < 4; round++) {
+        uint64_t page;
+
+        reset();
+        counts_cached = round % 2 == 0;
+        memset(file_data, 1, sizeof(file_data));
+        file_data[3 + 20] = round < 2; /* full, or with one hole */
+        for (page = 0; page < 240; page += 16) {
+            T_EQUAL(vmth_populated_file(&fake.ops, FILE_FD, FILE_OFFSET + page * FAKE_PAGE_BYTES,
+                                        16, FAKE_PAGE_BYTES, words, page),
+                    0);
+        }
+        T_EQUAL(vmth_bitmap_count(words, 0, 240), round < 2 ? 240 : 239);
+        T_CHECK(pages_walked <= 16);
+    }
+}
+
+static void test_what_is_written_after_the_count_may_be_missed_and_ends_no_search(void)
+{
+    reset();
+    file_data[3 + 5] = true;
+    write_after_count = true;
+    T_EQUAL(ask_file(100, 0), 0);
+    T_EQUAL(vmth_bitmap_test(words, 5), 1);
+    T_EQUAL(vmth_bitmap_count(words, 0, 5), 0);
+}
+
 static void test_errors_are_passed_on(void)
 {
     reset();
@@ -145,6 +232,9 @@ int main(void)
     test_data_of_a_file_at_its_offset();
     test_a_full_file_and_an_empty_one();
     test_a_hole_punched_between_two_questions_ends_no_search();
+    test_holes_anywhere_with_and_without_a_count();
+    test_a_full_file_is_not_walked_for_each_piece();
+    test_what_is_written_after_the_count_may_be_missed_and_ends_no_search();
     test_errors_are_passed_on();
     return T_PASS;
 }
