@@ -30,6 +30,7 @@ from versus_runs import (
     Outcome,
     QemuMode,
     run_core,
+    run_core_from_disk,
     run_core_warm,
     run_qemu,
     run_qemu_path,
@@ -95,6 +96,7 @@ def ways(qemu: Sequence[str]) -> dict[str, Callable[[Case, Link], Outcome]]:
         found[name] = lambda case, link, options=options: run_core(case, link, options)
     warm = ("--channels", "2")
     found["vmth, warm return"] = lambda case, link: run_core_warm(case, link, warm)
+    found["vmth, base disk"] = lambda case, link: run_core_from_disk(case, link, warm)
     return found
 
 
