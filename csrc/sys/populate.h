@@ -10,6 +10,7 @@
 #define VMTH_SYS_POPULATE_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "vmth/common.h"
 
@@ -22,10 +23,13 @@ struct vmth_populate_ops {
     /* -EINVAL: the kernel (before 5.14) or the kind of mapping cannot. -ENOMEM: no memory, or not
      * mapped throughout. -EFAULT: a page has nothing behind it. Pages before it are mapped. */
     int (*populate)(void *ctx, void *address, size_t nbytes, enum vmth_populate_kind kind);
-    void *ctx; /* handed to the hook; owned by whoever filled the table */
+    /* How many pages (the kernel's) of the range are in memory, mapped here or not; `address` is a
+     * multiple of a page. Or a negative errno. */
+    int64_t (*resident)(void *ctx, void *address, size_t nbytes);
+    void *ctx; /* handed to the hooks; owned by whoever filled the table */
 };
 
-/* The kernel's own call (MADV_POPULATE_READ, MADV_POPULATE_WRITE). Static storage, read-only. */
+/* The kernel's own calls (madvise with MADV_POPULATE_READ and _WRITE, mincore). Static storage, read-only. */
 const struct vmth_populate_ops *vmth_populate_system_ops(void);
 
 VMTH_END_DECLS

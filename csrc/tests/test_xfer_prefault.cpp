@@ -35,6 +35,7 @@ struct Kernel {
                         {static_cast<uint64_t>(at) / page_bytes, nbytes / page_bytes, kind});
                     return self->result;
                 },
+                nullptr,  // for holes of files
                 this};
     }
     uint64_t pages(vmth_populate_kind kind)

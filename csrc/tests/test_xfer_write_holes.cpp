@@ -2,9 +2,8 @@
 // Filling holes of a mapped file by writing to the file: which pages go that way, what lands, and what
 // happens where the file does not take them.
 #include <algorithm>
-#include <atomic>
 
-#include "tests/xfer_fixture.hpp"
+#include "tests/holes_fixture.hpp"
 #include "xfer/page_forms.hpp"
 
 using namespace t;
@@ -13,185 +12,6 @@ using vmth::form_bit;
 namespace {
 
 constexpr uint64_t npages = 600;
-constexpr uint64_t first_page = 3;  // of the block in its file; other pages are before and behind
-constexpr uint64_t tail_pages = 2;
-
-// ---- a file that is guest memory --------------------------------------------------------------------
-
-// Pages of the file outside of the block must never change.
-class File {
-public:
-    explicit File(unsigned flags = 0)
-        : fd_(memfd_create("holes", MFD_CLOEXEC | flags)),
-          nbytes_((first_page + npages + tail_pages) * page_bytes)
-    {
-        T_CHECK(fd_ && ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) == 0);
-        void *map = mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
-        T_CHECK(map != MAP_FAILED);
-        base_ = static_cast<uint8_t *>(map);
-        memset(base_, 0xA5, first_page * page_bytes);
-        memset(page(npages), 0xA5, tail_pages * page_bytes);
-    }
-    File(const File &) = delete;
-    File &operator=(const File &) = delete;
-    ~File()
-    {
-        T_EQUAL(std::count(base_, page(0), 0xA5), first_page * page_bytes);
-        T_EQUAL(std::count(page(npages), base_ + nbytes_, 0xA5), tail_pages * page_bytes);
-        munmap(base_, nbytes_);
-    }
-    int fd() const { return fd_.get(); }
-    void close_fd() { fd_.reset(); }
-    uint8_t *page(uint64_t index) const { return base_ + (first_page + index) * page_bytes; }
-    // By the file: looking at the memory would fill the hole.
-    bool hole(uint64_t index) const
-    {
-        const auto at = static_cast<off_t>((first_page + index) * page_bytes);
-        return lseek(fd_.get(), at, SEEK_HOLE) == at;
-    }
-    vmth::MemoryBlock block(bool anew = true) const
-    {
-        vmth::MemoryBlock one = {page(0), npages, anew};
-        one.fd = fd_.get();
-        one.offset = first_page * page_bytes;
-        return one;
-    }
-
-private:
-    UniqueFd fd_;
-    const size_t nbytes_;
-    uint8_t *base_;
-};
-
-// ---- calls that fail ----------------------------------------------------------------------------------
-
-// What pwrite does: take `most` bytes at a time, with every other call interrupted; and from call `from`
-// on fail with `error`.
-struct Disk {
-    int error = 0;
-    size_t from = 0;
-    size_t most = SIZE_MAX;
-    bool zero = false;    // say that nothing was written
-    bool damage = false;  // write something else, and say that all is well
-} disk;
-std::atomic<size_t> calls{0};
-std::atomic<uint64_t> bytes_written{0};
-
-ssize_t faulty_pwrite(int fd, const void *buffer, size_t nbytes, off_t offset)
-{
-    const size_t call = calls++;
-    if (call >= disk.from && (disk.error != 0 || disk.zero)) {
-        errno = disk.error;
-        return disk.zero ? 0 : -1;
-    }
-    if (disk.most != SIZE_MAX && call % 2 == 1) {
-        errno = EINTR;
-        return -1;
-    }
-    nbytes = std::min(nbytes, disk.most);
-    Bytes copy(static_cast<const uint8_t *>(buffer), static_cast<const uint8_t *>(buffer) + nbytes);
-    copy[nbytes / 2] ^= disk.damage ? 1 : 0;
-    const ssize_t put = pwrite(fd, copy.data(), nbytes, offset);
-    bytes_written += put > 0 ? static_cast<uint64_t>(put) : 0;
-    return put;
-}
-
-const vmth_file_ops faulty = {pread, faulty_pwrite};
-
-void reset_disk(const Disk &how = {})
-{
-    disk = how;
-    calls = 0;
-    bytes_written = 0;
-}
-
-std::atomic<uint64_t> populated{0};  // pages, for writing
-std::atomic<uint64_t> asked{0};      // calls of any kind
-
-const vmth_populate_ops populating = {
-    [](void *, void *address, size_t nbytes, vmth_populate_kind kind) {
-        asked++;
-        populated += kind == VMTH_POPULATE_WRITE ? nbytes / page_bytes : 0;
-        const vmth_populate_ops *ops = vmth_populate_system_ops();
-        return ops->populate(ops->ctx, address, nbytes, kind);
-    },
-    nullptr};
-
-// ---- both ends ----------------------------------------------------------------------------------------
-
-struct Options {
-    unsigned channels = 1;
-    uint32_t forms = 0;
-    bool anew = true;
-    bool digest = true;
-    std::vector<vmth_run> present = {};  // pages that hold something else at the destination
-};
-
-struct Moved {
-    Moved(const File &file, const Options &options) : Moved(file.block(options.anew), options) {}
-    Moved(vmth::MemoryBlock block, const Options &options)
-        : memory(block.host), source(npages), bits(all_bits(npages)), maybe_nonzero(bits.size())
-    {
-        for (const vmth_run &run : options.present) {
-            vmth_bitmap_set_range(maybe_nonzero.data(), run.page, run.npages);
-            memset(memory + run.page * page_bytes, 0xEE, run.npages * page_bytes);
-        }
-        populated = asked = 0;
-        source.randomize(1);
-        vmth::SenderOptions sending;
-        sending.digest = options.digest;
-        sending.forms = options.forms;
-        sender = make_sender(source, sending);
-        vmth::ReceiverOptions receiving;
-        receiving.hash_seed = seed;
-        receiving.digest = options.digest;
-        receiving.channels = options.channels;
-        receiving.forms = options.forms;
-        receiving.files = &faulty;
-        receiving.populate = &populating;
-        receiver = std::make_unique<vmth::Receiver>(
-            std::vector<vmth::MemoryBlock>{block}, page_bytes, receiving,
-            std::vector<const uint64_t *>{maybe_nonzero.data()}, std::vector<size_t>{bits.size()});
-        for (unsigned i = 0; i < options.channels; i++) {
-            FdPair fds = unix_pair();
-            sender->add_channel(fds.first.get(), i);
-            receiver->attach(fds.second.get(), i);
-        }
-        if (options.forms != 0) {
-            sender->set_forms({options.forms, 1});
-        }
-    }
-    void round(uint32_t number, const std::vector<uint64_t> &which)
-    {
-        sender->send(0, 0, npages, which.data(), which.size(), number);
-        T_CHECK(sender->barrier(number, 0));
-    }
-    void round(uint32_t number) { round(number, bits); }
-    bool digests_equal()
-    {
-        const vmth_digest ours = sender->hashes().total();
-        const vmth_digest theirs = receiver->hashes().total();
-        return ours.sum.lo == theirs.sum.lo && ours.sum.hi == theirs.sum.hi &&
-               ours.pages == theirs.pages;
-    }
-    void finish()
-    {
-        T_CHECK(digests_equal());
-        sender->finish();
-        T_CHECK(receiver->wait(0));
-        T_CHECK(digests_equal());
-        receiver->close();
-        T_EQUAL(memcmp(source.page(0), memory, npages * page_bytes), 0);
-    }
-    uint64_t written() const { return receiver->counters().written_pages.get(); }
-
-    uint8_t *memory;
-    Memory source;
-    std::vector<uint64_t> bits;
-    std::vector<uint64_t> maybe_nonzero;
-    std::unique_ptr<vmth::Sender> sender;
-    std::unique_ptr<vmth::Receiver> receiver;
-};
 
 // ---- what is written ----------------------------------------------------------------------------------
 
@@ -201,7 +21,7 @@ void test_holes_are_written_and_nothing_else()
         for (bool anew : {false, true}) {
             for (bool digest : {false, true}) {
                 reset_disk();
-                const File file;
+                const File file(npages);
                 Options options = {channels, 0, anew, digest, {{0, 100}, {301, 1}, {303, 50}}};
                 Moved moved(file, options);
                 memset(moved.source.page(50), 0, 10 * page_bytes);  // over what is there
@@ -238,7 +58,7 @@ void test_scattered_pages()
     for (uint64_t stride : {2u, 3u, 7u}) {
         for (uint64_t phase = 0; phase < 2; phase++) {
             reset_disk();
-            const File file;
+            const File file(npages);
             Options options;
             options.channels = 2;
             uint64_t holes = npages;
@@ -259,7 +79,7 @@ void test_scattered_pages()
 void test_caller_may_close_its_file()
 {
     reset_disk();
-    File file;
+    File file(npages);
     Moved moved(file, {});
     file.close_fd();
     moved.round(0);
@@ -272,7 +92,7 @@ void test_what_was_written_is_mapped()
 {
     for (bool digest : {false, true}) {
         reset_disk();
-        const File file;
+        const File file(npages);
         Options options;
         options.digest = digest;
         Moved moved(file, options);
@@ -286,7 +106,7 @@ void test_what_was_written_is_mapped()
 
 void test_close_lets_the_file_go()
 {
-    const File file;
+    const File file(npages);
     const size_t before = entries("/proc/self/fd");
     const std::vector<uint64_t> none((npages + 63) / 64, 0);
     vmth::ReceiverOptions options;
@@ -314,7 +134,7 @@ void test_coded_pages_are_written()
     for (uint32_t forms : {zstd, dedup, zstd | dedup | delta}) {
         for (int error : {0, EPERM}) {
             reset_disk({error, 2});
-            const File file;
+            const File file(npages);
             Options options = {most_channels, forms, true, true, {{100, 7}, {110, 1}, {500, 3}}};
             Moved moved(file, options);
             for (uint64_t page = 0; page < npages; page++) {  // packs well; the halves are alike
@@ -349,7 +169,7 @@ void test_coded_pages_are_written()
 void test_memory_is_what_is_hashed()
 {
     reset_disk({0, 0, SIZE_MAX, false, true});
-    const File file;
+    const File file(npages);
     Moved moved(file, {});
     moved.round(0);
     std::vector<uint64_t> missed(moved.bits.size(), 0);
@@ -376,7 +196,7 @@ void test_refusal_is_named_and_harmless()
         for (size_t from : {0u, 1u, 3u}) {
             for (unsigned channels : {1u, 2u}) {
                 reset_disk({error, from});
-                const File file;
+                const File file(npages);
                 Options options;
                 options.channels = channels;
                 options.present = {{40, 20}};
@@ -399,7 +219,7 @@ void test_short_and_interrupted_writes()
 {
     for (size_t most : {size_t{1000}, page_bytes, 3 * page_bytes + 1}) {
         reset_disk({0, 0, most});
-        const File file;
+        const File file(npages);
         Options options;
         options.channels = 2;
         Moved moved(file, options);
@@ -411,7 +231,7 @@ void test_short_and_interrupted_writes()
     }
     // Refused in the middle of a page: all of the run is copied.
     reset_disk({EPERM, 13, 1000});
-    const File file;
+    const File file(npages);
     Moved moved(file, {});
     moved.round(0);
     T_EQUAL(bytes_written.load(), 7000);
@@ -426,7 +246,7 @@ void test_no_room_is_a_failure()
     for (int error : {ENOSPC, EDQUOT, ENOMEM, EIO, 0}) {
         for (size_t from : {0u, 2u}) {
             reset_disk({error, from, SIZE_MAX, error == 0});
-            const File file;
+            const File file(npages);
             Moved moved(file, {});
             (void)expect_error([&] {
                 moved.sender->send(0, 0, npages, moved.bits.data(), moved.bits.size(), 0);
@@ -445,7 +265,7 @@ void test_no_room_is_a_failure()
 void test_files_that_are_not_written()
 {
     reset_disk();
-    const File sealed(MFD_ALLOW_SEALING);
+    const File sealed(npages, MFD_ALLOW_SEALING);
     T_EQUAL(fcntl(sealed.fd(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
     Moved moved(sealed, {});
     moved.round(0);
@@ -456,7 +276,7 @@ void test_files_that_are_not_written()
         {O_RDONLY, EBADF}, {O_RDWR | O_APPEND, EINVAL}, {O_PATH, EBADF}};
     for (const auto &[flags, error] : flags_and_errors) {
         reset_disk();
-        const File file;
+        const File file(npages);
         const std::string path = "/proc/self/fd/" + std::to_string(file.fd());
         UniqueFd again(open(path.c_str(), flags | O_CLOEXEC));
         T_CHECK(again);
@@ -475,8 +295,8 @@ void test_files_that_are_not_written()
 void test_blocks_are_on_their_own()
 {
     reset_disk();
-    const File file;
-    const File sealed(MFD_ALLOW_SEALING);
+    const File file(npages);
+    const File sealed(npages, MFD_ALLOW_SEALING);
     T_EQUAL(fcntl(sealed.fd(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
     Memory unnamed(npages);
     std::vector<vmth::MemoryBlock> blocks = {unnamed.block(), sealed.block(), file.block()};
@@ -562,7 +382,7 @@ void test_any_order_of_all(uint64_t run_seed)
     how.error = t_random(&state) % 3 == 0 ? EPERM : 0;
     how.most = t_random(&state) % 3 == 0 ? 1 + t_random(&state) % 20000 : SIZE_MAX;
     reset_disk(how);
-    const File file;
+    const File file(npages);
     Moved moved(file, options);
     std::vector<uint64_t> bits = moved.bits;
     for (uint32_t number = 0; number < 5; number++) {

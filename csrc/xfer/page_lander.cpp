@@ -68,17 +68,22 @@ void PageLander::write_zeros(uint32_t block, const vmth_run &zeros)
 
 // The pages at the front of [page, end) that all land in one way. Nobody else changes their bits: they are
 // claimed.
-PageLander::Part PageLander::first_part(uint32_t block, uint64_t page, uint64_t end) const
+PageLander::Part PageLander::first_part(uint32_t block, uint64_t page, uint64_t end)
 {
     const vmth_run all = {page, end - page};
     if (!shared_.holes.writes(block)) {
         return {all, false};
     }
     const std::optional<vmth_run> present = shared_.maybe_nonzero[block].first_run(page, end - page);
-    if (!present) {
-        return {all, true};
+    if (present && present->page == page) {
+        return {*present, false};
     }
-    return present->page > page ? Part{{page, present->page - page}, true} : Part{*present, false};
+    const vmth_run hole = {page, (present ? present->page : end) - page};
+    if (!shared_.huge.map(block, hole)) {
+        return {hole, true};
+    }
+    shared_.prefault.mapped(block, hole);
+    return {hole, false};
 }
 
 void PageLander::about_to_overwrite(uint32_t block, const vmth_run &run)

@@ -47,7 +47,7 @@ private:
     };
 
     void write_zeros(uint32_t block, const vmth_run &run);
-    Part first_part(uint32_t block, uint64_t page, uint64_t end) const;
+    Part first_part(uint32_t block, uint64_t page, uint64_t end);
     void about_to_overwrite(uint32_t block, const vmth_run &run);
     void fill(uint32_t block, const vmth_run &hole, const uint8_t *content);
     void hash_mapped(uint32_t block, const std::vector<vmth_run> &runs, vmth_digest *fresh);

@@ -34,7 +34,8 @@ ReceiverShared::ReceiverShared(std::vector<MemoryBlock> blocks, size_t page_byte
     : options(checked(given)), memory(std::move(blocks), page_bytes),
       hashes(memory, options.hash_seed, options.digest),
       store(options.reuse, options.reuse_key, page_bytes, options.files), gate(memory, options.channels),
-      prefault(memory, options.populate), holes(memory, options.files)
+      prefault(memory, options.populate), holes(memory, options.files),
+      huge(memory, options.populate)
 {
     for (size_t block = 0; block < memory.nblocks(); block++) {
         if (memory.hostless(block) && options.sink.fd < 0) {

@@ -26,6 +26,7 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/hole_writer.hpp"
+#include "xfer/huge_holes.hpp"
 #include "xfer/page_forms.hpp"
 #include "xfer/page_store.hpp"
 #include "xfer/prefault.hpp"
@@ -67,6 +68,7 @@ public:
     std::vector<AtomicBitmap> maybe_nonzero;
     Prefault prefault;
     HoleWriter holes;
+    HugeHoles huge;
     Counters counters;
     FailureLatch latch;
     std::unique_ptr<StreamSink> sink;  // of hostless blocks; nullptr: there are none
