@@ -25,17 +25,30 @@ uint64_t index_find(struct vmth_content_index *index, const struct vmth_u128 *ha
 static uint8_t out[2 * MAX_FRAME_BYTES];
 static uint8_t back[MAX_FRAME_BYTES];
 
-/* One context for the life of the process, as a worker has. Returns the bytes of all frames. */
+/* One context for the life of the process, as a worker has, that always does the same: one that changes
+ * its level or frame size grows and shrinks its memory, and whichever case comes next pays. */
+enum { MOST_LEVEL = 22 };
+
+static size_t use_of(size_t frame_bytes, int level)
+{
+    if (level < 1 || level > MOST_LEVEL) {
+        abort();
+    }
+    return (size_t)level * 2 + (frame_bytes > PAGE_BYTES);
+}
+
+/* Returns the bytes of all frames. */
 uint64_t bare_zstd(const uint8_t *pages, size_t nbytes, size_t frame_bytes, int level)
 {
-    static ZSTD_CCtx *context;
+    static ZSTD_CCtx *contexts[2 * MOST_LEVEL + 2];
+    ZSTD_CCtx **context = &contexts[use_of(frame_bytes, level)];
     uint64_t total = 0;
 
-    if (context == NULL) {
-        context = ZSTD_createCCtx();
+    if (*context == NULL) {
+        *context = ZSTD_createCCtx();
     }
     for (size_t at = 0; at < nbytes; at += frame_bytes) {
-        total += ZSTD_compressCCtx(context, out, sizeof(out), pages + at, frame_bytes, level);
+        total += ZSTD_compressCCtx(*context, out, sizeof(out), pages + at, frame_bytes, level);
     }
     return total;
 }
@@ -43,10 +56,11 @@ uint64_t bare_zstd(const uint8_t *pages, size_t nbytes, size_t frame_bytes, int 
 /* As the sender does: what does not pay counts as it is; with `probe`, each page is looked at first. */
 uint64_t form_zstd(const uint8_t *pages, size_t nbytes, size_t frame_bytes, int level, int probe)
 {
-    static struct vmth_codec codec;
+    static struct vmth_codec codecs[2 * MOST_LEVEL + 2];
+    struct vmth_codec *codec = &codecs[use_of(frame_bytes, level)];
     uint64_t total = 0;
 
-    if (codec.compressor == NULL && vmth_codec_create(&codec, VMTH_CODEC_COMPRESS) != 0) {
+    if (codec->compressor == NULL && vmth_codec_create(codec, VMTH_CODEC_COMPRESS) != 0) {
         abort();
     }
     for (size_t at = 0; at < nbytes; at += frame_bytes) {
@@ -57,7 +71,7 @@ uint64_t form_zstd(const uint8_t *pages, size_t nbytes, size_t frame_bytes, int 
             worth += vmth_codec_promising(pages + at + page, PAGE_BYTES);
         }
         if (worth > 0) {
-            size = vmth_codec_compress(&codec, level, pages + at, frame_bytes, out, frame_bytes);
+            size = vmth_codec_compress(codec, level, pages + at, frame_bytes, out, frame_bytes);
         }
         total += size != 0 ? size : frame_bytes;
     }
