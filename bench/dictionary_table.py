@@ -5,7 +5,7 @@
 
 Content is this machine's files as a page cache has them, in an order that has no file twice. A
 dictionary is trained from pages spread over all of it, as a source could sample them before its
-first round; what training takes and the dictionary itself, which would have to be sent, count. Cells
+first round; the dictionary itself counts, as it would have to be sent. Cells
 are interleaved, times are medians of one core. ``bytes`` is what is sent with the dictionary as a
 share of what is sent without, ``speed`` the ratio of the content compressed in a second.
 """

@@ -27,7 +27,9 @@ def main(folder: str) -> None:
     content = np.random.default_rng(1).integers(0, 256, NPAGES * PAGE, dtype=np.uint8)
     content[600 * PAGE : 700 * PAGE] = 0
     address = address_of(content)
-    source = MappedBlock(RamBlock("ram", len(content), 0, Mapping(address=address)), address, content)
+    source = MappedBlock(
+        RamBlock("ram", len(content), 0, Mapping(address=address)), address, content
+    )
     fd = os.open(f"{folder}/ram", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     os.ftruncate(fd, len(content))
     block = RamBlock("ram", len(content), 0, Mapping(fd=fd))
