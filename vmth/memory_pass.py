@@ -59,6 +59,8 @@ class MemoryPass:
             n = min(span_pages, npages - first)
             if number == 0 and self._is_hole(block, first, n):
                 continue
+            if number > 0 and kernels.bitmap_count(todo, first, n) == 0:
+                continue  # the paused guest waits for each chunk that is looked at
             self._send_span(block, todo, first, n, number)
 
     def _send_span(self, block: int, todo: Bitmap, start: int, length: int, number: int) -> None:
