@@ -14,6 +14,7 @@ from vmth.stats import JobForecast, RoundStats
 
 NS = 1_000_000_000
 PAGE = 4096
+SIMULATED_HANDOVER_NS = 2_000_000  #: beside round trips
 
 #: Distinct pages dirtied in [start, end) seconds, with the vCPUs slowed down by so many percent.
 Workload = Callable[[float, float, int], float]
@@ -184,6 +185,6 @@ def migrate(
             if again.action is Action.SWITCH_OVER:
                 out.last_pages = pages
                 last_bytes = pages * PAGE * 1.003 + link.queued_bytes + (1 << 20)
-                out.downtime_ns = round(last_bytes / rate * NS) + 3 * link.rtt_ns + 2_000_000
+                out.downtime_ns = round(last_bytes / rate * NS) + 3 * link.rtt_ns + SIMULATED_HANDOVER_NS
                 return out
     return out

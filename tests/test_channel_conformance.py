@@ -213,6 +213,16 @@ def test_acknowledged_bytes_reach_the_bytes_sent(pair: Harness) -> None:
     assert pair.sender.in_flight() == 0
 
 
+@pytest.mark.parametrize(("name", "known"), [("tcp-2", True), ("unix-4", False)])
+def test_round_trips_are_those_of_the_kernel(name: str, known: bool) -> None:
+    with HARNESSES[name]() as harness:
+        harness.send_all(0)
+        assert harness.sender.barrier(0)
+        counters = harness.sender.counters()
+    assert (0 < counters.base_rtt_ns <= counters.rtt_ns < 60_000_000_000) is known
+    assert known or counters.base_rtt_ns == counters.rtt_ns == 0
+
+
 def test_a_page_twice_between_two_barriers_is_refused(pair: Harness) -> None:
     pair.sender.send(0, 0, 10, pair.bits[0], 0)
     with pytest.raises(UsageError, match="already sent"):

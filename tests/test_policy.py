@@ -24,6 +24,7 @@ from policy_simulation import (
 
 from vmth.errors import UsageError
 from vmth.policy import Action, FixedRoundsPolicy, OnStall, RoundView, StandardPolicy
+from vmth.policy.forecast import forecast_downtime
 from vmth.policy.throttle import first_touch_pps, next_percent
 from vmth.stats import RoundStats
 
@@ -415,6 +416,16 @@ def view_of(*rounds: RoundStats) -> RoundView:
         can_throttle=True,
         failed_rechecks=0,
     )
+
+
+def test_the_handovers_round_trips_are_those_of_a_drained_path() -> None:
+    """What is queued while pages are sent makes a round trip long, and has landed by then."""
+    newest = round_stats(0, pages=1 << 20, dirty=300, duration_ms=3_400)
+    loaded = replace(view_of(newest), rtt_ns=9 * MS)
+    unknown = forecast_downtime(loaded)
+    known = forecast_downtime(replace(loaded, base_rtt_ns=MS))
+    assert unknown.overhead_ns - known.overhead_ns == 3 * 8 * MS
+    assert unknown.pages_ns == known.pages_ns
 
 
 def test_extra_rounds_are_bounded() -> None:

@@ -324,6 +324,7 @@ class PreCopy:
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
             job_started_ns=self.job_started_ns,
+            base_rtt_ns=counters.base_rtt_ns,
         )
 
 

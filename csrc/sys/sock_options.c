@@ -153,6 +153,7 @@ int vmth_sock_get_info(int fd, struct vmth_sock_info *info)
     }
     info->tcp = true;
     info->rtt_ns = (uint64_t)tcp.tcpi_rtt * 1000;
+    info->base_rtt_ns = tcp.tcpi_min_rtt == UINT32_MAX ? 0 : (uint64_t)tcp.tcpi_min_rtt * 1000;
     info->rttvar_ns = (uint64_t)tcp.tcpi_rttvar * 1000;
     info->retransmits = tcp.tcpi_total_retrans;
     info->path_mtu = tcp.tcpi_pmtu;

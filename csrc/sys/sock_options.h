@@ -22,7 +22,8 @@ struct vmth_sock_options {
 /* Statistics of a connection; zeros where the socket is not TCP. */
 struct vmth_sock_info {
     bool tcp;
-    uint64_t rtt_ns;
+    uint64_t rtt_ns;      /* smoothed */
+    uint64_t base_rtt_ns; /* the least of the last minutes, as with empty queues; 0: none measured */
     uint64_t rttvar_ns;
     uint64_t retransmits; /* segments, over the life of the connection */
     uint32_t path_mtu;

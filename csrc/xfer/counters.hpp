@@ -68,6 +68,7 @@ struct ChannelInfo {
 // Of the slowest channel; zeros where no channel is TCP.
 struct PathInfo {
     uint64_t rtt_ns = 0;
+    uint64_t base_rtt_ns = 0;
     uint64_t retransmits = 0;
     uint64_t path_mtu = 0;
 };

@@ -448,6 +448,7 @@ PathInfo Sender::path_info() const
             continue;
         }
         path.rtt_ns = std::max(path.rtt_ns, info.rtt_ns);
+        path.base_rtt_ns = std::max(path.base_rtt_ns, info.base_rtt_ns);
         path.retransmits += info.retransmits;
         bool smaller = path.path_mtu == 0 || info.path_mtu < path.path_mtu;
         path.path_mtu = smaller ? info.path_mtu : path.path_mtu;

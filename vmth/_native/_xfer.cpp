@@ -178,7 +178,7 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "zerocopy_sends"_a = counters.zerocopy_sends.get(),
         "zerocopy_copied"_a = counters.zerocopy_copied.get(), "cpu_ns"_a = counters.cpu_ns.get(),
         "forms"_a = forms_of(counters), "rtt_ns"_a = path.rtt_ns,
-        "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
+        "base_rtt_ns"_a = path.base_rtt_ns, "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
 }
 
 // (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s) of each channel
@@ -361,7 +361,8 @@ py::dict tcp_info(int fd)
     if (result != 0) {
         throw vmth::system_error("tcp_info", -result);
     }
-    return py::dict("tcp"_a = info.tcp, "rtt_ns"_a = info.rtt_ns, "rttvar_ns"_a = info.rttvar_ns,
+    return py::dict("tcp"_a = info.tcp, "rtt_ns"_a = info.rtt_ns,
+                    "base_rtt_ns"_a = info.base_rtt_ns, "rttvar_ns"_a = info.rttvar_ns,
                     "retransmits"_a = info.retransmits, "path_mtu"_a = info.path_mtu,
                     "congestion_window"_a = info.congestion_window,
                     "delivery_bps"_a = info.delivery_bps);

@@ -41,9 +41,10 @@ __all__ = [
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
 ROUND_NS = 1_000_000
-#: Pause, last fetch, state, seal, two journal writes with fsync and resume, beside three round
-#: trips: 6 to 9 ms on a machine of two cores with both ends on it.
-HANDOVER_NS = 6_000_000
+#: Pause, last fetch and barrier, state, seal, two journal writes with fsync and resume, beside three
+#: round trips: 8 to 11 ms on a machine of two cores with both ends on it, and twice that where the
+#: guest, as soon as it runs, takes one of them for itself.
+HANDOVER_NS = 10_000_000
 #: Header and descriptors: a packet of some 64 pages has 64 bytes + at most 16 a page.
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.
@@ -182,5 +183,6 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
         pages_ns=round(sending_ns(view, pages)),
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
-        overhead_ns=3 * view.rtt_ns + (view.handover_ns or HANDOVER_NS),
+        # By then the queue has drained: it is a part of its own.
+        overhead_ns=3 * (view.base_rtt_ns or view.rtt_ns) + (view.handover_ns or HANDOVER_NS),
     )

@@ -440,6 +440,7 @@ class StreamPass:
             takes_rate=self.throttle is ThrottleWay.DIRTY_LIMIT,
             dirty_limit_bps=self.dirty_limit_bps,
             limited_at_ns=self._limited_at_ns,
+            base_rtt_ns=counters.base_rtt_ns,
         )
 
 
