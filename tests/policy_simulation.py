@@ -185,6 +185,8 @@ def migrate(
             if again.action is Action.SWITCH_OVER:
                 out.last_pages = pages
                 last_bytes = pages * PAGE * 1.003 + link.queued_bytes + (1 << 20)
-                out.downtime_ns = round(last_bytes / rate * NS) + 3 * link.rtt_ns + SIMULATED_HANDOVER_NS
+                out.downtime_ns = (
+                    round(last_bytes / rate * NS) + 3 * link.rtt_ns + SIMULATED_HANDOVER_NS
+                )
                 return out
     return out
