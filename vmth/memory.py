@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vmth._native import _sys
 from vmth.errors import UsageError
 from vmth.types import RamBlock
 
@@ -64,7 +65,7 @@ def map_blocks(
     """Map every block, in block-table order: a file is mapped shared, an address is used as it is,
     and a block whose mapping names neither is *hostless* (its pages are in another program).
 
-    What is mapped writable is advised to be huge pages (MADV_HUGEPAGE).
+    Shared memory that is mapped writable is advised to be huge pages (MADV_HUGEPAGE).
 
     Leaving the context gives the mappings up. A view that is still referenced then keeps its
     mapping until it dies: a file's mapping is never pulled away under a view. An ``address`` stays
@@ -118,9 +119,10 @@ def _map_file(block: RamBlock, fd: int, writable: bool) -> Memory:
         )
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     mapped = mmap.mmap(fd, block.used_length, mmap.MAP_SHARED, protection, offset=offset)
-    if writable:
+    if writable and _sys.populated_file_is_exact(fd):
         # What lands first decides what the guest has for good: huge pages, where this machine gives
-        # shared memory those on advice. A kernel that has none says so here.
+        # shared memory those on advice. A kernel that has none says so here. A disk's file would be
+        # read ahead by megabytes.
         with suppress(OSError):
             mapped.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapped, dtype=np.uint8)

@@ -64,7 +64,7 @@ class TransferCounters:
     zerocopy_sends: int = 0
     zerocopy_copied: int = 0  #: completions that the kernel flagged as copied
     rtt_ns: int = 0  #: smoothed round trip of the slowest channel (TCP_INFO); 0 where there is none
-    base_rtt_ns: int = 0  #: the least that was measured lately: without what is queued on the way
+    base_rtt_ns: int = 0  #: the least of the last minutes: with little queued on the way
     retransmits: int = 0
     path_mtu: int = 0
     cpu_ns: int = 0  #: of the threads that send

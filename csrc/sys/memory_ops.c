@@ -49,8 +49,8 @@ static int64_t kernel_lseek(const struct vmth_memory_ops *self, int fd, int64_t 
     return result < 0 ? -errno : (int64_t)result;
 }
 
-#ifndef SYS_cachestat
-#define SYS_cachestat 451 /* the same number wherever userfaultfd's scan can be built */
+#if !defined(SYS_cachestat) && !defined(__alpha__) && !defined(__mips__)
+#define SYS_cachestat 451 /* a header older than the call */
 #endif
 
 /* The structs of linux/mman.h, which older headers do not have. */
@@ -71,9 +71,14 @@ static int64_t kernel_cached_pages(const struct vmth_memory_ops *self, int fd, u
                                    uint64_t nbytes)
 {
     struct cachestat_query query = {.offset = offset, .nbytes = nbytes};
-    struct cachestat_answer answer;
+    struct cachestat_answer answer = {0};
+#ifdef SYS_cachestat
     long result = syscall(SYS_cachestat, fd, &query, &answer, 0);
+#else
+    long result = -1;
 
+    errno = ENOSYS;
+#endif
     (void)self;
     /* A swapped page of tmpfs counts as evicted. */
     return result < 0 ? -errno : (int64_t)(answer.cached + answer.evicted);

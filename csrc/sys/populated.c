@@ -8,6 +8,8 @@
 
 #include "vmth/bitmap.h"
 
+enum { MOST_COUNTS = 16 };
+
 #define TMPFS_FS_MAGIC UINT64_C(0x01021994) /* TMPFS_MAGIC of linux/magic.h; memfd has it, too */
 
 struct target {
@@ -78,26 +80,56 @@ static int64_t next_hole(const struct vmth_memory_ops *ops, int fd, int64_t at, 
     return hole;
 }
 
+/* Pages of the range that is left that hold something, as far as is known. */
+struct held {
+    int64_t pages;    /* -errno: the kernel does not count them */
+    int64_t at;       /* where they were counted from; data behind that was taken off since */
+    unsigned counted; /* times */
+};
+
+static void count_held(struct held *held, const struct vmth_memory_ops *ops, int fd, int64_t at,
+                       int64_t end)
+{
+    held->pages = ops->cached_pages(ops, fd, (uint64_t)at, (uint64_t)(end - at));
+    held->at = at;
+    held->counted++;
+}
+
+/* Is all of [at, end), of `npages`, there? What was counted from an earlier place on may have pages in it
+ * that were reserved and never written: those are counted and are no data. So a count that says yes is
+ * taken again from here, a few times at most. */
+static bool all_held(struct held *held, const struct vmth_memory_ops *ops, int fd, int64_t at,
+                     int64_t end, uint64_t npages)
+{
+    if (held->pages >= 0 && (uint64_t)held->pages >= npages && held->at != at) {
+        if (held->counted == MOST_COUNTS) {
+            return false;
+        }
+        count_held(held, ops, fd, at, end);
+    }
+    return held->pages >= 0 && (uint64_t)held->pages >= npages;
+}
+
 int vmth_populated_file(const struct vmth_memory_ops *ops, int fd, uint64_t offset, uint64_t npages,
                         uint64_t page_bytes, uint64_t *words, uint64_t page)
 {
     const int64_t end = (int64_t)(offset + npages * page_bytes);
     int64_t at = next_data(ops, fd, (int64_t)offset, end);
-    /* Pages of [at, end) that hold something; -errno where the kernel does not count them. */
-    int64_t held = at >= 0 && at < end
-                       ? ops->cached_pages(ops, fd, (uint64_t)at, (uint64_t)(end - at))
-                       : 0;
+    struct held held = {0, at, 0};
 
+    if (at >= 0 && at < end) {
+        count_held(&held, ops, fd, at, end);
+    }
     while (at >= 0 && at < end) {
         const uint64_t first = ((uint64_t)at - offset) / page_bytes;
         int64_t hole;
         uint64_t last;
 
-        if (held >= 0 && (uint64_t)held >= npages - first) {
+        if (all_held(&held, ops, fd, at, end, npages - first)) {
             vmth_bitmap_set_range(words, page + first, npages - first);
             return 0;
         }
-        hole = next_hole(ops, fd, at, end, page_bytes, held >= 0);
+        hole = next_hole(ops, fd, at, end, page_bytes, held.pages >= 0);
         if (hole < 0) {
             return (int)hole;
         }
@@ -106,9 +138,11 @@ int vmth_populated_file(const struct vmth_memory_ops *ops, int fd, uint64_t offs
         }
         last = ((uint64_t)hole - offset + page_bytes - 1) / page_bytes;
         vmth_bitmap_set_range(words, page + first, last - first);
-        if (held >= 0) {
+        if (held.pages >= 0) {
+            const int64_t taken = (int64_t)(last - first);
+
             /* Zero although there is more: it was written meanwhile. That costs a walk. */
-            held = held > (int64_t)(last - first) ? held - (int64_t)(last - first) : 0;
+            held.pages = held.pages > taken ? held.pages - taken : 0;
         }
         at = hole < end ? next_data(ops, fd, hole, end) : end;
         if (at >= 0 && at < hole) {

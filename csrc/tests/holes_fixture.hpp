@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstring>
 
 #include "tests/xfer_fixture.hpp"
 
@@ -13,6 +15,24 @@ namespace t {
 constexpr uint64_t first_page = 3;  // of the block in its file; other pages are before and behind
 constexpr uint64_t tail_pages = 2;
 constexpr size_t align = 2u << 20;
+
+// Where a write brings 2 MiB, holes are not what these tests make.
+inline void skip_where_memfds_are_huge()
+{
+    char mode[128] = "";
+    FILE *file = fopen("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "re");
+    if (file == nullptr) {
+        return;
+    }
+    const bool read = fgets(mode, sizeof(mode), file) != nullptr;
+    fclose(file);
+    for (const char *huge : {"[always]", "[within_size]", "[force]"}) {
+        if (read && strstr(mode, huge) != nullptr) {
+            fprintf(stderr, "shmem_enabled is %s", mode);
+            exit(T_SKIP);
+        }
+    }
+}
 
 // ---- a file that is guest memory --------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include "sys/populated.h"
 
+#include <stdio.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "t_fake_memory.h"
@@ -17,10 +19,14 @@ static uint64_t words[FAKE_PAGES / 64];
 
 /* A file of FILE_PAGES pages: true where there is data. */
 static bool file_data[FILE_PAGES];
+/* Reserved and never written: counted, and no data. */
+static bool file_reserved[FILE_PAGES];
 static bool punch_after_seek_data;
 static int fail_lseek;
 static bool counts_cached; /* is there cachestat(2)? */
 static bool write_after_count;
+static unsigned counts;
+static unsigned questions;    /* by lseek */
 static uint64_t pages_walked; /* by SEEK_HOLE and SEEK_DATA, as the kernel walks them */
 
 static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t offset, int whence)
@@ -30,6 +36,7 @@ static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t of
 
     (void)self;
     T_EQUAL(fd, FILE_FD);
+    questions++;
     if (fail_lseek != 0) {
         return fail_lseek;
     }
@@ -62,11 +69,12 @@ static int64_t file_cached(const struct vmth_memory_ops *self, int fd, uint64_t 
     (void)self;
     T_EQUAL(fd, FILE_FD);
     T_EQUAL(offset % FAKE_PAGE_BYTES + nbytes % FAKE_PAGE_BYTES, 0);
+    counts++;
     if (!counts_cached) {
         return -ENOSYS;
     }
     for (page = offset / FAKE_PAGE_BYTES; page < (offset + nbytes) / FAKE_PAGE_BYTES; page++) {
-        n += file_data[page];
+        n += file_data[page] || file_reserved[page];
     }
     if (write_after_count) {
         memset(file_data, 1, sizeof(file_data));
@@ -84,6 +92,8 @@ static void reset(void)
     pages_walked = 0;
     memset(words, 0, sizeof(words));
     memset(file_data, 0, sizeof(file_data));
+    memset(file_reserved, 0, sizeof(file_reserved));
+    counts = questions = 0;
     punch_after_seek_data = false;
     fail_lseek = 0;
 }
@@ -183,6 +193,35 @@ static void test_holes_anywhere_with_and_without_a_count(void)
     }
 }
 
+/* Where nothing was ever allocated, nothing may be read: that would allocate it. */
+static void test_reserved_pages_hide_no_hole(void)
+{
+    unsigned stride;
+    unsigned page;
+
+    reset();
+    for (page = 0; page < 25; page++) {
+        file_data[3 + page] = page < 10 || page >= 20;
+        file_reserved[3 + page] = !file_data[3 + page];
+    }
+    T_EQUAL(ask_file(30, 0), 0);
+    T_EQUAL(words[0] & ~UINT64_C(0xffc00), 0x1f003ff); /* 10 to 19 may count */
+    for (stride = 2; stride < 9; stride++) {
+        reset();
+        for (page = 0; page < 240; page++) {
+            file_data[3 + page] = page % stride == 0;
+            file_reserved[3 + page] = page < 235 && !file_data[3 + page];
+        }
+        T_EQUAL(ask_file(240, 0), 0);
+        for (page = 0; page < 240; page++) {
+            const bool set = vmth_bitmap_test(words, page);
+
+            T_CHECK(set ? file_data[3 + page] || file_reserved[3 + page] : !file_data[3 + page]);
+        }
+        T_CHECK(counts > 1 && counts <= 16);
+    }
+}
+
 /* Asked piece by piece, as a pass does. */
 static void test_a_full_file_is_not_walked_for_each_piece(void)
 {
@@ -202,7 +241,17 @@ static void test_a_full_file_is_not_walked_for_each_piece(void)
         }
         T_EQUAL(vmth_bitmap_count(words, 0, 240), round < 2 ? 240 : 239);
         T_CHECK(pages_walked <= 16);
+        /* One question a piece, and three more for the hole; without a count, one a page. */
+        T_CHECK(questions <= (counts_cached ? 18u : 256u));
+        T_CHECK(counts <= 16);
     }
+    reset();
+    for (round = 0; round < FILE_PAGES; round += 2) {
+        file_data[round] = true;
+    }
+    T_EQUAL(ask_file(240, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, 240), 120);
+    T_EQUAL(counts, 2); /* again for the last page, which is all that is left */
 }
 
 static void test_what_is_written_after_the_count_may_be_missed_and_ends_no_search(void)
@@ -213,6 +262,34 @@ static void test_what_is_written_after_the_count_may_be_missed_and_ends_no_searc
     T_EQUAL(ask_file(100, 0), 0);
     T_EQUAL(vmth_bitmap_test(words, 5), 1);
     T_EQUAL(vmth_bitmap_count(words, 0, 5), 0);
+}
+
+static void test_the_kernels_count(void)
+{
+    const struct vmth_memory_ops *ops = vmth_memory_ops_kernel();
+    const uint64_t page_bytes = (uint64_t)getpagesize();
+    const int fd = memfd_create("populated", MFD_CLOEXEC);
+    int64_t all;
+    unsigned page;
+
+    T_CHECK(fd >= 0);
+    T_EQUAL(ftruncate(fd, (off_t)(10 * page_bytes)), 0);
+    for (page = 2; page < 9; page += 3) {
+        T_EQUAL(pwrite(fd, "x", 1, (off_t)(page * page_bytes)), 1);
+    }
+    all = ops->cached_pages(ops, fd, 0, 10 * page_bytes);
+    if (all == -ENOSYS || all == -EPERM) {
+        fprintf(stderr, "this kernel does not count a file's pages\n");
+    } else {
+        T_CHECK(all == 3 || all == 10); /* 10: shared memory is huge here */
+        if (all == 3) {
+            T_EQUAL(ops->cached_pages(ops, fd, 5 * page_bytes, page_bytes), 1);
+            T_EQUAL(ops->cached_pages(ops, fd, 6 * page_bytes, 4 * page_bytes), 1);
+            T_EQUAL(ops->cached_pages(ops, fd, 0, 2 * page_bytes), 0);
+        }
+    }
+    close(fd);
+    T_EQUAL(ops->cached_pages(ops, fd, 0, page_bytes) < 0, 1);
 }
 
 static void test_errors_are_passed_on(void)
@@ -233,7 +310,9 @@ int main(void)
     test_a_full_file_and_an_empty_one();
     test_a_hole_punched_between_two_questions_ends_no_search();
     test_holes_anywhere_with_and_without_a_count();
+    test_reserved_pages_hide_no_hole();
     test_a_full_file_is_not_walked_for_each_piece();
+    test_the_kernels_count();
     test_what_is_written_after_the_count_may_be_missed_and_ends_no_search();
     test_errors_are_passed_on();
     return T_PASS;

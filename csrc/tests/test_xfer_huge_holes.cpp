@@ -188,6 +188,7 @@ void test_system_calls()
 
 int main()
 {
+    skip_where_memfds_are_huge();
     test_huge_pages_are_mapped_and_nothing_is_written();
     test_small_pages_are_written_after_one_try();
     test_memory_that_is_nowhere_empty_is_not_tried();

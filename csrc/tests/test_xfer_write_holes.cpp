@@ -399,6 +399,7 @@ void test_any_order_of_all(uint64_t run_seed)
 
 int main(int argc, char **argv)
 {
+    skip_where_memfds_are_huge();
     test_holes_are_written_and_nothing_else();
     test_scattered_pages();
     test_caller_may_close_its_file();

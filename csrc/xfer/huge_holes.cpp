@@ -18,8 +18,8 @@ HugeHoles::HugeHoles(const GuestMemory &memory, const vmth_populate_ops *ops)
       blocks_(memory.nblocks())
 {
     for (size_t block = 0; block < blocks_.size(); block++) {
-        // Private memory is filled by faults anyway.
-        if (memory.fd(block) < 0) {
+        // Private memory is filled by faults anyway, and one page of such a size would be all there is.
+        if (memory.fd(block) < 0 || memory.page_bytes() >= huge_bytes) {
             blocks_[block].answer = Answer::no;
         }
     }
@@ -44,7 +44,7 @@ bool HugeHoles::brings_huge_pages(uint32_t block, const vmth_run &hole)
     Block &of = blocks_[block];
     Answer answer = of.answer.load(std::memory_order_relaxed);
     if (answer == Answer::unknown) {
-        // Who comes meanwhile waits: a write beside the page that is tried would look like the answer.
+        // Who comes meanwhile waits: what it wrote beside the page that is tried would be counted.
         std::lock_guard<std::mutex> lock(of.trying);
         answer = of.answer.load(std::memory_order_relaxed);
         if (answer == Answer::unknown) {

@@ -68,7 +68,7 @@ class RoundView:
     takes_rate: bool = False  #: its hypervisor holds it to a dirty rate instead of a share of time
     dirty_limit_bps: float = 0.0  #: to which it is held; 0: not
     limited_at_ns: int = 0  #: since when
-    base_rtt_ns: int = 0  #: of a path with nothing queued on it; 0: as ``rtt_ns``
+    base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
 
     @property
     def throttled(self) -> bool:
