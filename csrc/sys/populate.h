@@ -29,7 +29,8 @@ struct vmth_populate_ops {
     void *ctx; /* handed to the hooks; owned by whoever filled the table */
 };
 
-/* The kernel's own calls (madvise with MADV_POPULATE_READ and _WRITE, mincore). Static storage, read-only. */
+/* The kernel's own calls (madvise with MADV_POPULATE_READ and _WRITE, mincore). Static storage,
+ * read-only. */
 const struct vmth_populate_ops *vmth_populate_system_ops(void);
 
 VMTH_END_DECLS

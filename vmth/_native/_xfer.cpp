@@ -178,7 +178,8 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "zerocopy_sends"_a = counters.zerocopy_sends.get(),
         "zerocopy_copied"_a = counters.zerocopy_copied.get(), "cpu_ns"_a = counters.cpu_ns.get(),
         "forms"_a = forms_of(counters), "rtt_ns"_a = path.rtt_ns,
-        "base_rtt_ns"_a = path.base_rtt_ns, "retransmits"_a = path.retransmits, "path_mtu"_a = path.path_mtu);
+        "base_rtt_ns"_a = path.base_rtt_ns, "retransmits"_a = path.retransmits,
+        "path_mtu"_a = path.path_mtu);
 }
 
 // (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s) of each channel
