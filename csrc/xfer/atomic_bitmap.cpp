@@ -15,6 +15,8 @@ namespace vmth {
 namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
+constexpr std::memory_order acquire = std::memory_order_acquire;
+constexpr std::memory_order release = std::memory_order_release;
 
 uint64_t mask(uint64_t from, uint64_t to)  // bits [from, to) of a word, from < to <= 64
 {
@@ -107,7 +109,7 @@ void AtomicBitmap::clear_range(uint64_t page, uint64_t npages) noexcept
         uint64_t word_end = std::min(end, (page / 64 + 1) * 64);
         uint64_t bits = mask(page % 64, word_end - page / 64 * 64);
         if ((words_[page / 64].load(relaxed) & bits) != 0) {  // what was never set costs no memory
-            words_[page / 64].fetch_and(~bits, relaxed);
+            words_[page / 64].fetch_and(~bits, release);
         }
         page = word_end;
     }
@@ -119,9 +121,9 @@ uint64_t AtomicBitmap::bits(uint64_t page, uint64_t npages) const noexcept
         return 0;
     }
     const uint64_t shift = page % 64;
-    uint64_t word = words_[page / 64].load(relaxed) >> shift;
+    uint64_t word = words_[page / 64].load(acquire) >> shift;
     if (shift + npages > 64) {
-        word |= words_[page / 64 + 1].load(relaxed) << (64 - shift);
+        word |= words_[page / 64 + 1].load(acquire) << (64 - shift);
     }
     return word & mask(0, npages);
 }

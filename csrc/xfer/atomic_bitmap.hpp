@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A bit a page of one ramblock, set, cleared and read by several threads; and the claims of one round.
 //
-// Words live in an anonymous mapping, so that what is never set costs no memory. All operations are
-// relaxed: a bit publishes nothing but itself. What a claimed page's bytes and entry need is ordered by
-// the barrier's mutex, which every channel passes between two claims of one page.
+// Words live in an anonymous mapping, so that what is never set costs no memory. Setting is relaxed: a
+// bit publishes nothing but itself. What a claimed page's bytes and entry need is ordered by the barrier's
+// mutex, which every channel passes between two claims of one page. Clearing releases, and bits() acquires:
+// a page that is queued no more may be a base at once, in the same round, for a page on another channel;
+// what happened before its acknowledgement was read has then happened before the other packet is sent.
 #ifndef VMTH_XFER_ATOMIC_BITMAP_HPP
 #define VMTH_XFER_ATOMIC_BITMAP_HPP
 
@@ -31,6 +33,7 @@ public:
     void set_range(uint64_t page, uint64_t npages) noexcept;
     // Set the range; returns false if any bit of it was set already (the rest is set all the same).
     bool claim_range(uint64_t page, uint64_t npages) noexcept;
+    // Whoever then sees the bits cleared, with bits(), also sees what this thread saw before.
     void clear_range(uint64_t page, uint64_t npages) noexcept;
     // Set every bit set in `words`, which start at page `base` (a multiple of 64).
     void set_words(uint64_t base, const uint64_t *words, size_t nwords) noexcept;
