@@ -380,8 +380,8 @@ def _disk_images() -> Sequence[str]:
         blocks = int(told.stdout.split()[0]) // 4 * 5 // 4 + 4096  # with room for the inodes
         image = f"{images}/{len(made)}.img"
         _quietly(mkfs, "-q", "-t", "ext4", "-b", "4096", "-d", folder, image, str(blocks))
-        _quietly(sys.executable, "-m", "vmth", "index", image)
         made.append(image)
+    _quietly(sys.executable, "-m", "vmth", "index", *made)  # one key for all
     os.sync()  # as in run_core_warm
     return made
 
