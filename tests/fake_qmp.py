@@ -70,6 +70,7 @@ class FakeQmp:
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
         self.parameters = copy.deepcopy(PARAMETERS)
         self.version = VERSION  #: of the next client's greeting
+        self.deaf = False  #: closes on the next command without reading it, as one that dies
         self._greeting = greeting
         self._greets = greets
         self._lock = threading.Lock()
@@ -149,6 +150,8 @@ class FakeQmp:
                 while True:
                     if any(key.fileobj is self._woken for key, _ in selector.select()):
                         return True
+                    if self.deaf:
+                        return False
                     piece = client.recv(1 << 16)
                     if not piece:
                         return False

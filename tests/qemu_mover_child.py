@@ -2,9 +2,11 @@
 """A vmth command that is killed, or kills a QEMU, at a named step of the handover.
 
     qemu_mover_child.py source|destination STEP before|after PID COMMAND...
+    qemu_mover_child.py destination cont within PID COMMAND...
 
 STEP is an Action's value ("journal GRANTED"); PID is killed then with SIGKILL, 0 for the command's
-own process. COMMAND is what stands behind ``vmth``.
+own process. COMMAND is what stands behind ``vmth``. The second form is a QEMU that ends when it has
+read ``cont`` and before it says anything.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 from vmth.cli import main
 from vmth.destination_record import DestinationRecord
+from vmth.errors import ChannelError
+from vmth.qemu.qmp import Qmp
 from vmth.source_record import SourceRecord
 from vmth.wire.handover import Action
 
@@ -35,9 +39,23 @@ def kill_at(record: type, place: str, step: str, when: str, pid: int) -> None:
     setattr(record, place, wrapped)
 
 
+def kill_within_cont(pid: int) -> None:
+    execute: Any = Qmp.execute
+
+    def wrapped(self: Qmp, command: str, *rest: object, **named: object) -> object:
+        if command != "cont":
+            return execute(self, command, *rest, **named)
+        os.kill(pid, signal.SIGKILL)
+        raise ChannelError("QEMU closed the monitor, and had read this")
+
+    Qmp.execute = wrapped  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     side, step, when, pid, *command = sys.argv[1:]
-    if side == "source":
+    if when == "within":
+        kill_within_cont(int(pid))
+    elif side == "source":
         kill_at(SourceRecord, "_do", step, when, int(pid))
     else:  # a destination sends when all else is done
         kill_at(DestinationRecord, "_do", step, when, int(pid))

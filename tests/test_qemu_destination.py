@@ -228,6 +228,14 @@ def test_a_qemu_that_is_gone_after_cont_may_have_run(world: World) -> None:
         guest.is_running()
 
 
+def test_a_qemu_that_is_gone_before_it_read_cont_never_ran(world: World) -> None:
+    guest = world.loaded()
+    world.fake.deaf = True
+    with pytest.raises(ChannelError):
+        guest.resume()
+    assert not guest.is_running()
+
+
 def test_what_is_refused_before_the_stream_leaves_qemu_as_it_is(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,11 +224,22 @@ def test_the_destination_qemu_dies(scene: Scene) -> None:
     scene.move_on(holder)
 
 
+def test_the_destination_qemu_dies_before_it_is_told_to_run(scene: Scene) -> None:
+    """It had the right to run, and never read that it should."""
+    pid = str(scene.b.process.pid)
+    uri, _ = scene.receive(CHILD, "destination", "resume the guest", "before", pid)
+    told = scene.migrate(uri).answer()
+    assert told["exit_code"] == 1 and told["source_runs"] is True, told
+    holder = scene.settle()
+    assert holder is scene.a
+    scene.move_on(holder)
+
+
 def test_the_destination_qemu_dies_where_it_may_have_run(scene: Scene) -> None:
     """It had the right to run: whether it did, nobody can know, so nobody runs, and that is said
     with the command that asks again."""
     pid = str(scene.b.process.pid)
-    uri, _ = scene.receive(CHILD, "destination", "resume the guest", "before", pid)
+    uri, _ = scene.receive(CHILD, "destination", "cont", "within", pid)
     migration = scene.migrate(uri)
     told = migration.answer()
     assert told["exit_code"] == 7 and told["source_runs"] is not True, told

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from qmp_qemu import QmpQemu
 from waiting import wait_until
 
 from vmth.errors import ChannelError, RefusedError, UsageError
-from vmth.qemu.qmp import MAX_EVENTS, THREAD, Qmp, QmpError, QmpEvent
+from vmth.qemu.qmp import MAX_EVENTS, THREAD, Qmp, QmpError, QmpEvent, UnreadError
 
 PATIENCE_S = 60.0
 
@@ -186,6 +187,37 @@ def test_events_before_the_loss_are_found_and_later_calls_say_so(fake: FakeQmp) 
         assert qmp.lost is not None
 
 
+def test_a_command_that_qemu_took_along_may_have_been_carried_out(fake: FakeQmp) -> None:
+    fake.answers["cont"] = HangUp
+    with Qmp(fake.path) as qmp:
+        with pytest.raises(ChannelError, match="cont: QEMU closed the monitor") as lost:
+            qmp.execute("cont")
+        assert not isinstance(lost.value, UnreadError)
+        with pytest.raises(UnreadError, match="did it end"):  # not sent any more
+            qmp.execute("cont")
+
+
+def test_a_command_that_qemu_never_read_was_not_carried_out(fake: FakeQmp) -> None:
+    for _ in range(20):
+        fake.deaf = False
+        with Qmp(fake.path) as qmp:
+            qmp.status()
+            fake.deaf = True
+            with pytest.raises(UnreadError, match=r"cont: QEMU .*closed the monitor"):
+                qmp.execute("cont")
+            assert qmp.lost is not None
+    assert set(fake.commands()) == {"query-status"}
+
+
+def test_only_of_the_last_command_is_it_known_that_it_was_not_read(fake: FakeQmp) -> None:
+    with Qmp(fake.path) as qmp:
+        qmp.status()
+        fake.deaf = True
+        with pytest.raises(ChannelError) as lost:
+            qmp.execute_many([("stop", None), ("cont", None)])
+        assert not isinstance(lost.value, UnreadError)
+
+
 def test_a_waiting_thread_hears_of_the_loss(fake: FakeQmp) -> None:
     with Qmp(fake.path) as qmp:
         qmp.status()
@@ -336,3 +368,15 @@ def test_a_real_qemu_answers_tells_events_and_quits(tmp_path: Path, side: str) -
             with pytest.raises(ChannelError, match="did it end"):
                 again.wait_event(is_pass, PATIENCE_S)
         assert qemu.process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["SRC", "DST"])
+def test_a_real_qemu_that_is_killed_with_a_command_unread(tmp_path: Path, side: str) -> None:
+    with QmpQemu(tmp_path, side) as qemu, Qmp(qemu.path) as qmp:
+        qemu.process.send_signal(signal.SIGSTOP)
+        killer = threading.Timer(0.2, qemu.process.kill)
+        killer.start()
+        with pytest.raises(UnreadError):
+            qmp.execute("cont")
+        killer.join()

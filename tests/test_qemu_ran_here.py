@@ -122,3 +122,13 @@ def test_a_real_qemu_tells_by_its_event_that_a_stopped_guest_has_run(
         held.resume()
         qmp.execute("stop")
         assert qmp.status() == "paused" and held.is_running()
+
+
+def test_one_that_may_have_run_before_is_not_known_by_a_cont_that_was_not_read(
+    world: World, held: HeldQemu
+) -> None:
+    world.fake.deaf = True
+    with pytest.raises(ChannelError):
+        held.resume()
+    with pytest.raises(ChannelError):
+        held.is_running()

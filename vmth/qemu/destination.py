@@ -32,7 +32,7 @@ from vmth.qemu.facts import Facts, gather, refreshed
 from vmth.qemu.incoming import IncomingStream
 from vmth.qemu.landing import Land, Landing, choose_landing
 from vmth.qemu.launch import QemuProcess, process_identity, wait_for_exit
-from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.qmp import Qmp, QmpError, UnreadError
 from vmth.qemu.stream.devices import run_state_in
 from vmth.qemu.stream.events import (
     BlockListed,
@@ -109,9 +109,12 @@ class HeldQemu:
         if self.qmp.lost is not None:
             raise ChannelError(self.qmp.lost)  # no vCPU has run then
         self.qmp.forget_events()
-        self._may_have_run = True
+        had_run, self._may_have_run = self._may_have_run, True
         try:
             self.qmp.execute("cont", timeout_s=_RESUME_S)
+        except UnreadError:
+            self._may_have_run = had_run
+            raise
         except QmpError as error:
             raise GuestError(f"QEMU does not resume: {error.description}") from error
         deadline = time.monotonic() + _RESUME_S

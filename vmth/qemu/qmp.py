@@ -12,6 +12,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -29,7 +30,7 @@ from vmth.errors import ChannelError, MigrationError, RefusedError, UsageError
 if TYPE_CHECKING:
     from qemu.qmp import Message, QMPClient
 
-__all__ = ["MAX_EVENTS", "Qmp", "QmpError", "QmpEvent"]
+__all__ = ["MAX_EVENTS", "Qmp", "QmpError", "QmpEvent", "UnreadError"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class QmpError(MigrationError):
         self.command = command
         self.kind = kind  #: QMP's error class: "GenericError", "CommandNotFound", ...
         self.description = description  #: QEMU's own words
+
+
+class UnreadError(ChannelError):
+    """QEMU is gone and has not carried out the command: it was not sent any more, or it was the
+    last one and QEMU had not read all of it. A unix socket tells: closed with unread bytes in it,
+    it resets its peer; and nothing is sent behind the brace that ends a command.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +96,15 @@ class Qmp:
         self._events: collections.deque[QmpEvent] = collections.deque(maxlen=MAX_EVENTS)
         self._callbacks: list[Callable[[QmpEvent], None]] = []
         self._calls = 0
+        self._sent = 0
+        self._interrupted: set[asyncio.Task[Any]] = set()
+        self._cause: BaseException | None = None
         self._lost: str | None = None
         self._commands: frozenset[str] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._no_calls: asyncio.Event
+        self._over: asyncio.Event
         connection = _connect_when_there(self.path, timeout_s, appears_within_s)
         try:
             self.pid = _PEER.unpack(
@@ -124,7 +136,7 @@ class Qmp:
     ) -> Any:
         """What QEMU returns for the command; names are QEMU's own, dashes and all. Raises QmpError
         with QEMU's words, ChannelError when QEMU is gone or gave no answer in time (whether the
-        command was carried out is then not known)."""
+        command was carried out is then not known), UnreadError when it certainly was not."""
         bound_s = self.timeout_s if timeout_s is None else timeout_s
         return self._submit(command, arguments, bound_s, out_of_band).result()
 
@@ -240,7 +252,7 @@ class Qmp:
             raise UsageError(f"{command} from a callback of on_event: allowed from other threads")
         with self._lock:
             if self._lost is not None:
-                raise ChannelError(self._lost)
+                raise UnreadError(self._lost)
             self._calls += 1
             return asyncio.run_coroutine_threadsafe(
                 self._call(command, arguments, bound_s, out_of_band), self._loop
@@ -252,7 +264,7 @@ class Qmp:
         self, connection: socket.socket, ready: concurrent.futures.Future[None]
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stop, self._no_calls = asyncio.Event(), asyncio.Event()
+        self._stop, self._no_calls, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._client.events.event_filter = self._take
         try:
             await self._greet(connection)
@@ -268,8 +280,13 @@ class Qmp:
             self._changed.notify_all()
         if not idle:
             await self._no_calls.wait()
-        with contextlib.suppress(Exception):  # QMP errors and the socket's; it is over
+        try:
             await self._client.disconnect()
+        except Exception as error:  # QMP errors and the socket's; it is over
+            self._cause = error
+        self._over.set()
+        if self._interrupted:
+            await asyncio.wait(self._interrupted)
 
     async def _greet(self, connection: socket.socket) -> None:
         from qemu.qmp import ConnectError
@@ -318,8 +335,12 @@ class Qmp:
         bound_s: float,
         out_of_band: bool,
     ) -> Any:
-        from qemu.qmp import ExecuteError, QMPError
+        from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError
 
+        self._sent += 1
+        number = self._sent
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async with asyncio.timeout(bound_s):
                 return await self._client.execute(command, arguments, out_of_band)
@@ -327,15 +348,26 @@ class Qmp:
             raise QmpError(command, error.error_class, str(error)) from None
         except TimeoutError:
             raise ChannelError(f"{self.path}: no answer to {command} within {bound_s:g}s") from None
+        except ExecInterruptedError as error:
+            self._interrupted.add(task)
+            interruption = error
+        except StateError:
+            raise UnreadError(f"{self.path}: {command}: QEMU has closed the monitor") from None
         except QMPError as error:
-            raise ChannelError(f"{self.path}: {command}: QEMU closed the monitor ({error})") from (
-                error
-            )
+            raise ChannelError(f"{self.path}: {command}: {error}") from error
         finally:
             with self._lock:
                 self._calls -= 1
                 if self._lost is not None and self._calls == 0:
                     self._no_calls.set()
+        try:
+            await self._over.wait()
+            text = f"{self.path}: {command}: QEMU closed the monitor ({interruption})"
+            if number == self._sent and _is_reset(self._cause):
+                raise UnreadError(f"{text}, and had not read this")
+            raise ChannelError(text) from interruption
+        finally:
+            self._interrupted.discard(task)
 
     def _take(self, message: Message) -> bool:
         """Keep an event; False, so that the client does not keep it too, without bound."""
@@ -356,6 +388,11 @@ class Qmp:
             except Exception:
                 log.exception("a callback for QMP events failed at %s", event.name)
         return False
+
+
+def _is_reset(cause: BaseException | None) -> bool:
+    """By the kernel: asyncio raises ConnectionResetError of its own, without a number."""
+    return isinstance(cause, OSError) and cause.errno in (errno.ECONNRESET, errno.EPIPE)
 
 
 def _time_ns(stamp: Mapping[str, Any]) -> int:
