@@ -428,6 +428,21 @@ def test_the_handovers_round_trips_are_those_of_a_drained_path() -> None:
     assert unknown.pages_ns == known.pages_ns
 
 
+def test_time_in_which_nothing_came_to_be_sent_is_none_of_the_links() -> None:
+    busy = [
+        round_stats(0, pages=1 << 20, dirty=20_000, duration_ms=34_000),
+        round_stats(1, pages=20_000, dirty=2_000, duration_ms=650),
+        round_stats(2, pages=2_000, dirty=2_000, duration_ms=66),
+    ]
+    waits = [
+        *busy[:2],
+        replace(busy[2], duration_ns=busy[2].duration_ns + 2 * NS, idle_ns=2 * NS),
+    ]
+    assert forecast_downtime(view_of(*waits)) == forecast_downtime(view_of(*busy))
+    slow = replace(waits[2], idle_ns=0, bandwidth_bps=waits[2].bandwidth_bps / 31)
+    assert forecast_downtime(view_of(*busy[:2], slow)).pages_ns > 300 * MS
+
+
 def test_extra_rounds_are_bounded() -> None:
     # Each round halves the set and promises as much of the next one: three extra ones, not more.
     policy = StandardPolicy()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_simulation import PAGE, Link, migrate, uniform
-from test_policy import GBIT, GIB, converged_within_limit
+from test_policy import GBIT, GIB, MS, converged_within_limit, round_stats, view_of
 
 from vmth.policy.interface import Action, OnStall
 from vmth.policy.standard import StandardPolicy
@@ -57,6 +59,25 @@ def test_a_guest_that_no_limit_holds_is_given_up() -> None:
     )
     assert out.last.action is Action.GIVE_UP
     assert out.dirty_limit_bps == LEAST_LIMIT_BPS and "held to" in out.last.reason
+
+
+def test_a_round_that_shows_the_set_of_the_one_before_tells_no_rate() -> None:
+    """The guest is counted where QEMU's pass begins; then a few pages make a round of 3 ms."""
+    rounds = [round_stats(0, pages=1 << 20, dirty=11_500, duration_ms=34_000)]
+    rounds += [round_stats(n, pages=11_500, dirty=11_500, duration_ms=2_800) for n in (1, 2)]
+    rounds.append(round_stats(3, pages=95, dirty=11_500, duration_ms=3))
+    view = replace(
+        view_of(*rounds),
+        on_stall=OnStall.THROTTLE,
+        takes_rate=True,
+        dirty_limit_bps=32_000_000,
+        limited_at_ns=rounds[0].duration_ns - 6_000 * MS,
+        downtime_limit_ns=MS,
+    )
+    view = replace(view, now_ns=view.now_ns + 6_000 * MS, limited_at_ns=0)
+    decision = StandardPolicy().decide(view)
+    assert decision.action in (Action.CONTINUE, Action.THROTTLE)
+    assert decision.dirty_limit_bps == 0 or decision.dirty_limit_bps > 16_000_000
 
 
 @pytest.mark.parametrize(

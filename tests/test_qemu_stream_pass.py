@@ -247,6 +247,25 @@ def test_downtime_begins_when_qemu_said_stop() -> None:
     assert world.helm.stopped_ns == final.pause_started_ns < final.paused_ns < final.landed_ns
 
 
+@pytest.mark.parametrize("landed", [True, False])
+def test_silence_of_qemu_says_nothing_about_the_link(landed: bool) -> None:
+    """Three waits of 50 ms bring nothing; the pages land in the first of them, or not at all."""
+
+    def before(piece: int) -> None:
+        if piece == 2 and landed:
+            world.link.sender.wait_read(world.engine._ahead[-1][0])
+        world.now_ns += 50_000_000 if piece in (2, 3, 4) else 0
+
+    again = s.part(s.zero(5, "pc.ram") + s.eos())
+    world = World([every_page(), None, None, None, again, END, DEVICES], before=before)
+    first, last = world.engine.run().rounds
+    assert first.idle_ns == pytest.approx(100_000_000 if landed else 0, abs=100_000)
+    assert first.duration_ns > 150_000_000
+    sending_ns = first.duration_ns - first.idle_ns
+    assert first.bandwidth_bps == pytest.approx(first.bytes * 1e9 / sending_ns)
+    assert last.idle_ns == 0
+
+
 def test_a_pass_of_qemus_is_a_round() -> None:
     parts = [s.part(s.normal(page, "pc.ram") + s.eos()) for page in (10, 11, 12)]
 

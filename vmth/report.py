@@ -45,6 +45,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,
         "duration_ns": stats.duration_ns,
+        "idle_ns": stats.idle_ns,
         "bandwidth_bps": stats.bandwidth_bps,
         "dirty_rate_bps": stats.dirty_rate_bps,
         "expected_downtime_ms": stats.expected_downtime_ns / NS_PER_MS,

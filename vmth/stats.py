@@ -109,7 +109,7 @@ class RoundStats:
     hole_pages: int
     bytes: int  #: on the wire
     duration_ns: int
-    bandwidth_bps: float  #: bytes/s, landed and acknowledged
+    bandwidth_bps: float  #: bytes/s, landed and acknowledged, while there was something to send
     dirty_pages: int  #: dirtied while it ran: what the next round would send
     dirty_rate_bps: float  #: bytes/s of distinct dirtied pages
     expected_downtime_ns: int
@@ -117,6 +117,7 @@ class RoundStats:
     missed_pages: int = 0
     delta_pages: int = 0  #: that took the form delta
     delta_bytes: int = 0  #: on the wire, of those
+    idle_ns: int = 0  #: of duration_ns: nothing was under way, and nothing came to be sent
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
 
 
@@ -219,9 +220,11 @@ def round_stats(
     dirty_pages: int,
     page_bytes: int,
     paused: bool,
+    idle_ns: int = 0,
 ) -> RoundStats:
     """A round's numbers from the counters around it; the downtime forecast is filled in later."""
     duration_ns = max(1, duration_ns)
+    sending_for_ns = max(1, duration_ns - idle_ns)
     normal = after.normal_pages - before.normal_pages
     zero = after.zero_pages - before.zero_pages
     hole = after.hole_pages - before.hole_pages
@@ -235,7 +238,7 @@ def round_stats(
         hole_pages=hole,
         bytes=after.wire_bytes - before.wire_bytes,
         duration_ns=duration_ns,
-        bandwidth_bps=(after.acked_bytes - before.acked_bytes) * 1e9 / duration_ns,
+        bandwidth_bps=(after.acked_bytes - before.acked_bytes) * 1e9 / sending_for_ns,
         dirty_pages=dirty_pages,
         dirty_rate_bps=0.0 if paused else dirty_pages * page_bytes * 1e9 / duration_ns,
         expected_downtime_ns=0,
@@ -243,4 +246,5 @@ def round_stats(
         missed_pages=after.missed_pages - before.missed_pages,
         delta_pages=delta.pages - delta_before.pages,
         delta_bytes=delta.wire_bytes - delta_before.wire_bytes,
+        idle_ns=idle_ns,
     )

@@ -125,7 +125,8 @@ def bandwidth_bps(view: RoundView) -> float:
     weight_of_age = 1.0
     for round_ in reversed(view.rounds):
         if round_.bytes > 0 and round_.bandwidth_bps > 0:
-            long_enough = round_.duration_ns / (round_.duration_ns + fixed_ns)
+            sending_for_ns = round_.duration_ns - round_.idle_ns
+            long_enough = sending_for_ns / (sending_for_ns + fixed_ns)
             payload = round_.normal_pages / max(round_.pages, 1)
             weight = weight_of_age * max(long_enough * payload, 1e-6)
             weighted += weight * round_.bandwidth_bps
@@ -162,7 +163,7 @@ def page_ns(view: RoundView) -> float:
     for round_ in reversed(view.rounds):
         if round_.round > 0 and round_.pages > 0:
             content = 1 - (round_.zero_pages + round_.hole_pages) / round_.pages
-            spent += weight * content * max(round_.duration_ns - fixed_ns, 0)
+            spent += weight * content * max(round_.duration_ns - round_.idle_ns - fixed_ns, 0)
             npages += weight * round_.pages
             weight *= DECAY
     return spent / npages if npages else 0.0

@@ -87,7 +87,9 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
     page_bytes = bytes_per_page(view)
     shrinks = min(1.0, _resent_bytes(view.rounds[-1]) / page_bytes)
     pages_ns = max(sending_ns(view, pages) * shrinks, pages * PAGE_READ_NS)
-    duration_ns = round(pages_ns) + view.rtt_ns + ROUND_NS
+    idle_ns = view.rounds[-1].idle_ns
+    sending_for_ns = round(pages_ns) + view.rtt_ns + ROUND_NS
+    duration_ns = sending_for_ns + idle_ns
     nbytes = round(pages * page_bytes * shrinks)
     dirty = round(model.dirty_pages(duration_ns))
     stats = RoundStats(
@@ -98,10 +100,11 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
         hole_pages=0,
         bytes=nbytes,
         duration_ns=duration_ns,
-        bandwidth_bps=nbytes * NS / duration_ns,
+        bandwidth_bps=nbytes * NS / sending_for_ns,
         dirty_pages=dirty,
         dirty_rate_bps=dirty * view.page_bytes * NS / duration_ns,
         expected_downtime_ns=0,
+        idle_ns=idle_ns,
     )
     return replace(
         view,

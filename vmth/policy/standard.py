@@ -66,6 +66,8 @@ UNKNOWN_SHARE = 0.86
 #: A last set this many times larger than forecast is another workload.
 RECHECK_FACTOR = 2
 MAX_FAILED_RECHECKS = 3
+#: Rounds that are shorter are taken together to tell a dirty rate that is held to a limit.
+LEAST_COUNTED_NS = 100_000_000
 #: Share of its limit to which a guest is held when its sets do not shrink all the same.
 STALLED_LIMIT = 0.8
 
@@ -226,8 +228,7 @@ class StandardPolicy:
         if view.dirty_limit_bps and not _settled(view):
             return view.dirty_limit_bps
         # What a limit holds is the rate of distinct pages, however small the working set.
-        last = view.rounds[-1]
-        measured_bps = max(1, last.dirty_pages) * view.page_bytes / last.duration_ns * NS
+        measured_bps = max(1, view.dirty_pages) * view.page_bytes / _counted_for_ns(view) * NS
         _, wanted_pps = self._rates(view)
         return next_limit(view.dirty_limit_bps, measured_bps, wanted_pps * view.page_bytes)
 
@@ -254,6 +255,17 @@ def _settles_at(view: RoundView) -> int:
     for _ in range(100):
         share = -math.expm1(-u * share)
     return round(share * model.working_set_pages)
+
+
+def _counted_for_ns(view: RoundView) -> int:
+    """In which time the guest has dirtied the present set, at least. A source that counts it less
+    often than rounds end makes rounds of a few pages that show the set of the one before."""
+    lasted_ns = 0
+    for round_ in reversed(view.rounds):
+        lasted_ns += round_.duration_ns
+        if lasted_ns >= LEAST_COUNTED_NS:
+            break
+    return lasted_ns
 
 
 def _settled(view: RoundView) -> bool:

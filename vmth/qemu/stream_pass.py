@@ -103,6 +103,8 @@ class StreamPass:
     was_running: bool = False
     _round: int = 0
     _round_started_ns: int = 0
+    _idle_ns: int = 0  #: of this round
+    _waiting: bool = False  #: the last wait brought nothing
     _before: TransferCounters = field(default_factory=TransferCounters)
     _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
     _ahead_bytes: int = 0
@@ -124,7 +126,7 @@ class StreamPass:
         self._started_ns = self._looked_ns = self.tools.clock()
         self._passes = self.helm.passes
         self._begin_round()
-        while not self._take(self.stream.next_event(LOOK_S)):
+        while not self._take(self._next_event()):
             self._look()
         self.was_running = self.tools.pause_guest()
         self._finish_round()
@@ -158,6 +160,23 @@ class StreamPass:
             self._hold_dirty_rate(0)
 
     # -- what the stream brings --------------------------------------------------------------------
+
+    def _next_event(self) -> Event | None:
+        """QEMU may bring nothing for seconds: it waits for vCPUs that a limit lets sleep before it
+        knows what is dirty. That says nothing about the link."""
+        idle = self._waiting and self._all_landed()
+        began_ns = self.tools.clock()
+        event = self.stream.next_event(LOOK_S)
+        self._waiting = event is None
+        if idle:
+            self._idle_ns += self.tools.clock() - began_ns
+        return event
+
+    def _all_landed(self) -> bool:
+        sender = self.tools.sender
+        counters = sender.counters()
+        read = not self._ahead or self._ahead[-1][0] <= sender.pages_read()
+        return read and counters.acked_bytes == counters.wire_bytes
 
     def _take(self, event: Event | None) -> bool:
         """True when all is here."""
@@ -268,7 +287,7 @@ class StreamPass:
     def _begin_round(self) -> None:
         self._round_started_ns = self.tools.clock()
         self._before = self.tools.sender.counters()
-        self._seen_pages, self._near_end = 0, False
+        self._seen_pages, self._near_end, self._idle_ns = 0, False, 0
         self.tools.emit(RoundStarted(self._round_started_ns, self._round, self._expected_pages()))
 
     def _expected_pages(self) -> int:
@@ -299,6 +318,7 @@ class StreamPass:
             0 if stopped else self.helm.remaining_bytes // tools.page_bytes,
             tools.page_bytes,
             stopped and self._round_started_ns >= self._ended_ns,
+            self._idle_ns,
         )
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
