@@ -5,8 +5,8 @@
     qemu_mover_child.py destination cont within PID COMMAND...
 
 STEP is an Action's value ("journal GRANTED"); PID is killed then with SIGKILL, 0 for the command's
-own process. COMMAND is what stands behind ``vmth``. The second form is a QEMU that ends when it has
-read ``cont`` and before it says anything.
+own process. COMMAND is what stands behind ``vmth``. The second form stands for a QEMU that ends
+when it has read ``cont`` and before it says anything: it is killed, and never told.
 """
 
 from __future__ import annotations

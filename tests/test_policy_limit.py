@@ -70,11 +70,9 @@ def test_a_round_that_shows_the_set_of_the_one_before_tells_no_rate() -> None:
         view_of(*rounds),
         on_stall=OnStall.THROTTLE,
         takes_rate=True,
-        dirty_limit_bps=32_000_000,
-        limited_at_ns=rounds[0].duration_ns - 6_000 * MS,
+        dirty_limit_bps=32_000_000,  # for long
         downtime_limit_ns=MS,
     )
-    view = replace(view, now_ns=view.now_ns + 6_000 * MS, limited_at_ns=0)
     decision = StandardPolicy().decide(view)
     assert decision.action in (Action.CONTINUE, Action.THROTTLE)
     assert decision.dirty_limit_bps == 0 or decision.dirty_limit_bps > 16_000_000

@@ -104,6 +104,38 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     assert 5_040 * MS < told[1].total_ns < 5_400 * MS
 
 
+def test_a_source_that_waits_in_each_round_is_foreseen_to_wait_again() -> None:
+    mb = 1_000_000
+    full = RoundStats(0, 1 << 18, 1 << 18, 0, 0, 1074 * mb, 10_740 * MS, 100e6, 100_000, 38e6, 0)
+    again = RoundStats(1, 100_000, 100_000, 0, 0, 410 * mb, 4_100 * MS, 100e6, 40_000, 40e6, 0)
+    waits = replace(again, duration_ns=4_300 * MS, idle_ns=200 * MS)
+    told = []
+    for newest in (again, waits):
+        view = RoundView(
+            now_ns=20_000 * MS,
+            started_ns=0,
+            rounds=(full, newest),
+            dirty_pages=newest.dirty_pages,
+            page_bytes=PAGE,
+            memory_bytes=1 << 30,
+            queued_bytes=0,
+            rtt_ns=MS,
+            state_bytes=0,
+            bandwidth_limit_bps=0,
+            downtime_limit_ns=300 * MS,
+            timeout_ns=0,
+            on_stall=OnStall.PAUSE,
+            throttle_percent=0,
+            can_throttle=False,
+            failed_rechecks=0,
+        )
+        decision = StandardPolicy().decide(view)
+        assert decision.action is Action.CONTINUE
+        told.append(StandardPolicy().foresee(view, decision))
+    assert all(each.converges for each in told)
+    assert told[1].total_ns - told[0].total_ns > 190 * MS
+
+
 def test_an_idle_guest_is_foreseen_after_the_full_pass() -> None:
     out = moved(StandardPolicy(), idle, Link(GBIT), memory_bytes=1 << 30)
     (made,) = out.forecasts

@@ -174,8 +174,8 @@ public:
                ours.pages == theirs.pages;
     }
     // Memory and digests are equal. Taking the digest before and after orders our reading of the
-    // destination with its threads' writing, which a socket does but ThreadSanitizer cannot see; so
-    // without a digest the memory is compared only once everything has ended.
+    // destination with its threads' writing; without a digest the memory is compared only once everything
+    // has ended.
     bool same()
     {
         return digests_equal() && (!sender->hashes().enabled() || source.equals(destination)) &&

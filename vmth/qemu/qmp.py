@@ -96,7 +96,8 @@ class Qmp:
         self._events: collections.deque[QmpEvent] = collections.deque(maxlen=MAX_EVENTS)
         self._callbacks: list[Callable[[QmpEvent], None]] = []
         self._calls = 0
-        self._sent = 0
+        self._sent = 0  # commands, on the thread
+        # Calls without an answer: what ended the connection is known only when all let it go.
         self._interrupted: set[asyncio.Task[Any]] = set()
         self._cause: BaseException | None = None
         self._lost: str | None = None
