@@ -73,6 +73,19 @@ def test_the_value_before_the_first_change_is_what_is_put_back(fake: FakeQmp, qm
     assert fake.parameters["downtime-limit"] == 300
 
 
+def test_what_is_remembered_is_put_back_by_whoever_was_told_before_the_change(
+    fake: FakeQmp, qmp: Qmp
+) -> None:
+    fake.parameters["avail-switchover-bandwidth"] = 7
+    settings = MigrationSettings(qmp)
+    settings.remember("avail-switchover-bandwidth", "no-such-parameter")
+    saved = settings.saved()  # the watchdog's
+    settings.apply(parameters={"avail-switchover-bandwidth": 5_000_000})
+    put_back(qmp, saved)
+    assert fake.parameters["avail-switchover-bandwidth"] == 7
+    assert "no-such-parameter" not in saved["parameters"]
+
+
 def test_restore_is_idempotent(fake: FakeQmp, qmp: Qmp) -> None:
     settings = MigrationSettings(qmp)
     settings.apply({"events": True})

@@ -14,7 +14,7 @@ from waiting import wait_until
 from vmth.errors import RefusedError
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import MigrationSettings
-from vmth.qemu.steering import MAX_DOWNTIME_LIMIT_MS, Steering
+from vmth.qemu.steering import HELD_DOWNTIME_MS, MAX_DOWNTIME_LIMIT_MS, Steering
 
 MS = 1_000_000
 
@@ -41,6 +41,25 @@ def test_a_downtime_is_allowed_in_qemus_unit(
 ) -> None:
     steering.allow_downtime(limit_ns)
     wait_until(lambda: fake.parameters["downtime-limit"] == limit_ms)
+    steering.check()
+
+
+@pytest.mark.parametrize("limit_ms", [1, 300])
+def test_the_room_is_told_as_a_bandwidth(fake: FakeQmp, steering: Steering, limit_ms: int) -> None:
+    """QEMU stops where what is left is less than bandwidth x downtime limit."""
+    fake.parameters["avail-switchover-bandwidth"] = 0
+    steering.allow_downtime(limit_ms * MS, 6_000_000)
+    bandwidth = 6_000_000 * 1000 // limit_ms
+    wait_until(lambda: fake.parameters["avail-switchover-bandwidth"] == bandwidth)
+    assert fake.parameters["downtime-limit"] == limit_ms
+    steering.allow_downtime(0)
+    wait_until(lambda: fake.parameters["downtime-limit"] == MAX_DOWNTIME_LIMIT_MS)
+    assert fake.parameters["avail-switchover-bandwidth"] == 0
+    steering.allow_downtime(limit_ms * MS, 6_000_000)
+    steering.allow_no_downtime()
+    steering.close()
+    assert fake.parameters["downtime-limit"] == HELD_DOWNTIME_MS
+    assert fake.parameters["avail-switchover-bandwidth"] == 0
     steering.check()
 
 

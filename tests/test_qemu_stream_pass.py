@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rounds over a QEMU's stream on fakes: streams written by hand, page channels in memory, a
-helm that notes its orders. No socket, no clock, no QEMU."""
+"""The rounds over a QEMU's stream on fakes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 import pytest
 import qemu_streams as s
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stream_pass_world import (
+    DEVICES,
+    END,
+    LATE,
+    LIMIT_NS,
+    ScriptedPolicy,
+    World,
+    every_page,
+)
 
-from vmth.channel.fake import FakeLink
 from vmth.errors import (
     CancelledError,
     MigrationError,
@@ -22,195 +24,12 @@ from vmth.errors import (
     StreamError,
     VerificationError,
 )
-from vmth.events import DirtyLimited, Event, GuestPaused, RoundFinished, Throttled
-from vmth.guest import StateStream
-from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
-from vmth.qemu import stream as q
+from vmth.events import GuestPaused, RoundFinished, Throttled
+from vmth.policy.interface import Action, Decision, OnStall
 from vmth.qemu import stream_pass
-from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.ram import MAX_BLOCKS
-from vmth.qemu.stream_pass import LOOK_NS, StreamPass
-from vmth.rounds import RoundTools
+from vmth.qemu.stream_pass import LOOK_NS
 from vmth.tuning import Tuning
-from vmth.types import Gpa, Mapping, RamBlock
-
-LIMIT_NS = 300_000_000
-NOTHING = Forecast(0, 0, 0, 0)
-LATE = Forecast(LIMIT_NS, LIMIT_NS, 0, 0)
-MACHINE = "pc-q35-7.2"
-DEVICES = b"".join((s.full(7, "timer", s.TRICKY), b"\x00", s.description([("timer", 59)])))
-
-
-class StreamGuest:
-    """Only blocks and a pause: what the pass needs."""
-
-    dirty = ()
-
-    def __init__(self, blocks: Sequence[tuple[str, int]]) -> None:
-        self.blocks = [RamBlock(name, length, Gpa(0), Mapping()) for name, length in blocks]
-        self.paused = False
-
-    def pause(self) -> bool:
-        self.paused = True
-        return True
-
-    def resume(self) -> None:
-        raise AssertionError("not the pass's business")
-
-    def save_state(self, write: Callable[[StateStream], None]) -> None:
-        raise AssertionError("not the pass's business")
-
-    def load_state(self, streams: Iterable[StateStream]) -> None:
-        raise AssertionError("not the pass's business")
-
-    def release(self) -> None:
-        raise AssertionError("not the pass's business")
-
-
-@dataclass
-class FakeHelm:
-    passes: int = 1
-    remaining_bytes: int = 0
-    throttle_percent: int = 0
-    stopped_ns: int | None = None
-    allowed: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
-    trouble: Exception | None = None
-
-    def hold_dirty_rate(self, rate_bps: int) -> None:
-        self.held.append(rate_bps)
-
-    def allow_downtime(self, limit_ns: int) -> None:
-        self.allowed.append(limit_ns)
-
-    def check(self) -> None:
-        if self.trouble is not None:
-            raise self.trouble
-
-
-class FakeStream:
-    """The events of some bytes, fed in pieces from one buffer that is overwritten as soon as the
-    pass may expect. ``before(n)`` runs before piece n is read; None in ``pieces``: silence."""
-
-    def __init__(self, pieces: Sequence[bytes | None], before: Callable[[int], None]) -> None:
-        self._reader = q.StreamReader(opaque_devices=True)
-        self._pieces = deque(pieces)
-        self._before = before
-        self._read = 0
-        self._buffer = bytearray()
-        self._until: Callable[[], object] | None = None
-        self.given_out_bytes = self._fed = 0
-        self.read_bytes = 0  #: last limit
-
-    @property
-    def unread_bytes(self) -> int:
-        return self._fed - self.given_out_bytes
-
-    def in_use(self, until: Callable[[], object]) -> None:
-        self._until = until
-
-    def limit_read(self, nbytes: int) -> None:
-        self.read_bytes = nbytes
-
-    def next_event(self, timeout_s: float) -> q.Event | None:
-        while (event := self._reader.next_event()) is None:
-            self.given_out_bytes = self._fed
-            if not self._pieces:
-                return q.StreamFinished()
-            self._before(self._read)
-            self._read += 1
-            piece = self._pieces.popleft()
-            if piece is None:
-                return None
-            if self._until is not None:
-                self._until()
-            self._buffer[:] = bytes([0xA5]) * len(self._buffer)
-            self._buffer = bytearray(piece)
-            self._fed += len(piece)
-            self._reader.feed(self._buffer)
-        return event
-
-
-class ScriptedPolicy:
-    """Answers from a list; the last answer repeats."""
-
-    def __init__(self, *answers: Decision) -> None:
-        self.views: list[RoundView] = []
-        self._answers = deque(answers or [Decision(Action.CONTINUE, "scripted", NOTHING)])
-
-    def decide(self, view: RoundView) -> Decision:
-        self.views.append(view)
-        return self._answers.popleft() if len(self._answers) > 1 else self._answers[0]
-
-    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
-        raise AssertionError("QEMU has stopped its guest for good")
-
-
-class World:
-    """One pass over ``pieces`` behind a head that lists ``blocks``."""
-
-    def __init__(
-        self,
-        pieces: Sequence[bytes | None],
-        *,
-        policy: ScriptedPolicy | None = None,
-        blocks: Sequence[tuple[str, int]] = s.BLOCKS,
-        tuning: Tuning | None = None,
-        before: Callable[[int], None] = lambda piece: None,
-    ) -> None:
-        self.guest = StreamGuest(blocks)
-        shapes = [(block.npages, s.PAGE) for block in self.guest.blocks]
-        self.arrived = [np.full(shape, 0xEE, dtype=np.uint8) for shape in shapes]
-        self.link = FakeLink(
-            [np.zeros(shape, dtype=np.uint8) for shape in shapes],
-            self.arrived,
-            hostless=frozenset(range(len(shapes))),
-        )
-        self.helm = FakeHelm()
-        self.events: list[Event] = []
-        self.now_ns = 0
-        self.cancelled = False
-        self.policy = policy or ScriptedPolicy()
-        self.stream = FakeStream(
-            [s.header(MACHINE) + s.start(s.block_list(blocks) + s.eos()), *pieces], before
-        )
-        self.tools = RoundTools(
-            sender=self.link.sender,
-            policy=self.policy,
-            tuning=tuning or Tuning(0, LIMIT_NS, 0, OnStall.PAUSE),
-            clock=self.clock,
-            emit=self.events.append,
-            page_bytes=s.PAGE,
-            live=True,
-            pause_guest=self.guest.pause,
-            resume_guest=self.guest.resume,
-            check=self.check,
-        )
-        self.engine = StreamPass(self.guest, self.tools, self.stream, self.helm)
-
-    def clock(self) -> int:
-        self.now_ns += 1000
-        return self.now_ns
-
-    def check(self) -> None:
-        if self.cancelled:
-            raise CancelledError("cancelled by the caller")
-
-    def page(self, block: int, page: int) -> bytes:
-        return bytes(self.arrived[block][page])
-
-
-def every_page(blocks: Sequence[tuple[str, int]] = s.BLOCKS) -> bytes:
-    """Each page of each block once."""
-    records = b"".join(
-        s.normal(page, name, 1000 * index + page)
-        for index, (name, length) in enumerate(blocks)
-        for page in range(length // s.PAGE)
-    )
-    return s.part(records + s.eos())
-
-
-END = s.end(s.normal(3, "pc.ram", 777) + s.eos())
 
 
 def test_all_that_the_stream_says_lands_and_the_guest_is_paused() -> None:
@@ -297,31 +116,6 @@ def test_no_barrier_is_made_of_a_pass_while_the_guest_is_stopped() -> None:
     parts = [s.part(s.normal(page, "pc.ram") + s.eos()) for page in (10, 11)]
     world = World([*parts, s.end(s.eos()), DEVICES], before=before)
     assert len(world.engine.run().rounds) == 1
-
-
-@pytest.mark.parametrize(
-    ("forecast", "allowed"), [(NOTHING, LIMIT_NS), (LATE, 0)], ids=["fits", "too late"]
-)
-def test_qemu_may_stop_when_the_policy_says_so(forecast: Forecast, allowed: int) -> None:
-    policy = ScriptedPolicy(
-        Decision(Action.CONTINUE, "scripted", NOTHING),
-        Decision(Action.SWITCH_OVER, "scripted", forecast),
-    )
-    passes = [every_page(), every_page(), every_page()]
-    world = World([*passes, END, DEVICES], policy=policy)
-    orders: list[int] = []
-    decide = policy.decide
-
-    def decided(view: RoundView) -> Decision:
-        orders.append(len(world.helm.allowed))
-        return decide(view)
-
-    policy.decide = decided  # type: ignore[method-assign]
-    world.engine.run()
-    assert orders[:2] == [0, 0]  # nothing was allowed before the second decision
-    assert world.helm.allowed[0] == allowed
-    if not allowed:
-        assert world.helm.allowed == [0]  # said once
 
 
 def test_what_cannot_converge_is_given_up() -> None:
@@ -449,50 +243,6 @@ def test_qemus_throttle_is_shown() -> None:
     world.engine.run()
     assert world.engine.throttle_percent == 30
     assert [event.percent for event in world.events if isinstance(event, Throttled)] == [30]
-
-
-def test_a_dirty_limit_is_set_as_decided_and_let_go() -> None:
-    limiting = Decision(Action.THROTTLE, "scripted", NOTHING, dirty_limit_bps=5e6)
-    more = Decision(Action.CONTINUE, "scripted", NOTHING)
-    world = World([every_page()] * 3 + [END, DEVICES], policy=ScriptedPolicy(limiting, more))
-    world.engine.throttle = ThrottleWay.DIRTY_LIMIT
-    world.engine.run()
-    first, second = world.policy.views[:2]
-    assert first.takes_rate and first.can_throttle and not first.throttled
-    assert second.dirty_limit_bps == 5e6 and 0 < second.limited_at_ns < second.now_ns
-    assert world.helm.held == [5_000_000]
-    world.engine.let_go()
-    assert world.helm.held == [5_000_000]  # a stopped guest is not kept waiting for that
-    for _ in range(2):
-        world.engine.close()
-    assert world.helm.held == [5_000_000, 0]
-    told = [event.rate_bps for event in world.events if isinstance(event, DirtyLimited)]
-    assert told == [5_000_000, 0]
-
-
-def test_a_guest_that_was_given_up_is_let_go_at_once() -> None:
-    answers = [
-        Decision(Action.THROTTLE, "scripted", NOTHING, dirty_limit_bps=5e6),
-        Decision(Action.GIVE_UP, "hopeless", NOTHING),
-    ]
-    world = World([every_page()] * 4 + [END, DEVICES], policy=ScriptedPolicy(*answers))
-    world.engine.throttle = ThrottleWay.DIRTY_LIMIT
-    with pytest.raises(NotConvergedError, match="hopeless"):
-        world.engine.run()
-    world.engine.let_go()
-    assert world.helm.held == [5_000_000, 0]
-    world.engine.close()
-    assert world.helm.held == [5_000_000, 0]
-
-
-def test_auto_converge_is_left_to_qemu() -> None:
-    throttling = Decision(Action.THROTTLE, "scripted", NOTHING, throttle_percent=40)
-    world = World([every_page()] * 2 + [END, DEVICES], policy=ScriptedPolicy(throttling))
-    world.engine.throttle = ThrottleWay.AUTO_CONVERGE
-    world.engine.run()
-    world.engine.close()
-    assert world.policy.views[0].can_throttle and not world.policy.views[0].takes_rate
-    assert world.helm.held == []
 
 
 def test_the_queue_is_bounded_by_the_downtime_limit() -> None:

@@ -40,7 +40,7 @@ from vmth.qemu.outgoing import MAX_CHANNELS
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import MigrationSettings, parameters_of
 from vmth.qemu.source import QemuSource
-from vmth.qemu.steering import Steering
+from vmth.qemu.steering import HELD_DOWNTIME_MS, Steering
 from vmth.qemu.watchdog import Watchdog
 from vmth.rounds import RoundEngine, RoundTools
 from vmth.source_session import SourceSession
@@ -56,8 +56,6 @@ log = logging.getLogger(__name__)
 ON_SUCCESS = ("quit", "keep")
 #: QEMU paces nothing: the socket that we read is the measure of its bandwidth.
 UNBOUNDED_BPS = 1 << 44
-#: QEMU stops by itself only when there is next to nothing left.
-HELD_DOWNTIME_MS = 1
 #: Ways of multifd to compress that are read here; a source that uses another one is set to none.
 READ_COMPRESSIONS = ("none", "zlib", "zstd")
 #: What would make a stream that cannot be carried, or that says less than all of memory.
@@ -264,6 +262,7 @@ class QemuMigration:
         """Settings, watchdog, steering; undone in the other order."""
         unknown = self._settings.apply(self._capabilities(), self._parameters())
         stack.callback(self._restore)
+        self._settings.remember("avail-switchover-bandwidth")
         if self._throttle.way is ThrottleWay.DIRTY_LIMIT:
             self._settings.remember_limits()
         wanted = [name for name in unknown if self._capabilities().get(name)]

@@ -69,6 +69,13 @@ class MigrationSettings:
         """Whatever dirty limits the vCPUs will have, those of now are put back."""
         self._limits = limits_of(self._qmp)
 
+    def remember(self, *names: str) -> None:
+        """Parameters that are changed later, when nobody hears any more what was there before."""
+        with self._lock:
+            known = parameters_of(self._qmp)
+            found = {name: known[name] for name in names if name in known}
+            self._parameters = {**found, **self._parameters}
+
     def apply(
         self,
         capabilities: Mapping[str, bool] | None = None,

@@ -21,10 +21,12 @@ from vmth.qemu.dirty_limit import VcpuLimits
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.settings import MigrationSettings
 
-__all__ = ["MAX_DOWNTIME_LIMIT_MS", "Helm", "Steering"]
+__all__ = ["HELD_DOWNTIME_MS", "MAX_DOWNTIME_LIMIT_MS", "Helm", "Steering"]
 
 log = logging.getLogger(__name__)
 
+#: QEMU stops by itself only when there is next to nothing left.
+HELD_DOWNTIME_MS = 1
 #: Of QEMU: it stops its guest at once.
 MAX_DOWNTIME_LIMIT_MS = 2_000_000
 #: QEMU answers when its last pages are read, which a slow link delays.
@@ -53,8 +55,12 @@ class Helm(Protocol):
     def hold_dirty_rate(self, rate_bps: int) -> None:
         """The vCPUs may dirty so many bytes/s together; 0: what they like."""
 
-    def allow_downtime(self, limit_ns: int) -> None:
-        """QEMU may stop its guest when it expects to send the rest within that; 0: at once."""
+    def allow_downtime(self, limit_ns: int, room_bytes: int = 0) -> None:
+        """QEMU may stop its guest when it expects to send the rest within that; 0: at once.
+        ``room_bytes``: as many pages as fit, by what is known here; 0: as QEMU reckons."""
+
+    def allow_no_downtime(self) -> None:
+        """QEMU ends its passes, and does not stop its guest before next to nothing is left."""
 
     def check(self) -> None:
         """Raises what went wrong with an order."""
@@ -86,11 +92,16 @@ class Steering:
     def hold_dirty_rate(self, rate_bps: int) -> None:
         self._orders.put(partial(self._limits.hold, rate_bps) if rate_bps else self._limits.let_go)
 
-    def allow_downtime(self, limit_ns: int) -> None:
+    def allow_downtime(self, limit_ns: int, room_bytes: int = 0) -> None:
         limit_ms = MAX_DOWNTIME_LIMIT_MS
         if limit_ns:
             limit_ms = min(max(1, limit_ns // 1_000_000), MAX_DOWNTIME_LIMIT_MS)
-        self._orders.put(lambda: self._limit(limit_ms))
+        # QEMU's own measure has all the time in it that it waited for its vCPUs.
+        bps = room_bytes * 1000 // limit_ms
+        self._orders.put(lambda: self._limit(limit_ms, bps))
+
+    def allow_no_downtime(self) -> None:
+        self._orders.put(lambda: self._limit(HELD_DOWNTIME_MS, 0))
 
     def check(self) -> None:
         if self._trouble is not None:
@@ -142,5 +153,8 @@ class Steering:
             self.remaining_bytes = int(ram["remaining"])
         self._limits.share_anew()
 
-    def _limit(self, limit_ms: int) -> None:
-        self._settings.apply(parameters={"downtime-limit": limit_ms})
+    def _limit(self, limit_ms: int, bps: int) -> None:
+        """Before 8.2 there is only QEMU's own measure."""
+        self._settings.apply(
+            parameters={"avail-switchover-bandwidth": bps, "downtime-limit": limit_ms}
+        )

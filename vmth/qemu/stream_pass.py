@@ -8,8 +8,8 @@
 
 QEMU runs the rounds and stops its guest by itself when it expects to send the rest within its
 downtime limit. That stays at 1 ms until the forecast over *our* link, with all that is queued here,
-fits the user's limit. Pages cannot be asked for again: damage ends the migration, and the guest
-runs on at the source.
+fits the user's limit, and goes back there when it does not fit any more. Pages cannot be asked for
+again: damage ends the migration, and the guest runs on at the source.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ MIN_WINDOW_BYTES = 256 << 10
 MOST_QUEUED_NS = 8_000_000
 NEAR_QUEUED_NS = 2_000_000
 NEAR_BYTES = 64 << 20
+#: Before the end of a pass, for an order to reach QEMU.
+ORDER_NS = 30_000_000
 #: Device state written and loaded, seal and ``cont``: 15 to 25 ms with 7.2 and 10.0.
 HANDOVER_NS = 20_000_000
 #: A round's bandwidth is believed when it has lasted so long.
@@ -116,6 +118,9 @@ class StreamPass:
     _started_ns: int = 0
     _looked_ns: int = 0
     _limited_at_ns: int = 0
+    _allowed: bool = False  #: QEMU stops when the rest fits
+    _room_bytes: int = 0  #: what it is allowed once ``_allow_at_bytes`` are left; 0: nothing
+    _allow_at_bytes: int = 0
     _stalled_out: bool = False  #: QEMU was told to stop whatever is left
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
@@ -216,6 +221,8 @@ class StreamPass:
         if not self._near_end and self._left_bytes() < NEAR_BYTES:
             self._near_end = True
             self._bound_ahead(self.tools.clock())
+        if self._room_bytes and self._left_bytes() <= self._allow_at_bytes:
+            self._allow(self._room_bytes)
 
     def _left_bytes(self) -> int:
         """Of this round, if QEMU dirtied nothing meanwhile."""
@@ -334,7 +341,7 @@ class StreamPass:
             forecast=policy.foresee(view, decision) if isinstance(policy, CanForesee) else None,
         )
         tools.emit(RoundFinished(tools.clock(), self.rounds[-1], decision))
-        self._steer(decision)
+        self._steer(decision, view)
 
     def _check_damage(self) -> None:
         missed = self.tools.sender.take_missed(new_bitmaps(self.guest.blocks))
@@ -343,7 +350,7 @@ class StreamPass:
                 f"{missed} pages arrived damaged: QEMU cannot be asked for them again"
             )
 
-    def _steer(self, decision: Decision) -> None:
+    def _steer(self, decision: Decision, view: RoundView) -> None:
         """What the policy decided, in QEMU's terms. Auto-converge throttles by itself."""
         tuning = self.tools.tuning
         if decision.action is Action.GIVE_UP:
@@ -351,11 +358,36 @@ class StreamPass:
         if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
             self._hold_dirty_rate(int(decision.dirty_limit_bps))
         if decision.action is not Action.SWITCH_OVER:
-            return
-        if decision.forecast.total_ns <= tuning.downtime_limit_ns:
-            self.helm.allow_downtime(tuning.downtime_limit_ns)
-        else:
+            self._allow_nothing()
+        elif decision.forecast.total_ns > tuning.downtime_limit_ns:
             self._stop_now()
+        elif self.dirty_limit_bps:
+            self._allow_near_end(_room_bytes(decision, view), view)
+        else:
+            self._allow(_room_bytes(decision, view))
+
+    def _allow(self, room_bytes: int) -> None:
+        self._allowed, self._room_bytes = True, 0
+        self.helm.allow_downtime(self.tools.tuning.downtime_limit_ns, room_bytes)
+
+    def _allow_near_end(self, room_bytes: int, view: RoundView) -> None:
+        """A vCPU under a dirty limit writes a ringful and sleeps, so each look of QEMU's at what is
+        dirty may bring as much as the last one, however soon it follows. QEMU looks when what is
+        left seems to fit, so that is to be so little that a ringful fits as well."""
+        self._allow_nothing()
+        dirty_bytes = view.dirty_pages * view.page_bytes
+        order_bytes = round(view.rounds[-1].bandwidth_bps * ORDER_NS / _SECOND_NS)
+        self._room_bytes = room_bytes
+        self._allow_at_bytes = max(order_bytes, room_bytes - dirty_bytes)
+        if dirty_bytes <= self._allow_at_bytes:
+            self._allow(room_bytes)
+
+    def _allow_nothing(self) -> None:
+        """QEMU would end its passes where the rest fits, and none would become small."""
+        self._room_bytes = 0
+        if self._allowed and not self._stalled_out:
+            self._allowed = False
+            self.helm.allow_no_downtime()
 
     def _hold_dirty_rate(self, rate_bps: int) -> None:
         self._limited_at_ns = self.tools.clock()
@@ -462,6 +494,15 @@ class StreamPass:
             limited_at_ns=self._limited_at_ns,
             base_rtt_ns=counters.base_rtt_ns,
         )
+
+
+def _room_bytes(decision: Decision, view: RoundView) -> int:
+    """Of pages that the downtime limit leaves time for, as the forecast has it."""
+    expected = decision.forecast
+    if expected.pages_ns <= 0:
+        return 0
+    room_ns = view.downtime_limit_ns - (expected.total_ns - expected.pages_ns)
+    return max(0, view.dirty_pages * view.page_bytes * room_ns // expected.pages_ns)
 
 
 def _unhashed(hashes: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.uint64]:
