@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "guest/micro_vm.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -29,15 +30,24 @@ static int kvm_call(int fd, unsigned long request, uintptr_t argument)
 static int kick_and_wait(void *context)
 {
     struct vmth_micro_vm *vm = context;
+    bool kicked[VMTH_MICRO_VM_VCPUS] = {false};
+    uint64_t seen[VMTH_MICRO_VM_VCPUS];
     pthread_mutex_lock(&vm->lock);
-    if (vm->in_guest) {
-        const uint64_t seen = vm->guest_exits;
-        vm->kick_waiters++;
-        pthread_kill(vm->thread, VMTH_MICRO_VM_KICK);
-        while (vm->guest_exits == seen) {
+    for (size_t i = 0; i < vm->nvcpus; i++) { /* all at once: they leave at the same time */
+        struct vmth_vcpu *vcpu = &vm->vcpus[i];
+        if (vcpu->in_guest) {
+            kicked[i] = true;
+            seen[i] = vcpu->guest_exits;
+            vcpu->kick_waiters++;
+            pthread_kill(vcpu->thread, VMTH_MICRO_VM_KICK);
+        }
+    }
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        struct vmth_vcpu *vcpu = &vm->vcpus[i];
+        while (kicked[i] && vcpu->guest_exits == seen[i]) {
             pthread_cond_wait(&vm->from_vcpu, &vm->lock);
         }
-        vm->kick_waiters--;
+        vcpu->kick_waiters -= kicked[i] ? 1 : 0;
     }
     pthread_mutex_unlock(&vm->lock);
     return 0;
@@ -72,17 +82,18 @@ static int create_vm(struct vmth_micro_vm *vm, int kvm_fd)
     return 0;
 }
 
-static int create_vcpu(struct vmth_micro_vm *vm)
+static int create_vcpu(struct vmth_vcpu *vcpu)
 {
-    vm->vcpu_fd = kvm_call(vm->vm_fd, KVM_CREATE_VCPU, 0);
-    if (vm->vcpu_fd < 0) {
-        return vm->vcpu_fd;
+    const size_t run_bytes = vcpu->vm->run_bytes;
+    vcpu->fd = kvm_call(vcpu->vm->vm_fd, KVM_CREATE_VCPU, vcpu->index);
+    if (vcpu->fd < 0) {
+        return vcpu->fd;
     }
-    void *run = mmap(NULL, vm->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu_fd, 0);
+    void *run = mmap(NULL, run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
     if (run == MAP_FAILED) {
         return -errno;
     }
-    vm->run = run;
+    vcpu->run = run;
 
     /* Inside KVM_RUN only the kick comes through; the kernel's sigset is 8 bytes. */
     uint64_t blocked = ~(UINT64_C(1) << (VMTH_MICRO_VM_KICK - 1));
@@ -91,20 +102,24 @@ static int create_vcpu(struct vmth_micro_vm *vm)
         uint8_t bytes[sizeof(struct kvm_signal_mask) + sizeof(uint64_t)];
     } mask = {.head = {.len = sizeof(blocked)}};
     memcpy(mask.bytes + sizeof(mask.head), &blocked, sizeof(blocked));
-    return kvm_call(vm->vcpu_fd, KVM_SET_SIGNAL_MASK, (uintptr_t)&mask);
+    return kvm_call(vcpu->fd, KVM_SET_SIGNAL_MASK, (uintptr_t)&mask);
 }
 
 static int create_ring(struct vmth_micro_vm *vm, uint32_t entries,
                        const struct vmth_kvm_slot *slots, size_t nslots)
 {
+    struct kvm_dirty_gfn *rings[VMTH_MICRO_VM_VCPUS];
     vm->ring_bytes = entries * sizeof(struct kvm_dirty_gfn);
-    void *ring = mmap(NULL, vm->ring_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu_fd,
-                      (off_t)(KVM_DIRTY_LOG_PAGE_OFFSET * VMTH_KVM_PAGE_BYTES));
-    if (ring == MAP_FAILED) {
-        return -errno;
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        void *ring = mmap(NULL, vm->ring_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpus[i].fd,
+                          (off_t)(KVM_DIRTY_LOG_PAGE_OFFSET * VMTH_KVM_PAGE_BYTES));
+        if (ring == MAP_FAILED) {
+            return -errno;
+        }
+        vm->vcpus[i].ring_entries = ring;
+        rings[i] = ring;
     }
-    vm->ring_entries = ring;
-    return vmth_kvm_ring_create(&vmth_kvm_kernel, vm->vm_fd, &vm->ring_entries, 1, entries, slots,
+    return vmth_kvm_ring_create(&vmth_kvm_kernel, vm->vm_fd, rings, vm->nvcpus, entries, slots,
                                 nslots, kick_and_wait, vm, &vm->ring);
 }
 
@@ -126,10 +141,9 @@ static int assemble(struct vmth_micro_vm *vm, int kvm_fd, const struct vmth_kvm_
     for (size_t i = 0; rc >= 0 && i < nslots; i++) {
         rc = vmth_kvm_set_slot(&vmth_kvm_kernel, vm->vm_fd, &slots[i], 0);
     }
-    if (rc < 0) {
-        return rc;
+    for (size_t i = 0; rc >= 0 && i < vm->nvcpus; i++) {
+        rc = create_vcpu(&vm->vcpus[i]);
     }
-    rc = create_vcpu(vm);
     if (rc < 0) {
         return rc;
     }
@@ -139,20 +153,21 @@ static int assemble(struct vmth_micro_vm *vm, int kvm_fd, const struct vmth_kvm_
     return vmth_kvm_log_create(&vmth_kvm_kernel, vm->vm_fd, vm->log_mode, slots, nslots, &vm->log);
 }
 
-static int start_thread(struct vmth_micro_vm *vm)
+static int start_thread(struct vmth_vcpu *vcpu)
 {
+    struct vmth_micro_vm *vm = vcpu->vm;
     sigset_t all;
     sigset_t before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: the process's signals go elsewhere */
-    const int rc = pthread_create(&vm->thread, NULL, vmth_micro_vm_vcpu_main, vm);
+    const int rc = pthread_create(&vcpu->thread, NULL, vmth_vcpu_main, vcpu);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc != 0) {
         return -rc;
     }
-    vm->thread_started = true;
+    vcpu->thread_started = true;
     pthread_mutex_lock(&vm->lock);
-    while (!vm->thread_ready) {
+    while (!vcpu->thread_ready) {
         pthread_cond_wait(&vm->from_vcpu, &vm->lock);
     }
     const bool failed = vm->wish == VMTH_VCPU_QUIT;
@@ -176,9 +191,11 @@ static int init_locks(struct vmth_micro_vm *vm)
 }
 
 int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
-                         enum vmth_micro_vm_tracker tracker, struct vmth_micro_vm **out)
+                         enum vmth_micro_vm_tracker tracker, size_t nvcpus,
+                         struct vmth_micro_vm **out)
 {
-    if (nslots == 0 || nslots > VMTH_MICRO_VM_SLOTS) {
+    if (nslots == 0 || nslots > VMTH_MICRO_VM_SLOTS || nvcpus == 0 ||
+        nvcpus > VMTH_MICRO_VM_VCPUS) {
         return -EINVAL;
     }
     struct vmth_micro_vm *vm = calloc(1, sizeof(*vm));
@@ -186,9 +203,14 @@ int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
         return -ENOMEM;
     }
     vm->vm_fd = -1;
-    vm->vcpu_fd = -1;
     vm->wish = VMTH_VCPU_PARK;
-    vm->parked = true;
+    vm->nvcpus = nvcpus;
+    for (size_t i = 0; i < nvcpus; i++) {
+        vm->vcpus[i].vm = vm;
+        vm->vcpus[i].index = i;
+        vm->vcpus[i].fd = -1;
+        vm->vcpus[i].parked = true;
+    }
     if (slots[0].gpa == 0) {
         vm->memory = (uint8_t *)(uintptr_t)slots[0].hva;
         vm->memory_bytes = slots[0].npages * VMTH_KVM_PAGE_BYTES;
@@ -205,8 +227,8 @@ int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
         rc = assemble(vm, kvm_fd, slots, nslots, tracker);
         close(kvm_fd);
     }
-    if (rc == 0) {
-        rc = start_thread(vm);
+    for (size_t i = 0; rc == 0 && i < nvcpus; i++) {
+        rc = start_thread(&vm->vcpus[i]);
     }
     if (rc < 0) {
         vmth_micro_vm_free(vm);
@@ -219,9 +241,32 @@ int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
 static void wish_locked(struct vmth_micro_vm *vm, enum vmth_vcpu_wish wish)
 {
     vm->wish = wish;
-    pthread_cond_broadcast(&vm->to_vcpu);
-    if (vm->in_guest) {
-        pthread_kill(vm->thread, VMTH_MICRO_VM_KICK);
+    vmth_micro_vm_nudge_locked(vm);
+}
+
+/* Here, not in the threads: who asks next must not take the old parking for a new one. */
+static void unpark_locked(struct vmth_micro_vm *vm)
+{
+    const uint64_t now = vmth_clock_ns(CLOCK_MONOTONIC);
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        if (vm->vcpus[i].parked) {
+            vm->vcpus[i].parked = false;
+            vm->vcpus[i].unparked_at_ns = now;
+        }
+    }
+    wish_locked(vm, VMTH_VCPU_RUN);
+}
+
+static void release_vcpu(struct vmth_vcpu *vcpu)
+{
+    if (vcpu->ring_entries != NULL) {
+        munmap(vcpu->ring_entries, vcpu->vm->ring_bytes);
+    }
+    if (vcpu->run != NULL) {
+        munmap(vcpu->run, vcpu->vm->run_bytes);
+    }
+    if (vcpu->fd >= 0) {
+        close(vcpu->fd);
     }
 }
 
@@ -230,22 +275,18 @@ void vmth_micro_vm_free(struct vmth_micro_vm *vm)
     if (vm == NULL) {
         return;
     }
-    if (vm->thread_started) {
-        pthread_mutex_lock(&vm->lock);
-        wish_locked(vm, VMTH_VCPU_QUIT);
-        pthread_mutex_unlock(&vm->lock);
-        pthread_join(vm->thread, NULL);
+    pthread_mutex_lock(&vm->lock);
+    wish_locked(vm, VMTH_VCPU_QUIT);
+    pthread_mutex_unlock(&vm->lock);
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        if (vm->vcpus[i].thread_started) {
+            pthread_join(vm->vcpus[i].thread, NULL);
+        }
     }
     vmth_kvm_log_free(vm->log);
     vmth_kvm_ring_free(vm->ring);
-    if (vm->ring_entries != NULL) {
-        munmap(vm->ring_entries, vm->ring_bytes);
-    }
-    if (vm->run != NULL) {
-        munmap(vm->run, vm->run_bytes);
-    }
-    if (vm->vcpu_fd >= 0) {
-        close(vm->vcpu_fd);
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        release_vcpu(&vm->vcpus[i]);
     }
     if (vm->vm_fd >= 0) {
         close(vm->vm_fd);
@@ -261,7 +302,7 @@ int vmth_micro_vm_pause(struct vmth_micro_vm *vm, bool *was_running)
     pthread_mutex_lock(&vm->lock);
     const bool ran = vm->wish != VMTH_VCPU_PARK && !vm->crashed;
     wish_locked(vm, VMTH_VCPU_PARK);
-    while (!vm->parked) {
+    while (!vmth_micro_vm_parked_locked(vm)) {
         pthread_cond_wait(&vm->from_vcpu, &vm->lock);
     }
     const int rc = vm->crashed ? -EIO : 0;
@@ -275,13 +316,20 @@ int vmth_micro_vm_resume(struct vmth_micro_vm *vm)
     pthread_mutex_lock(&vm->lock);
     const int rc = vm->crashed ? -EIO : 0;
     if (rc == 0 && vm->wish == VMTH_VCPU_PARK) {
-        /* Here, not in the thread: who asks next must not take the old parking for a new one. */
-        vm->parked = false;
-        vm->unparked_at_ns = vmth_clock_ns(CLOCK_MONOTONIC);
-        wish_locked(vm, VMTH_VCPU_RUN);
+        unpark_locked(vm);
     }
     pthread_mutex_unlock(&vm->lock);
     return rc;
+}
+
+static bool all_at_beat_locked(const struct vmth_micro_vm *vm)
+{
+    for (size_t i = 0; i < vm->nvcpus; i++) {
+        if (!vm->vcpus[i].at_beat) {
+            return false;
+        }
+    }
+    return true;
 }
 
 int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns)
@@ -295,17 +343,17 @@ int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns)
 
     pthread_mutex_lock(&vm->lock);
     if (vm->wish == VMTH_VCPU_PARK) {
-        rc = vm->at_beat ? 0 : -EBUSY;
+        rc = all_at_beat_locked(vm) ? 0 : -EBUSY;
     } else {
         wish_locked(vm, VMTH_VCPU_RUN_TO_BEAT);
         int waited = 0;
-        while (!vm->parked && waited == 0) {
+        while (!vmth_micro_vm_parked_locked(vm) && waited == 0) {
             waited = pthread_cond_timedwait(&vm->from_vcpu, &vm->lock, &at);
         }
-        if (vm->parked) {
+        if (vmth_micro_vm_parked_locked(vm)) {
             vm->wish = VMTH_VCPU_PARK;
         } else {
-            wish_locked(vm, VMTH_VCPU_RUN);
+            unpark_locked(vm); /* those that got to their beat */
             rc = -ETIMEDOUT;
         }
     }
@@ -316,24 +364,30 @@ int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns)
     return rc;
 }
 
-int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, unsigned int percent)
+int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, size_t vcpu, unsigned int percent)
 {
-    if (percent > 99) {
+    if (vcpu >= vm->nvcpus || percent > 99) {
         return -EINVAL;
     }
     pthread_mutex_lock(&vm->lock);
-    vm->throttle_percent = percent;
-    wish_locked(vm, vm->wish); /* wakes a nap, and kicks a vCPU that has no slice yet */
+    vm->vcpus[vcpu].throttle_percent = percent;
+    vmth_micro_vm_nudge_locked(vm); /* wakes a nap, and kicks a vCPU that has no slice yet */
     const int rc = vm->crashed ? -EIO : 0;
     pthread_mutex_unlock(&vm->lock);
     return rc;
 }
 
-void vmth_micro_vm_report(struct vmth_micro_vm *vm, struct vmth_beat_report *out)
+size_t vmth_micro_vm_vcpus(const struct vmth_micro_vm *vm)
 {
+    return vm->nvcpus;
+}
+
+void vmth_micro_vm_report(struct vmth_micro_vm *vm, size_t vcpu, struct vmth_beat_report *out)
+{
+    assert(vcpu < vm->nvcpus);
     pthread_mutex_lock(&vm->lock);
-    *out = vm->beats;
-    out->running_ns = vmth_micro_vm_running_locked(vm);
+    *out = vm->vcpus[vcpu].beats;
+    out->running_ns = vmth_vcpu_running_locked(&vm->vcpus[vcpu]);
     pthread_mutex_unlock(&vm->lock);
 }
 

@@ -6,11 +6,13 @@
 #include <errno.h>
 
 int vmth_micro_vm_create(const struct vmth_kvm_slot *slots, size_t nslots,
-                         enum vmth_micro_vm_tracker tracker, struct vmth_micro_vm **out)
+                         enum vmth_micro_vm_tracker tracker, size_t nvcpus,
+                         struct vmth_micro_vm **out)
 {
     (void)slots;
     (void)nslots;
     (void)tracker;
+    (void)nvcpus;
     (void)out;
     return -ENOSYS;
 }
@@ -20,13 +22,22 @@ void vmth_micro_vm_free(struct vmth_micro_vm *vm)
     (void)vm; /* always NULL here */
 }
 
+size_t vmth_micro_vm_vcpus(const struct vmth_micro_vm *vm)
+{
+    (void)vm;
+    return 0;
+}
+
 int vmth_micro_vm_start_fresh(struct vmth_micro_vm *vm, uint64_t entry_gpa,
-                              const struct vmth_pace *paces, size_t npaces)
+                              const struct vmth_pace *paces, size_t npaces,
+                              const struct vmth_pace *other_paces, size_t nother_paces)
 {
     (void)vm;
     (void)entry_gpa;
     (void)paces;
     (void)npaces;
+    (void)other_paces;
+    (void)nother_paces;
     return -ENOSYS;
 }
 
@@ -50,30 +61,35 @@ int vmth_micro_vm_pause_at_beat(struct vmth_micro_vm *vm, uint64_t timeout_ns)
     return -ENOSYS;
 }
 
-int vmth_micro_vm_get_state(struct vmth_micro_vm *vm, struct vmth_micro_vm_state *out)
+int vmth_micro_vm_get_state(struct vmth_micro_vm *vm, size_t vcpu, struct vmth_micro_vm_state *out)
 {
     (void)vm;
+    (void)vcpu;
     (void)out;
     return -ENOSYS;
 }
 
-int vmth_micro_vm_set_state(struct vmth_micro_vm *vm, const struct vmth_micro_vm_state *state)
+int vmth_micro_vm_set_state(struct vmth_micro_vm *vm, size_t vcpu,
+                            const struct vmth_micro_vm_state *state)
 {
     (void)vm;
+    (void)vcpu;
     (void)state;
     return -ENOSYS;
 }
 
-int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, unsigned int percent)
+int vmth_micro_vm_throttle(struct vmth_micro_vm *vm, size_t vcpu, unsigned int percent)
 {
     (void)vm;
+    (void)vcpu;
     (void)percent;
     return -ENOSYS;
 }
 
-void vmth_micro_vm_report(struct vmth_micro_vm *vm, struct vmth_beat_report *out)
+void vmth_micro_vm_report(struct vmth_micro_vm *vm, size_t vcpu, struct vmth_beat_report *out)
 {
     (void)vm;
+    (void)vcpu;
     *out = (struct vmth_beat_report){0};
 }
 

@@ -25,6 +25,7 @@ struct vcpu_ring {
     uint32_t next;                 /* first entry not harvested; wraps at 2^32, a power of two */
     bool gap;                      /* overflowed once: the kernel may write ahead of `next` */
     unsigned int idle_fulls;       /* full-ring exits in a row that found nothing to harvest */
+    uint64_t dirtied;              /* pages whose bit in `collected` this ring set */
 };
 
 struct vmth_kvm_ring {
@@ -138,11 +139,16 @@ void vmth_kvm_ring_free(struct vmth_kvm_ring *ring)
     free(ring);
 }
 
-static int note_page(struct vmth_kvm_ring *ring, uint32_t slot, uint64_t page)
+static int note_page(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, uint32_t slot,
+                     uint64_t page)
 {
     for (size_t i = 0; i < ring->nslots; i++) {
         if (ring->slots[i].slot.slot == slot && page < ring->slots[i].slot.npages) {
-            ring->slots[i].collected[page / 64] |= UINT64_C(1) << (page % 64);
+            uint64_t *word = &ring->slots[i].collected[page / 64];
+            const uint64_t bit = UINT64_C(1) << (page % 64);
+            /* By the bit: a KVM that emulates appends an entry at every write. */
+            vcpu->dirtied += (*word & bit) == 0 ? 1 : 0;
+            *word |= bit;
             return 0;
         }
     }
@@ -206,7 +212,7 @@ static uint32_t harvest_run(struct vmth_kvm_ring *ring, struct vcpu_ring *vcpu, 
     uint32_t n = 0;
     for (; n < limit && is_dirty(entry_at(ring, vcpu, 0)); n++) {
         struct kvm_dirty_gfn *entry = entry_at(ring, vcpu, 0);
-        const int rc = note_page(ring, entry->slot, entry->offset);
+        const int rc = note_page(ring, vcpu, entry->slot, entry->offset);
         if (rc < 0) {
             *error = rc;
         }
@@ -378,6 +384,17 @@ uint64_t vmth_kvm_ring_overflows(struct vmth_kvm_ring *ring)
     const uint64_t overflows = ring->overflows;
     pthread_mutex_unlock(&ring->lock);
     return overflows;
+}
+
+uint64_t vmth_kvm_ring_dirtied(struct vmth_kvm_ring *ring, size_t vcpu)
+{
+    if (vcpu >= ring->nrings) {
+        return 0;
+    }
+    pthread_mutex_lock(&ring->lock);
+    const uint64_t dirtied = ring->rings[vcpu].dirtied;
+    pthread_mutex_unlock(&ring->lock);
+    return dirtied;
 }
 
 int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring)

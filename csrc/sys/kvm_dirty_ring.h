@@ -76,6 +76,13 @@ VMTH_MUST_CHECK int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *co
  * dirty and is protected anew: nothing is lost, but that round is a full one. */
 uint64_t vmth_kvm_ring_overflows(struct vmth_kvm_ring *ring);
 
+/* How many pages vCPU number `vcpu` was the first to dirty since a fetch took them last, summed up
+ * since creation: it never falls, and a page counts for one vCPU between two fetches, however often
+ * it is written. "First" is by harvest: of several vCPUs whose entries for a page are found in one
+ * turn, the lowest number. Pages that only an overflow made dirty count for nobody. 0 for a number
+ * out of range. Any thread. */
+uint64_t vmth_kvm_ring_dirtied(struct vmth_kvm_ring *ring, size_t vcpu);
+
 /* End the tracking; idempotent. Returns the first error of the kernel after trying every slot. */
 int vmth_kvm_ring_stop(struct vmth_kvm_ring *ring);
 

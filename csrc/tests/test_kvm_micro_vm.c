@@ -45,21 +45,21 @@ static void walk(struct vmth_micro_vm *vm, const uint8_t *memory)
     struct vmth_kvm_log *log = vmth_micro_vm_log(vm);
 
     T_EQUAL(ring != NULL ? vmth_kvm_ring_start(ring) : vmth_kvm_log_start(log), 0);
-    T_EQUAL(vmth_micro_vm_get_state(vm, &state), 0);
-    T_EQUAL(vmth_micro_vm_start_fresh(vm, 0x2000, NULL, 0), 0);
+    T_EQUAL(vmth_micro_vm_get_state(vm, 0, &state), 0);
+    T_EQUAL(vmth_micro_vm_start_fresh(vm, 0x2000, NULL, 0, NULL, 0), 0);
     for (unsigned int turn = 0; turn < 20; turn++) {
-        T_EQUAL(vmth_micro_vm_throttle(vm, turn % 4 == 0 ? 50 : 0), 0);
+        T_EQUAL(vmth_micro_vm_throttle(vm, 0, turn % 4 == 0 ? 50 : 0), 0);
         T_EQUAL(ring != NULL ? vmth_kvm_ring_fetch(ring, bitmaps)
                              : vmth_kvm_log_fetch(log, bitmaps),
                 0);
         T_EQUAL(vmth_micro_vm_pause(vm, &was_running), 0);
         T_CHECK(was_running);
-        T_EQUAL(vmth_micro_vm_get_state(vm, &state), 0);
-        T_EQUAL(vmth_micro_vm_set_state(vm, &state), 0);
+        T_EQUAL(vmth_micro_vm_get_state(vm, 0, &state), 0);
+        T_EQUAL(vmth_micro_vm_set_state(vm, 0, &state), 0);
         T_EQUAL(vmth_micro_vm_resume(vm), 0);
-        T_EQUAL(vmth_micro_vm_get_state(vm, &state), -EBUSY);
+        T_EQUAL(vmth_micro_vm_get_state(vm, 0, &state), -EBUSY);
         T_EQUAL(vmth_micro_vm_pause_at_beat(vm, TIMEOUT_NS), 0);
-        vmth_micro_vm_report(vm, &report);
+        vmth_micro_vm_report(vm, 0, &report);
         uint32_t beats;
         memcpy(&beats, memory + 0x1010, sizeof(beats));
         T_EQUAL(report.beats, beats);
@@ -68,7 +68,7 @@ static void walk(struct vmth_micro_vm *vm, const uint8_t *memory)
     }
     do { /* twenty turns may be over before the walk has reached every page */
         sched_yield();
-        vmth_micro_vm_report(vm, &report);
+        vmth_micro_vm_report(vm, 0, &report);
         T_CHECK(vmth_micro_vm_crash(vm) == NULL);
     } while (report.beats * WRITES_PER_BEAT < ENTRIES);
     T_EQUAL(vmth_micro_vm_pause(vm, &was_running), 0);
@@ -86,7 +86,7 @@ int main(void)
         uint8_t *memory = make_memory();
         const struct vmth_kvm_slot slot = {.npages = NPAGES, .hva = (uint64_t)(uintptr_t)memory};
         struct vmth_micro_vm *vm = NULL;
-        const int rc = vmth_micro_vm_create(&slot, 1, trackers[i], &vm);
+        const int rc = vmth_micro_vm_create(&slot, 1, trackers[i], 1, &vm);
         if (rc < 0) {
             fprintf(stderr, "no KVM guest here: %s\n", strerror(-rc));
             munmap(memory, BYTES);

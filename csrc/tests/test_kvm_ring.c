@@ -343,6 +343,67 @@ static void test_overflows_lose_nothing(void)
     }
 }
 
+/* A page counts for the vCPU that had it first since the last fetch, written and collected however
+ * often: by an emulating KVM each write is an entry. */
+static void test_pages_count_for_who_dirtied_them_first(void)
+{
+    struct model model = {0};
+    static struct kvm_dirty_gfn others[ENTRIES]; /* filled here: the model's kernel has one ring */
+    struct vmth_kvm_ops ops = {.ioctl = model_ioctl, .context = &model};
+    struct kvm_dirty_gfn *rings[] = {model.entries, others};
+    struct vmth_kvm_ring *ring = NULL;
+    T_EQUAL(vmth_kvm_ring_create(&ops, 42, rings, 2, ENTRIES, slots, 1, kick, &model, &ring), 0);
+    T_EQUAL(vmth_kvm_ring_start(ring), 0);
+    for (unsigned int i = 0; i < 5; i++) {
+        others[i] = (struct kvm_dirty_gfn){
+            .flags = KVM_DIRTY_GFN_F_DIRTY, .slot = SLOT, .offset = i < 3 ? 100 : 101};
+    }
+    T_EQUAL(vmth_kvm_ring_collect(ring, 1), 5);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 0);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 1), 2);
+    for (uint64_t page = 90; page < 110; page++) { /* 100 and 101 are collected already */
+        guest_writes(&model, page);
+    }
+    T_EQUAL(vmth_kvm_ring_collect(ring, 0), 20);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 18);
+    guest_writes(&model, 95);
+    fetch(&model, ring);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 18);
+    guest_writes(&model, 95);
+    fetch(&model, ring);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 19);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 1), 2);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 2), 0);
+    T_EQUAL(vmth_bitmap_count(model.known_dirty, 0, NPAGES), 20);
+    vmth_kvm_ring_free(ring);
+}
+
+/* Neither what an overflow makes dirty counts, nor an entry outside of every slot. */
+static void test_only_entries_are_counted(void)
+{
+    struct model model;
+    struct vmth_kvm_ops ops;
+    struct vmth_kvm_ring *ring = make(&model, &ops);
+    T_EQUAL(vmth_kvm_ring_start(ring), 0);
+    for (unsigned int n = 0; n < ENTRIES; n++) {
+        model.protected[n % 10] = true; /* as an emulating KVM */
+        guest_writes(&model, n % 10);
+    }
+    fetch(&model, ring);
+    T_EQUAL(vmth_kvm_ring_overflows(ring), 1);
+    T_EQUAL(vmth_bitmap_count(model.known_dirty, 0, NPAGES), NPAGES);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 10);
+    vmth_kvm_ring_free(ring);
+
+    ring = make(&model, &ops);
+    T_EQUAL(vmth_kvm_ring_start(ring), 0);
+    guest_writes(&model, 4);
+    model.entries[0].slot = SLOT + 1;
+    T_EQUAL(vmth_kvm_ring_collect(ring, 0), -EPROTO);
+    T_EQUAL(vmth_kvm_ring_dirtied(ring, 0), 0);
+    vmth_kvm_ring_free(ring);
+}
+
 int main(void)
 {
     test_enable();
@@ -353,5 +414,7 @@ int main(void)
     test_entries_outside_of_every_slot_are_an_error();
     test_stale_entries_do_not_survive_a_restart();
     test_overflows_lose_nothing();
+    test_pages_count_for_who_dirtied_them_first();
+    test_only_entries_are_counted();
     return T_PASS;
 }

@@ -35,6 +35,7 @@ cdef extern from "sys/kvm_dirty_ring.h" nogil:
     int vmth_kvm_ring_start(vmth_kvm_ring *ring)
     int vmth_kvm_ring_fetch(vmth_kvm_ring *ring, uint64_t **bitmaps)
     uint64_t vmth_kvm_ring_overflows(vmth_kvm_ring *ring)
+    uint64_t vmth_kvm_ring_dirtied(vmth_kvm_ring *ring, size_t vcpu)
     int vmth_kvm_ring_stop(vmth_kvm_ring *ring)
 
 cdef extern from "guest/walker_program.h" nogil:
@@ -44,6 +45,8 @@ cdef extern from "guest/walker_program.h" nogil:
 cdef extern from "guest/micro_vm.h" nogil:
     enum:
         VMTH_MICRO_VM_SLOTS
+        VMTH_MICRO_VM_VCPUS
+        VMTH_MICRO_VM_LANE_BYTES
         VMTH_MICRO_VM_PACES
         VMTH_MICRO_VM_MSRS
         KVM_MAX_XCRS
@@ -94,17 +97,19 @@ cdef extern from "guest/micro_vm.h" nogil:
     struct vmth_micro_vm:
         pass
     int vmth_micro_vm_create(const vmth_kvm_slot *slots, size_t nslots,
-                             vmth_micro_vm_tracker tracker, vmth_micro_vm **out)
+                             vmth_micro_vm_tracker tracker, size_t nvcpus, vmth_micro_vm **out)
     void vmth_micro_vm_free(vmth_micro_vm *vm)
+    size_t vmth_micro_vm_vcpus(const vmth_micro_vm *vm)
     int vmth_micro_vm_start_fresh(vmth_micro_vm *vm, uint64_t entry_gpa, const vmth_pace *paces,
-                                  size_t npaces)
+                                  size_t npaces, const vmth_pace *other_paces,
+                                  size_t nother_paces)
     int vmth_micro_vm_pause(vmth_micro_vm *vm, c_bool *was_running)
     int vmth_micro_vm_resume(vmth_micro_vm *vm)
     int vmth_micro_vm_pause_at_beat(vmth_micro_vm *vm, uint64_t timeout_ns)
-    int vmth_micro_vm_get_state(vmth_micro_vm *vm, vmth_micro_vm_state *out)
-    int vmth_micro_vm_set_state(vmth_micro_vm *vm, const vmth_micro_vm_state *state)
-    int vmth_micro_vm_throttle(vmth_micro_vm *vm, unsigned int percent)
-    void vmth_micro_vm_report(vmth_micro_vm *vm, vmth_beat_report *out)
+    int vmth_micro_vm_get_state(vmth_micro_vm *vm, size_t vcpu, vmth_micro_vm_state *out)
+    int vmth_micro_vm_set_state(vmth_micro_vm *vm, size_t vcpu, const vmth_micro_vm_state *state)
+    int vmth_micro_vm_throttle(vmth_micro_vm *vm, size_t vcpu, unsigned int percent)
+    void vmth_micro_vm_report(vmth_micro_vm *vm, size_t vcpu, vmth_beat_report *out)
     const char *vmth_micro_vm_crash(vmth_micro_vm *vm)
     vmth_kvm_log *vmth_micro_vm_log(vmth_micro_vm *vm)
     vmth_kvm_ring *vmth_micro_vm_ring(vmth_micro_vm *vm)
@@ -122,6 +127,8 @@ STATE_SIZES = {
 MAX_MSRS = VMTH_MICRO_VM_MSRS
 MAX_PACES = VMTH_MICRO_VM_PACES
 MAX_XCRS = KVM_MAX_XCRS
+MAX_VCPUS = VMTH_MICRO_VM_VCPUS
+LANE_BYTES = VMTH_MICRO_VM_LANE_BYTES
 
 
 def walker_code():
@@ -156,7 +163,7 @@ cdef class MicroVm:
     cdef size_t nslots
     cdef uint64_t npages[VMTH_MICRO_VM_SLOTS]
 
-    def __cinit__(self, slots, str tracker):
+    def __cinit__(self, slots, str tracker, Py_ssize_t vcpus=1):
         cdef vmth_kvm_slot table[VMTH_MICRO_VM_SLOTS]
         cdef vmth_micro_vm_tracker kind
         cdef int rc
@@ -164,6 +171,8 @@ cdef class MicroVm:
             raise ValueError(f"{len(slots)} slots, 1 to {VMTH_MICRO_VM_SLOTS} allowed")
         if tracker not in ("log", "ring"):
             raise ValueError(f"tracker {tracker!r}, 'log' or 'ring' allowed")
+        if not 0 < vcpus <= VMTH_MICRO_VM_VCPUS:
+            raise ValueError(f"{vcpus} vCPUs, 1 to {VMTH_MICRO_VM_VCPUS} allowed")
         kind = VMTH_MICRO_VM_LOG if tracker == "log" else VMTH_MICRO_VM_RING
         self.nslots = <size_t>len(slots)
         for i, (gpa, npages, address) in enumerate(slots):
@@ -173,7 +182,7 @@ cdef class MicroVm:
             table[i].hva = address
             self.npages[i] = npages
         with nogil:
-            rc = vmth_micro_vm_create(table, self.nslots, kind, &self.vm)
+            rc = vmth_micro_vm_create(table, self.nslots, kind, <size_t>vcpus, &self.vm)
         if rc == -ENOSYS:
             raise OSError(ENOSYS, "kvm guest: not on this architecture")
         check(rc, "KVM micro VM")
@@ -186,19 +195,31 @@ cdef class MicroVm:
             raise ValueError("the micro VM is closed")
         return self.vm
 
+    cdef size_t chosen(self, Py_ssize_t vcpu) except? 0:
+        cdef size_t nvcpus = vmth_micro_vm_vcpus(self.opened())
+        if vcpu < 0 or <size_t>vcpu >= nvcpus:
+            raise IndexError(f"vCPU {vcpu}: this VM has 0 to {nvcpus - 1}")
+        return <size_t>vcpu
+
     def close(self):
         cdef vmth_micro_vm *vm = self.vm
         self.vm = NULL
         with nogil:
             vmth_micro_vm_free(vm)
 
-    def start_fresh(self, uint64_t entry_gpa, paces):
+    @property
+    def vcpus(self):
+        return vmth_micro_vm_vcpus(self.opened())
+
+    def start_fresh(self, uint64_t entry_gpa, paces, other_paces=()):
         cdef vmth_micro_vm *vm = self.opened()
-        cdef vmth_pace table[VMTH_MICRO_VM_PACES]
-        cdef size_t npaces = take_paces(table, paces)
+        cdef vmth_pace first[VMTH_MICRO_VM_PACES]
+        cdef vmth_pace others[VMTH_MICRO_VM_PACES]
+        cdef size_t nfirst = take_paces(first, paces)
+        cdef size_t nothers = take_paces(others, other_paces)
         cdef int rc
         with nogil:
-            rc = vmth_micro_vm_start_fresh(vm, entry_gpa, table, npaces)
+            rc = vmth_micro_vm_start_fresh(vm, entry_gpa, first, nfirst, others, nothers)
         check(rc, "start")
 
     def pause(self):
@@ -223,12 +244,13 @@ cdef class MicroVm:
         check(rc, "pause at beat")
         return True
 
-    def throttle(self, unsigned int percent):
-        check(vmth_micro_vm_throttle(self.opened(), percent), "throttle")
+    def throttle(self, unsigned int percent, vcpu=None):
+        for index in range(self.vcpus) if vcpu is None else (vcpu,):
+            check(vmth_micro_vm_throttle(self.opened(), self.chosen(index), percent), "throttle")
 
-    def report(self):
+    def report(self, Py_ssize_t vcpu=0):
         cdef vmth_beat_report got
-        vmth_micro_vm_report(self.opened(), &got)
+        vmth_micro_vm_report(self.opened(), self.chosen(vcpu), &got)
         return (got.beats, got.first_beat_at_ns, got.last_beat_at_ns, got.max_gap_ns,
                 got.running_ns, got.out_of_order)
 
@@ -236,9 +258,9 @@ cdef class MicroVm:
         cdef const char *text = vmth_micro_vm_crash(self.opened())
         return None if text == NULL else text.decode()
 
-    def get_state(self):
+    def get_state(self, Py_ssize_t vcpu=0):
         cdef vmth_micro_vm_state got
-        check(vmth_micro_vm_get_state(self.opened(), &got), "get state")
+        check(vmth_micro_vm_get_state(self.opened(), self.chosen(vcpu), &got), "get state")
         return {
             "regs": (<char *>&got.regs)[:sizeof(got.regs)],
             "sregs": (<char *>&got.sregs)[:sizeof(got.sregs)],
@@ -257,8 +279,9 @@ cdef class MicroVm:
             ],
         }
 
-    def set_state(self, state):
+    def set_state(self, state, Py_ssize_t vcpu=0):
         cdef vmth_micro_vm *vm = self.opened()
+        cdef size_t index = self.chosen(vcpu)
         cdef vmth_micro_vm_state given
         memset(&given, 0, sizeof(given))
         take(&given.regs, sizeof(given.regs), state, "regs")
@@ -269,8 +292,8 @@ cdef class MicroVm:
         take(&given.xcrs, sizeof(given.xcrs), state, "xcrs")
         if len(state["msrs"]) > VMTH_MICRO_VM_MSRS:
             raise ValueError(f"{len(state['msrs'])} MSRs, at most {VMTH_MICRO_VM_MSRS}")
-        for i, (index, data) in enumerate(state["msrs"]):
-            given.msrs[i].index = index
+        for i, (msr, data) in enumerate(state["msrs"]):
+            given.msrs[i].index = msr
             given.msrs[i].data = data
         given.nmsrs = <uint32_t>len(state["msrs"])
         given.beats = state["beats"]
@@ -279,7 +302,7 @@ cdef class MicroVm:
         given.due_ns = state["due_ns"]
         given.at_beat = 1 if state["at_beat"] else 0
         given.npaces = <uint32_t>take_paces(given.paces, state["paces"])
-        check(vmth_micro_vm_set_state(vm, &given), "set state")
+        check(vmth_micro_vm_set_state(vm, index, &given), "set state")
 
     @property
     def log_mode(self):
@@ -295,6 +318,13 @@ cdef class MicroVm:
     def ring_overflows(self):
         cdef vmth_kvm_ring *ring = vmth_micro_vm_ring(self.opened())
         return 0 if ring == NULL else vmth_kvm_ring_overflows(ring)
+
+    def dirtied(self):
+        cdef vmth_micro_vm *vm = self.opened()
+        cdef vmth_kvm_ring *ring = vmth_micro_vm_ring(vm)
+        if ring == NULL:
+            return []
+        return [vmth_kvm_ring_dirtied(ring, i) for i in range(vmth_micro_vm_vcpus(vm))]
 
     def dirty_start(self):
         cdef vmth_micro_vm *vm = self.opened()
