@@ -27,6 +27,8 @@ BAD_INPUT = [
         ["demo", "--guest", "process", "--dirty-source", "kvm-log"],
         "uffd-wp",
     ),
+    ("vcpus", ["demo", "--vcpus", "9"], "1<=x<=8"),
+    ("vcpus of a process", ["demo", "--guest", "process", "--vcpus", "2"], "allowed 1"),
     ("digest", ["demo", "--digest", "maybe"], "off"),
     ("audit without a digest", ["demo", "--digest", "off", "--audit"], "audit"),
     ("channels", ["demo", "--channels", "65"], "1 to 64"),

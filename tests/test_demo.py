@@ -116,6 +116,27 @@ def assert_moved(done: Run) -> None:
     assert sum(stats["bytes"] for stats in told["rounds"]) <= told["wire_bytes"]
 
 
+@pytest.mark.skipif(not probe_kvm()[0], reason=probe_kvm()[1])
+@pytest.mark.parametrize("dirty_source", ["kvm-ring", "kvm-log"])
+def test_a_guest_of_several_vcpus_is_throttled_and_moves(dirty_source: str) -> None:
+    """Where it is known who dirties, only the first vCPU gives anything up."""
+    slow = ("--workload", "sparse", "--working-set", "16MiB", "--dirty-rate", "40MB/s")
+    link = ("--bandwidth", "20MB/s", "--forms", "zero", "--downtime-limit", "100ms")
+    stall = ("--on-stall", "throttle", "--timeout", "60s")
+    done = run(small("--vcpus", "3", "--dirty-source", dirty_source, *slow, *link, *stall))
+    assert_moved(done)
+    assert done.told["vcpus"] == 3 and len(done.told["other_vcpus_beats_per_s"]) == 2
+    assert all(rate > 0 for rate in done.told["other_vcpus_beats_per_s"])
+    throttled = [row for row in done.told["throttles"] if row["percent"]]
+    assert throttled, done.stderr
+    for row in throttled:
+        if dirty_source == "kvm-log":
+            assert row["vcpu_percents"] == []
+        else:
+            first, *others = row["vcpu_percents"]
+            assert first >= row["percent"] and others == [0, 0]
+
+
 @pytest.mark.parametrize("guest", GUESTS)
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_workload_moves_live_and_loses_nothing(guest: str, workload: str) -> None:

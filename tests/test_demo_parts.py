@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from vmth.demo.arrival import Arrival
 from vmth.demo.check import GuestCheckReport, beats_missing
 from vmth.demo.compare import compare_memories
+from vmth.demo.guests import vcpus_of
 from vmth.demo.outcome import Outcome
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
 from vmth.demo.report import json_object, summary_lines
@@ -23,6 +25,7 @@ from vmth.errors import (
     GuestError,
     MigrationError,
     NotConvergedError,
+    RefusedError,
     UsageError,
     VerificationError,
 )
@@ -104,6 +107,17 @@ GOOD = GuestCheckReport(2000, 0, 24_000, 0, ())
 
 def test_the_record_survives_its_stream() -> None:
     assert from_stream(to_stream(RECORD)) == RECORD
+    several = msgspec.structs.replace(RECORD, other_beats=(5, 6))
+    assert from_stream(to_stream(several)) == several
+    # A destination of an older version takes a guest of one vCPU.
+    assert b"other_beats" not in to_stream(RECORD).data
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "1 ", "\u0662", "1" * 10])
+def test_a_number_of_vcpus_that_is_none(text: str) -> None:
+    assert vcpus_of({}) == 1 and vcpus_of({"vcpus": "8"}) == 8
+    with pytest.raises(RefusedError, match="allowed a number"):
+        vcpus_of({"vcpus": text})
 
 
 @pytest.mark.parametrize(
@@ -174,6 +188,9 @@ def test_memory_that_ends_early_is_an_error(memories: tuple[int, int]) -> None:
         ({"guest": "qemu"}, "kvm, process"),
         ({"dirty_source": "magic"}, "uffd-wp"),
         ({"guest": "process", "dirty_source": "kvm-ring"}, "uffd-wp"),
+        ({"vcpus": 9}, "1 to 8"),
+        ({"vcpus": 0}, "received 0"),
+        ({"guest": "process", "vcpus": 2}, "allowed 1"),
         ({"content": "zero=1"}, "100"),
         ({"memory_bytes": 5}, "memory"),
         ({"workload": "busy"}, "zipf"),

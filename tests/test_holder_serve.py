@@ -222,8 +222,9 @@ def test_a_second_mover_is_told_that_it_is_busy_and_may_ask(served: Served) -> N
         with pytest.raises(UsageError, match="attach first"):
             connection.ask(rq.Pause(), rq.Was)
         assert connection.ask(rq.Status(), rq.StatusReport)[0].running
-        with pytest.raises(RefusedError, match="holder protocol 2: this holder speaks 1"):
-            connection.ask(rq.Attach(rq.HOLDER_PROTOCOL + 1), rq.Attached)
+        newer = rq.HOLDER_PROTOCOL + 1
+        with pytest.raises(RefusedError, match=f"protocol {newer}: this holder speaks {newer - 1}"):
+            connection.ask(rq.Attach(newer), rq.Attached)
     assert served.guest.is_running()
 
 
@@ -351,7 +352,7 @@ class _ScriptedMachine(ProcessMachine):
 def scripted(name: str) -> tuple[Served, _ScriptedSource]:
     source = _ScriptedSource()
 
-    def factory(kind: str, memory: GuestMemory, dirty_source: str) -> Machine:
+    def factory(kind: str, memory: GuestMemory, dirty_source: str, vcpus: int) -> Machine:
         return _ScriptedMachine(memory, source)
 
     return Served(factory=factory, dirty_source=name), source

@@ -9,7 +9,14 @@ import pytest
 
 from vmth._native import _kvm
 from vmth.errors import StreamError
-from vmth.guests.kvm_state import STATE_VERSION, decode_state, encode_state
+from vmth.guests.kvm_state import (
+    STATE_VERSION,
+    STATES_VERSION,
+    decode_state,
+    decode_states,
+    encode_state,
+    encode_states,
+)
 
 SIZES = {"regs": 144, "sregs": 312, "fpu": 416, "mp_state": 4, "events": 64, "xcrs": 392}
 STRUCT_BYTES = sum(SIZES.values())
@@ -111,3 +118,34 @@ def test_any_flipped_byte_decodes_or_raises_stream_error() -> None:
             except StreamError:
                 continue
             assert encode_state(decoded) == flipped
+
+
+def several(count: int) -> list[_kvm.VcpuState]:
+    return [{**sample(), "beats": vcpu} for vcpu in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_states_of_several_vcpus(count: int) -> None:
+    version, data = encode_states(several(count))
+    assert version == (STATE_VERSION if count == 1 else STATES_VERSION)
+    assert decode_states(version, data, count) == several(count)
+    with pytest.raises(StreamError, match=f"of {count} vCPUs received, {count + 1} allowed"):
+        decode_states(version, data, count + 1)
+
+
+def test_one_vcpus_bytes_are_those_of_version_1() -> None:
+    assert encode_states([sample()]) == (STATE_VERSION, encode_state(sample()))
+
+
+def test_several_states_that_are_none() -> None:
+    _, data = encode_states(several(3))
+    for length in range(len(data)):
+        with pytest.raises(StreamError, match="received"):
+            decode_states(STATES_VERSION, data[:length], 3)
+    with pytest.raises(StreamError, match="exactly"):
+        decode_states(STATES_VERSION, data + b"\0", 3)
+    for count in (0, 1, 9, 2**32 - 1):
+        with pytest.raises(StreamError, match=f"{count} vCPUs received, 2 to 8 allowed"):
+            decode_states(STATES_VERSION, count.to_bytes(4, "little") + data[4:], 3)
+    with pytest.raises(StreamError, match="version 3 received, 1 or 2 allowed"):
+        decode_states(3, data, 3)

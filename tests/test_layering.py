@@ -44,7 +44,7 @@ LAYERS = [
         *("vmth.kernels", "vmth.codec", "vmth.packet", "vmth.memory"),
     ),
     ("vmth.dirty", "vmth.channel", "vmth.journal", "vmth.events", "vmth.tuning"),
-    ("vmth.guests", "vmth.precopy", "vmth.memory_pass", "vmth.rounds"),
+    ("vmth.guests", "vmth.precopy", "vmth.guest_throttle", "vmth.memory_pass", "vmth.rounds"),
     ("vmth",),
     ("vmth.qemu", "vmth.reuse"),
     ("vmth.cli", "vmth.demo", "vmth.__main__"),

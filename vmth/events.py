@@ -63,7 +63,11 @@ class RoundFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class Throttled(Event):
+    """``vcpu_percents``: of each vCPU, where it is known which dirties how much; else empty, and
+    all give up ``percent`` of their time."""
+
     percent: int
+    vcpu_percents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

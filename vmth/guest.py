@@ -31,6 +31,7 @@ __all__ = [
     "CanTakePages",
     "CanTell",
     "CanThrottle",
+    "CanThrottleVcpus",
     "DirtySource",
     "Guest",
     "StateStream",
@@ -140,6 +141,20 @@ class CanThrottle(Protocol):
 
     def throttle(self, percent: int) -> None:
         """Take 0 (let go) to 99 percent of the vCPUs' time."""
+
+
+@runtime_checkable
+class CanThrottleVcpus(CanThrottle, Protocol):
+    """Optional: it is known which vCPU dirties how much, so that only those are slowed down."""
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        """Pages that each vCPU has dirtied so far, one number a vCPU in their order; numbers only
+        rise. Only their differences and proportions are used. Empty while that is not known: then
+        ``throttle()`` is called. Asked before a throttle changes."""
+
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        """Take 0 to 99 percent of each vCPU's time; as many numbers as ``vcpu_dirty_pages()`` gave.
+        Undone by ``throttle(0)``."""
 
 
 @runtime_checkable

@@ -24,7 +24,8 @@ from vmth.events import (
     RoundStarted,
     Throttled,
 )
-from vmth.guest import CanNote, CanThrottle, Guest
+from vmth.guest import CanNote, Guest
+from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
 from vmth.rounds import FinalPass, RoundTools
@@ -64,8 +65,8 @@ class PreCopy:
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
-    throttle_percent: int = 0
     notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
+    throttle: GuestThrottle = field(init=False)
     _todo: list[Bitmap] = field(default_factory=list)
     taken_back_ns: int = 0  #: pauses that ended with the guest running here again
     _next_round: int = 0
@@ -78,6 +79,7 @@ class PreCopy:
     _pass: MemoryPass = field(init=False)
 
     def __post_init__(self) -> None:
+        self.throttle = GuestThrottle(self.guest)
         self._pass = MemoryPass(self.guest, self.sender, self.page_bytes, self._check_late)
 
     def run(self) -> FinalPass:
@@ -86,6 +88,10 @@ class PreCopy:
         the caller resumes the guest if it is paused."""
         self._started_ns = self.clock()
         return self._run_live() if self.live else self._run_cold()
+
+    @property
+    def throttle_percent(self) -> int:
+        return self.throttle.percent
 
     def let_go(self) -> None:
         if self.throttle_percent:
@@ -121,6 +127,7 @@ class PreCopy:
     def _run_live(self) -> FinalPass:
         for source in self.guest.dirty:
             source.start()
+        self.throttle.begin()
         self._everything()
         while True:
             decision = self._send_round()
@@ -269,10 +276,8 @@ class PreCopy:
         self.emit(GuestResumed(self.clock(), reason))
 
     def _throttle(self, percent: int) -> None:
-        if isinstance(self.guest, CanThrottle):
-            self.guest.throttle(percent)
-            self.throttle_percent = percent
-            self.emit(Throttled(self.clock(), percent))
+        if self.throttle.set(percent):
+            self.emit(Throttled(self.clock(), percent, self.throttle.vcpu_percents))
 
     def _fetch(self) -> None:
         self.notes = []
@@ -320,7 +325,7 @@ class PreCopy:
             timeout_ns=self.tuning.timeout_ns,
             on_stall=self.tuning.on_stall,
             throttle_percent=self.throttle_percent,
-            can_throttle=isinstance(self.guest, CanThrottle),
+            can_throttle=self.throttle.possible,
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
             job_started_ns=self.job_started_ns,

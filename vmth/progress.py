@@ -147,7 +147,8 @@ def _event_text(event: Event) -> str:
     if isinstance(event, FormsChosen):
         return f"forms: {event.decision.reason}"
     if isinstance(event, Throttled):
-        return f"guest throttled by {event.percent} %"
+        each = ", ".join(f"{share} %" for share in event.vcpu_percents)
+        return f"guest throttled by {event.percent} %" + (f" (of its vCPUs {each})" if each else "")
     if isinstance(event, DirtyLimited):
         if not event.rate_bps:
             return "guest's dirty rate is not held any more"

@@ -21,6 +21,7 @@ from vmth.demo.run import run_local, run_receive, run_send
 from vmth.demo.settings import DIRTY_SOURCES, GUEST_KINDS, ArrivalSettings, DemoSettings, new_seed
 from vmth.errors import UsageError
 from vmth.guests.content import DEFAULT_CONTENT
+from vmth.guests.machine import VCPUS_MAX
 from vmth.guests.schedule import WORKLOADS
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.policy.interface import OnStall
@@ -37,6 +38,13 @@ __all__ = ["demo"]
     type=click.Choice(GUEST_KINDS),
     help="kvm: a micro-VM on /dev/kvm; process: a process, its memory tracked with userfaultfd. "
     "Without: kvm where it runs.",
+)
+@click.option(
+    "--vcpus",
+    type=click.IntRange(1, VCPUS_MAX),
+    default=1,
+    show_default=True,
+    help="Of a kvm guest. The first one works, the others count and beat.",
 )
 @click.option(
     "--content",
@@ -156,6 +164,7 @@ def demo(context: click.Context, /, as_json: bool, **given: Any) -> None:
       vmth demo
       vmth demo --memory 4GiB --workload zipf --dirty-rate 200MB/s --channels 4 --audit
       vmth demo --workload always --on-stall cancel --timeout 10s
+      vmth demo --vcpus 2 --dirty-source kvm-ring --dirty-rate 200MB/s --on-stall throttle
       vmth demo --seed 7 --keep-image vm.memory           and then, with nearly nothing to send:
       vmth demo --seed 7 --reuse vm.memory
       vmth demo --receive tcp:0.0.0.0:4444 --insecure     and on another host:
@@ -218,6 +227,7 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         memory_bytes=given["memory"],
         guest=given["guest"] or "",
         dirty_source=given["dirty_source"] or "",
+        vcpus=given["vcpus"],
         workload=given["workload"],
         dirty_rate_bps=given["dirty_rate"],
         working_set_bytes=given["working_set"],

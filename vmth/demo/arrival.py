@@ -17,7 +17,7 @@ from dataclasses import replace
 import msgspec
 
 from vmth.demo.check import GuestCheckReport, check_arrival
-from vmth.demo.guests import ArrivingGuest
+from vmth.demo.guests import ArrivingGuest, vcpus_of
 from vmth.demo.record import TravelRecord
 from vmth.demo.settings import ArrivalSettings
 from vmth.destination_session import ReceiveResult
@@ -85,7 +85,8 @@ def receive_one(
     def make_guest(incoming: Incoming) -> Guest:
         kind, reason = choose_guest(settings.guest or incoming.guest.get("kind") or None)
         guest = ArrivingGuest(
-            spawn_destination(kind, incoming.blocks, holder=holder), source_memory
+            spawn_destination(kind, incoming.blocks, holder=holder, vcpus=vcpus_of(incoming.guest)),
+            source_memory,
         )
         made.append(guest)
         reasons.append(reason)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmth.errors import GuestError
+from vmth.guests.bystander import check_bystanders
 from vmth.guests.check import check
 from vmth.guests.client import HolderGuest
 
@@ -50,6 +51,8 @@ def check_arrival(guest: ArrivingGuest) -> tuple[int | None, GuestCheckReport]:
     assert record is not None
     lost = beats_missing(guest.holder.kind, record.beats, guest.beats_in_memory)
     lost += record.out_of_order
+    for seen, in_memory in zip(record.other_beats, guest.other_beats_in_memory, strict=True):
+        lost += beats_missing(guest.holder.kind, seen, in_memory)
     report = _check(guest.holder, lost, record.beats)
     first_at_ns = guest.holder.beat_report().first_beat_at_ns
     gap_ns = (
@@ -78,16 +81,19 @@ def _check(holder: HolderGuest, heartbeats_lost: int, beats_before: int) -> Gues
             f"the {holder.kind} guest did not come to a heartbeat within "
             f"{_BEAT_TIMEOUT_NS // 1_000_000_000} s"
         )
-    found, report = check(holder.views()[0]), holder.beat_report()
+    memory, report = holder.views()[0], holder.beat_report()
+    found, others = check(memory), check_bystanders(memory, holder.vcpus)
     heartbeats_lost += report.out_of_order + abs(report.beats - found.beats)
-    failures = list(found.problems)
+    for told, counted in zip(report.other_beats, others.beats, strict=True):
+        heartbeats_lost += abs(told - counted)
+    failures = [*found.problems, *others.problems]
     if heartbeats_lost:
         failures.append(f"{heartbeats_lost} heartbeats were lost, repeated or skipped")
     return GuestCheckReport(
         beats=report.beats,
         heartbeats_lost=heartbeats_lost,
         writes_checked=found.writes,
-        writes_lost=found.lost_writes + found.repeated_writes,
+        writes_lost=found.lost_writes + found.repeated_writes + others.lost + others.repeated,
         failures=tuple(failures),
     )
 

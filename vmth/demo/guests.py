@@ -9,18 +9,26 @@ moment when both guests stand still and hold the same. Everything else is the ho
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmth.demo.compare import compare_memories
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
-from vmth.errors import GuestError
+from vmth.errors import GuestError, RefusedError
 from vmth.guest import DirtySource, StateStream
+from vmth.guests.bystander import beats_in_memory
 from vmth.guests.client import HolderGuest
 from vmth.guests.requests import Prepared
 from vmth.guests.schedule import Control, Workload, rate_reached_bps
 from vmth.types import Bitmap, RamBlock
 
-__all__ = ["ArrivingGuest", "DemoGuest", "DepartingGuest", "duplicate_memory"]
+__all__ = [
+    "ArrivingGuest",
+    "DemoGuest",
+    "DepartingGuest",
+    "duplicate_memory",
+    "guest_info",
+    "vcpus_of",
+]
 
 
 class DemoGuest:
@@ -54,6 +62,12 @@ class DemoGuest:
 
     def throttle(self, percent: int) -> None:
         self.holder.throttle(percent)
+
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        self.holder.throttle_vcpus(percents)
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        return self.holder.vcpu_dirty_pages()
 
     def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
         self.holder.populated(block, page, npages, out)
@@ -103,6 +117,7 @@ class DepartingGuest(DemoGuest):
             rate_reached_bps=rate_reached_bps(
                 report.beats, self.prepared.writes_per_beat, report.running_ns
             ),
+            other_beats=report.other_beats,
         )
 
 
@@ -114,6 +129,7 @@ class ArrivingGuest(DemoGuest):
         super().__init__(holder)
         self.record: TravelRecord | None = None
         self.beats_in_memory = 0  #: what the guest itself had counted when it arrived
+        self.other_beats_in_memory: tuple[int, ...] = ()  #: its vCPUs after the first
         self.bytes_compared = 0
         self._source_memory = source_memory
 
@@ -134,7 +150,27 @@ class ArrivingGuest(DemoGuest):
                 self.blocks, [fd for fd in fds if fd is not None], self._source_memory
             )
         self.holder.load_state(others)
-        self.beats_in_memory = Control.read(self.holder.views()[0]).beats
+        if len(self.record.other_beats) != self.holder.vcpus - 1:
+            raise GuestError(
+                f"state stream {STREAM_NAME}: received heartbeats of "
+                f"{len(self.record.other_beats) + 1} vCPUs, allowed {self.holder.vcpus}"
+            )
+        memory = self.holder.views()[0]
+        self.beats_in_memory = Control.read(memory).beats
+        self.other_beats_in_memory = beats_in_memory(memory, self.holder.vcpus)
+
+
+def guest_info(holder: HolderGuest) -> dict[str, str]:
+    """What the destination needs to make an empty guest of the same kind."""
+    return {"kind": holder.kind} | ({"vcpus": str(holder.vcpus)} if holder.vcpus != 1 else {})
+
+
+def vcpus_of(info: Mapping[str, str]) -> int:
+    """RefusedError for what is no number; how many a guest may have is checked where it is made."""
+    text = info.get("vcpus", "1")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise RefusedError(f"vCPUs of the guest: received {text!r}, allowed a number")
+    return int(text)
 
 
 def duplicate_memory(guest: DemoGuest) -> list[int]:

@@ -11,6 +11,7 @@ from vmth.demo.check import GuestCheckReport
 from vmth.demo.record import TravelRecord
 from vmth.demo.settings import DemoSettings
 from vmth.errors import ExitCode, VmthError
+from vmth.events import Throttled
 from vmth.guests.requests import Prepared
 from vmth.meter import MoverCost
 from vmth.stats import MigrationResult, RoundStats
@@ -33,6 +34,7 @@ class Outcome:
     dirty_source: str = ""
     prepared: Prepared | None = None
     rounds: list[RoundStats] = field(default_factory=list)
+    throttles: list[Throttled] = field(default_factory=list)
     result: MigrationResult | None = None
     record: TravelRecord | None = None
     arrival: Arrival | None = None

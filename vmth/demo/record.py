@@ -13,6 +13,7 @@ import msgspec
 
 from vmth.errors import GuestError
 from vmth.guest import StateStream
+from vmth.guests.machine import VCPUS_MAX
 
 __all__ = ["STREAM_NAME", "STREAM_VERSION", "TravelRecord", "from_stream", "to_stream"]
 
@@ -24,8 +25,9 @@ _U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 
 
-class TravelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Taken while the source guest is paused. Times are CLOCK_REALTIME ns of the source's host."""
+class TravelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Taken while the source guest is paused. Times are CLOCK_REALTIME ns of the source's host.
+    ``other_beats``: of the vCPUs after the first."""
 
     guest: _Text
     content: _Text
@@ -39,6 +41,7 @@ class TravelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out_of_order: _U63
     running_ns: _U63
     rate_reached_bps: float
+    other_beats: Annotated[tuple[_U63, ...], msgspec.Meta(max_length=VCPUS_MAX - 1)] = ()
 
 
 _decoder = msgspec.json.Decoder(TravelRecord)

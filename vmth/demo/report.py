@@ -13,6 +13,7 @@ from vmth import __version__
 from vmth.demo.arrival import Arrival
 from vmth.demo.check import GuestCheckReport
 from vmth.demo.outcome import Outcome
+from vmth.demo.record import TravelRecord
 from vmth.report import (
     NS_PER_MS,
     cost_values,
@@ -49,8 +50,13 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         "guest": outcome.guest or None,
         "guest_reason": outcome.guest_reason or None,
         "dirty_source": outcome.dirty_source or None,
+        "vcpus": _vcpus(outcome),
         "mode": settings.migrate.mode.name.lower() if settings else None,
         "rounds": [round_values(stats) for stats in rounds],
+        "throttles": [
+            {"percent": event.percent, "vcpu_percents": list(event.vcpu_percents)}
+            for event in outcome.throttles
+        ],
         "total_time_ms": result.total_ns / NS_PER_MS if result else None,
         "downtime_ms": result.downtime_ns / NS_PER_MS if result else None,
         "forecast": forecast_values(result),
@@ -75,6 +81,7 @@ def json_object(outcome: Outcome) -> dict[str, Any]:
         else None,
         "dirty_rate_asked_bps": _rate_asked(outcome),
         "dirty_rate_reached_bps": record.rate_reached_bps if record else None,
+        "other_vcpus_beats_per_s": _other_beats_per_s(record),
         "transfer": transfer_values(result.transfer) if result else None,
         "form_decisions": [asdict(row) for row in result.form_decisions] if result else [],
         "kept_image": kept_values(result.kept_image) if result else None,
@@ -125,6 +132,19 @@ def _rate_asked(outcome: Outcome) -> int | None:
         return outcome.prepared.rate_asked_bps
     record = outcome.arrival.record if outcome.arrival else None
     return record.rate_bps if record else None
+
+
+def _vcpus(outcome: Outcome) -> int | None:
+    if outcome.settings is not None:
+        return outcome.settings.vcpus
+    return len(outcome.arrival.record.other_beats) + 1 if outcome.arrival else None
+
+
+def _other_beats_per_s(record: TravelRecord | None) -> list[float]:
+    """Of each vCPU after the first, from its start to the pause at the source."""
+    if record is None or not record.running_ns:
+        return []
+    return [beats * 1e9 / record.running_ns for beats in record.other_beats]
 
 
 def _fallbacks(outcome: Outcome) -> list[str]:
@@ -185,6 +205,9 @@ def _guest_lines(outcome: Outcome) -> list[str]:
                 f"reached {format_rate(record.rate_reached_bps)}",
             )
         )
+        others = ", ".join(f"{rate:.0f}" for rate in _other_beats_per_s(record))
+        if others:
+            lines.append(fact_line("other vCPUs", f"{others} heartbeats/s until the pause"))
     return lines
 
 

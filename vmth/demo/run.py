@@ -20,13 +20,13 @@ from pathlib import Path
 from vmth.api import start_migration
 from vmth.demo.arrival import receive_one
 from vmth.demo.check import check_at_home
-from vmth.demo.guests import DepartingGuest, duplicate_memory
+from vmth.demo.guests import DepartingGuest, duplicate_memory, guest_info
 from vmth.demo.mover import DestinationMover
 from vmth.demo.outcome import Outcome
 from vmth.demo.settings import ArrivalSettings, DemoSettings
 from vmth.destination_session import ReceiveResult
 from vmth.errors import ExitCode, InDoubtError, UsageError, VerificationError, VmthError
-from vmth.events import RoundFinished
+from vmth.events import RoundFinished, Throttled
 from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
 from vmth.interrupts import Interrupted, Interrupts
 from vmth.listener import Listener
@@ -167,6 +167,7 @@ def _spawn_guest(
         content=settings.content,
         workload=workload,
         dirty_source=outcome.dirty_source,
+        vcpus=settings.vcpus,
     )
     guest = DepartingGuest(holder, workload, settings.content, outcome.prepared)
     outcome.source_runs = True
@@ -248,7 +249,7 @@ def _migrate(
     interrupts: Interrupts,
 ) -> None:
     """Fills in how it went; a failed migration is followed by a look at the source guest."""
-    options = replace(options, guest_info={"kind": guest.holder.kind})
+    options = replace(options, guest_info=guest_info(guest.holder))
     try:
         with MoverMeter() as meter:
             job = start_migration(guest, uri, options)
@@ -257,6 +258,8 @@ def _migrate(
                     console.show(event)
                     if isinstance(event, RoundFinished):
                         outcome.rounds.append(event.stats)
+                    elif isinstance(event, Throttled):
+                        outcome.throttles.append(event)
                 outcome.result = job.wait()
         outcome.source_runs = False
         if outcome.result.downtime_ns > options.downtime_limit_ns:

@@ -11,6 +11,7 @@ from vmth.errors import UsageError
 from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
 from vmth.guests.memory import plan_blocks
 from vmth.guests.schedule import Workload
+from vmth.guests.spawn import check_vcpus
 from vmth.options import MigrateOptions
 from vmth.reuse.warm import ReuseChoice
 
@@ -29,7 +30,7 @@ def new_seed() -> int:
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
     """The guest and how it is moved. ``guest`` and ``dirty_source`` empty: the best that this
-    machine has.
+    machine has. ``vcpus``: the first does the work, the others only count and beat.
 
     ``dirty_rate_bps`` None: 50 MB/s, and unpaced for the workload ``always``. ``warm_up_ns``: how
     long the guest runs before it is moved, ``run_on_ns``: and afterwards, before it is checked.
@@ -38,6 +39,7 @@ class DemoSettings:
     memory_bytes: int = 1 << 30
     guest: str = ""
     dirty_source: str = ""
+    vcpus: int = 1
     workload: str = "zipf"
     dirty_rate_bps: int | None = None
     working_set_bytes: int = 0
@@ -60,6 +62,8 @@ class DemoSettings:
                 f"dirty source {self.dirty_source!r}: received for the process guest, "
                 "allowed for it: uffd-wp"
             )
+        if self.guest or self.vcpus != 1:
+            check_vcpus(self.guest or "kvm", self.vcpus)
         _check_run_times(self.warm_up_ns, self.run_on_ns)
 
     def guest_workload(self) -> Workload:

@@ -203,7 +203,8 @@ class HolderDirtySource:
 
 
 class HolderGuest:
-    """``Guest``, ``CanHold``, ``CanThrottle`` and ``CanReportPopulated`` for a guest in a holder.
+    """``Guest``, ``CanHold``, ``CanThrottleVcpus`` and ``CanReportPopulated`` for a guest in a
+    holder.
 
     ``blocks[i].mapping.fd`` is a memfd that this object owns until ``release()`` or ``close()``; a
     view from ``views()`` keeps its memory alive on its own. Made by spawn.py. ``close()`` without
@@ -218,6 +219,7 @@ class HolderGuest:
     ) -> None:
         """Takes over ``connection`` and ``process``, also when it raises."""
         self.kind = attached.kind
+        self.vcpus = attached.vcpus
         self.socket_path = attached.socket_path
         self._connection = connection
         self._process = process
@@ -278,7 +280,17 @@ class HolderGuest:
     def throttle(self, percent: int) -> None:
         if not 0 <= percent <= 99:
             raise UsageError(f"throttle of {percent} %: must be 0 to 99")
-        self._connection.ask(rq.Throttle(percent), rq.Ack)
+        self._connection.ask(rq.Throttle([percent]), rq.Ack)
+
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        if len(percents) != self.vcpus or not all(0 <= percent <= 99 for percent in percents):
+            raise UsageError(
+                f"throttle of {list(percents)} %: must be {self.vcpus} numbers of 0 to 99"
+            )
+        self._connection.ask(rq.Throttle(list(percents)), rq.Ack)
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        return self._connection.ask(rq.VcpuDirty(), rq.VcpuPages)[0].pages
 
     def populated(self, block: int, page: int, npages: int, out: Bitmap) -> None:
         """By SEEK_DATA on the memfd: what was never written, through any mapping or descriptor, is
@@ -337,6 +349,7 @@ class HolderGuest:
             max_gap_ns=report.max_gap_ns,
             running_ns=report.running_ns,
             out_of_order=report.out_of_order,
+            other_beats=tuple(report.other_beats),
         )
 
     def status(self) -> rq.StatusReport:

@@ -108,6 +108,7 @@ class Holder:
             dirty_source=self._hosted.dirty_source,
             blocks=self._hosted.rows,
             socket_path=self.socket_path,
+            vcpus=self._hosted.vcpus,
         )
 
     # ---- the loop ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import numpy as np
 
 from vmth.errors import GuestError, StreamError, UsageError, VmthError
 from vmth.guest import CanNote, DirtySource
+from vmth.guests import bystander
 from vmth.guests import requests as rq
 from vmth.guests.content import ContentSpec, fill
 from vmth.guests.machine import Machine
@@ -35,7 +36,7 @@ from vmth.types import Bitmap, bitmap_words
 
 __all__ = ["Hosted", "MakeMachine", "Phase", "make_machine"]
 
-MakeMachine = Callable[[str, GuestMemory, str], Machine]
+MakeMachine = Callable[[str, GuestMemory, str, int], Machine]
 
 #: Dirty sources whose fetch re-arms: the mover is told that it need not ask.
 REARMED_BY_FETCH = frozenset({"uffd-wp"})
@@ -50,16 +51,19 @@ class Phase(enum.Enum):
     HELD = "held"
 
 
-def make_machine(kind: str, memory: GuestMemory, dirty_source: str) -> Machine:
-    """UsageError for an unknown kind or dirty source; GuestError where this host cannot run it."""
+def make_machine(kind: str, memory: GuestMemory, dirty_source: str, vcpus: int = 1) -> Machine:
+    """UsageError for an unknown kind or dirty source, or too many vCPUs for it; GuestError where
+    this host cannot run it."""
     if kind == "process":
         from vmth.guests.process_machine import ProcessMachine
 
+        if vcpus != 1:
+            raise UsageError(f"{vcpus} vCPUs: the process guest has one")
         return ProcessMachine(memory)
     if kind == "kvm":
         from vmth.guests.kvm_machine import KvmMachine
 
-        machine: Machine = KvmMachine(memory, dirty=dirty_source)
+        machine: Machine = KvmMachine(memory, dirty=dirty_source, vcpus=vcpus)
         return machine
     raise UsageError(f"guest kind {kind!r}: kvm or process")
 
@@ -104,7 +108,7 @@ class Hosted:
             [BlockPlan(row.idstr, row.gpa, row.length_bytes) for row in setup.blocks]
         )
         try:
-            self._machine = factory(setup.kind, self._memory, setup.dirty_source)
+            self._machine = factory(setup.kind, self._memory, setup.dirty_source, setup.vcpus)
         except BaseException:
             self._memory.close()
             raise
@@ -118,6 +122,7 @@ class Hosted:
             rq.LoadState: self._load_state,
             rq.Report: self._report,
             rq.Throttle: self._throttle,
+            rq.VcpuDirty: self._vcpu_dirty,
             rq.Hold: self._hold,
             rq.Memory: self._hand_out_memory,
             rq.DirtyStart: self._dirty_start,
@@ -136,6 +141,10 @@ class Hosted:
         return [
             rq.BlockRow(block.idstr, block.gpa, block.used_length) for block in self._machine.blocks
         ]
+
+    @property
+    def vcpus(self) -> int:
+        return self._machine.vcpus
 
     def handle(self, request: rq.Request) -> tuple[rq.Reply, list[int]]:
         """The reply, and the file descriptors that go with it (they stay the holder's). Never
@@ -217,6 +226,7 @@ class Hosted:
             counter_pages=program.counter_pages(self._memory.blocks[0].npages),
         )
         install(program, self._memory.views[0])
+        bystander.install(self._memory.views[0], self._machine.vcpus)
         self._program = program
         self.phase = Phase.PREPARED
         return rq.Prepared(
@@ -282,11 +292,18 @@ class Hosted:
             max_gap_ns=report.max_gap_ns,
             running_ns=report.running_ns,
             out_of_order=report.out_of_order,
+            other_beats=list(report.other_beats),
         ), []
 
     def _throttle(self, request: rq.Throttle) -> tuple[rq.Reply, list[int]]:
-        self._machine.throttle(request.percent)
+        if len(request.percents) == 1:
+            self._machine.throttle(request.percents[0])
+        else:
+            self._machine.throttle_vcpus(request.percents)
         return rq.Ack(), []
+
+    def _vcpu_dirty(self, request: rq.VcpuDirty) -> tuple[rq.Reply, list[int]]:
+        return rq.VcpuPages(list(self._machine.vcpu_dirty_pages())), []
 
     def _hand_out_memory(self, request: rq.Memory) -> tuple[rq.Reply, list[int]]:
         return rq.Ack(), list(self._memory.fds)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The micro-VM guest: a ``Machine`` on /dev/kvm, with one vCPU that runs the walker.
+"""The micro-VM guest: a ``Machine`` on /dev/kvm, whose first vCPU runs the walker and whose others,
+if it has any, are bystanders.
 
 The code is flat, unpaged 32-bit code, so that it also runs where KVM only emulates. Only this
 process can run it and fetch its dirty pages: KVM's file descriptors do not work in another one."""
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -17,8 +20,9 @@ from vmth._native import _kvm
 from vmth.dirty.kvm import KvmDirtyLog, KvmDirtyRing
 from vmth.errors import GuestError, StreamError, UsageError
 from vmth.guest import DirtySource
-from vmth.guests.kvm_state import STATE_VERSION, decode_state, encode_state
-from vmth.guests.machine import CODE_GPA, SCHEDULE_GPA, BeatReport, Pace
+from vmth.guests.bystander import BYSTANDER_PACES
+from vmth.guests.kvm_state import decode_states, encode_states
+from vmth.guests.machine import CODE_GPA, SCHEDULE_GPA, VCPUS_MAX, BeatReport, Pace
 from vmth.guests.memory import GuestMemory
 from vmth.types import RamBlock
 
@@ -31,24 +35,28 @@ _T = TypeVar("_T")
 
 
 class KvmMachine:
-    """One vCPU over ``memory``, which outlives it (its blocks are mapped in this process).
+    """``vcpus`` vCPUs over ``memory``, which outlives them (its blocks are mapped in this process).
 
     A VM has either the dirty log or the dirty ring, from its creation on: ``dirty`` chooses.
     Methods come from one thread at a time. A vCPU that stops for a reason that this guest does not
     have (triple fault, internal error of KVM) raises GuestError from every later call except
-    ``close``. Raises UsageError for an unknown ``dirty``, GuestError where KVM cannot make the VM.
+    ``close``. Raises UsageError for an unknown ``dirty`` or a number of vCPUs that is not 1 to 8,
+    GuestError where KVM cannot make the VM.
     """
 
-    def __init__(self, memory: GuestMemory, *, dirty: str = "kvm-log") -> None:
+    def __init__(self, memory: GuestMemory, *, dirty: str = "kvm-log", vcpus: int = 1) -> None:
+        if not 1 <= vcpus <= VCPUS_MAX:
+            raise UsageError(f"{vcpus} vCPUs: 1 to {VCPUS_MAX} allowed")
         if dirty not in DIRTY_SOURCES:
             raise UsageError(f"dirty source {dirty!r}: {' or '.join(DIRTY_SOURCES)} allowed")
         self._memory = memory
         self._blocks = tuple(memory.blocks)
         self._dirty = dirty
+        self.vcpus = vcpus
         self._source: KvmDirtyLog | KvmDirtyRing | None = None
         slots = [(block.gpa, block.npages, _address(block)) for block in self._blocks]
         try:
-            self._vm: _kvm.MicroVm = _kvm.MicroVm(slots, DIRTY_SOURCES[dirty])
+            self._vm: _kvm.MicroVm = _kvm.MicroVm(slots, DIRTY_SOURCES[dirty], vcpus)
         except OSError as error:
             raise GuestError(f"no KVM guest can be made here: {error}") from error
 
@@ -68,10 +76,11 @@ class KvmMachine:
             raise UsageError(f"{len(table)} paces given, at most {_kvm.MAX_PACES} allowed")
         if any(after[0] <= before[0] for before, after in pairwise(table)):
             raise UsageError("paces must be in ascending order of their start")
-        self._call("start", lambda: self._vm.start_fresh(CODE_GPA, table))
+        others = [(pace.from_ns, pace.beat_interval_ns) for pace in BYSTANDER_PACES]
+        self._call("start", lambda: self._vm.start_fresh(CODE_GPA, table, others))
 
     def pause(self) -> bool:
-        """Park the vCPU within microseconds, also while it waits for the next beat. Was it
+        """Park all vCPUs within microseconds, also one that waits for the next beat. Was it
         running?"""
         return self._call("pause", self._vm.pause)
 
@@ -79,37 +88,63 @@ class KvmMachine:
         self._call("resume", self._vm.resume)
 
     def pause_at_beat(self, timeout_ns: int) -> bool:
-        """Park at the next heartbeat (or the one it waits in). False at the timeout: it runs on. A
-        guest that is paused already is not run: True if it stands at a heartbeat."""
+        """Park each vCPU at its next heartbeat (or the one it waits in). False at the timeout: they
+        run on. A guest that is paused already is not run: True if all stand at a heartbeat."""
         if timeout_ns < 0:
             raise UsageError(f"timeout of {timeout_ns} ns: must not be negative")
         return self._call("pause at a heartbeat", lambda: self._vm.pause_at_beat(timeout_ns))
 
     def save_state(self) -> tuple[int, bytes]:
         """(version, bytes). GuestError if it is not paused."""
-        return STATE_VERSION, encode_state(self._call("save state", self._vm.get_state))
+        return encode_states(
+            [
+                self._call("save state", partial(self._vm.get_state, vcpu))
+                for vcpu in range(self.vcpus)
+            ]
+        )
 
     def load_state(self, version: int, data: bytes) -> None:
         """Into a paused machine; ``resume()`` then continues the walk. StreamError for bytes that
-        are no state, or that KVM refuses: the machine must then not be resumed."""
-        state = decode_state(version, data)
+        are no state, of another number of vCPUs, or that KVM refuses: the machine must then not be
+        resumed."""
+        states = decode_states(version, data, self.vcpus)
         try:
-            self._vm.set_state(state)
+            for vcpu, state in enumerate(states):
+                self._vm.set_state(state, vcpu)
         except OSError as error:
             self._raise_if_crashed("load state")
             raise StreamError(f"vCPU state: KVM does not accept the registers: {error}") from error
 
     def beat_report(self) -> BeatReport:
-        report = BeatReport(*self._call("report heartbeats", self._vm.report))
+        reports = [
+            BeatReport(*self._call("report heartbeats", partial(self._vm.report, vcpu)))
+            for vcpu in range(self.vcpus)
+        ]
         self._raise_if_crashed("report heartbeats")
-        return report
+        return replace(
+            reports[0],
+            out_of_order=sum(report.out_of_order for report in reports),
+            other_beats=tuple(report.beats for report in reports[1:]),
+        )
 
     def throttle(self, percent: int) -> None:
-        """Take 0 to 99 percent of the vCPU's time, in slices of 10 ms. UsageError outside of
+        """Take 0 to 99 percent of each vCPU's time, in slices of 10 ms. UsageError outside of
         that."""
-        if not 0 <= percent <= 99:
-            raise UsageError(f"throttle of {percent} percent: 0 to 99 allowed")
-        self._call("throttle", lambda: self._vm.throttle(percent))
+        self.throttle_vcpus([percent] * self.vcpus)
+
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        """The same, of each vCPU another share."""
+        if len(percents) != self.vcpus:
+            raise UsageError(f"throttle of {len(percents)} vCPUs: this guest has {self.vcpus}")
+        for percent in percents:
+            if not 0 <= percent <= 99:
+                raise UsageError(f"throttle of {percent} percent: 0 to 99 allowed")
+        for vcpu, percent in enumerate(percents):
+            self._call("throttle", partial(self._vm.throttle, percent, vcpu))
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        """By the dirty ring, which each vCPU has one of; the dirty log does not know."""
+        return self._call("tell who dirtied", self._vm.dirtied)
 
     def dirty_source(self, name: str) -> DirtySource:
         """The one tracker of this VM; the same object each time. UsageError for any other name."""

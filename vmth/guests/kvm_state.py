@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KVM micro-VM's state as bytes, version 1: what moves with the guest beside its memory.
+"""The KVM micro-VM's state as bytes: what moves with the guest beside its memory.
 
-Little-endian, no padding, nothing optional:
+Version 1 is the state of one vCPU, little-endian, no padding, nothing optional:
 
     u32 at_beat (0, 1)   u32 npaces   u32 nmsrs   u32 0
     u64 beats   u64 out_of_order   u64 running_ns   u64 due_ns
     npaces x {u64 from_ns, u64 beat_interval_ns}        ascending from_ns
     nmsrs  x {u32 index, u32 0, u64 value}
     kvm_regs 144 | kvm_sregs 312 | kvm_fpu 416 | kvm_mp_state 4 | kvm_vcpu_events 64 | kvm_xcrs 392
+
+Version 2 is that of several, 2 to 8: u32 number, then for each u32 length and the bytes above.
 
 The kernel's structs are its x86 ABI. What arrives is hostile: sizes and bounds are checked here,
 values of registers by KVM, which refuses what no vCPU can have. Pure: no I/O.
@@ -16,18 +18,29 @@ values of registers by KVM, which refuses what no vCPU can have. Pure: no I/O.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from vmth._native import _kvm
 from vmth.errors import StreamError
+from vmth.guests.machine import VCPUS_MAX
 
-__all__ = ["STATE_VERSION", "decode_state", "encode_state"]
+__all__ = [
+    "STATES_VERSION",
+    "STATE_VERSION",
+    "decode_state",
+    "decode_states",
+    "encode_state",
+    "encode_states",
+]
 
-STATE_VERSION = 1
+STATE_VERSION = 1  #: of one vCPU
+STATES_VERSION = 2  #: of several
 
 _HEAD = struct.Struct("<IIIIQQQQ")
 _PACE = struct.Struct("<QQ")
 _MSR = struct.Struct("<IIQ")
 _NR_XCRS = struct.Struct("<I")
+_COUNT = struct.Struct("<I")
 #: Order on the wire; sizes are the ABI's, and the build's own are checked against them by the
 #: tests.
 _STRUCTS = (
@@ -40,6 +53,57 @@ _STRUCTS = (
 )
 #: A century: keeps sums of times far from the end of 64 bits.
 _MAX_TIME_NS = 100 * 366 * 86400 * 10**9
+
+
+def encode_states(states: Sequence[_kvm.VcpuState]) -> tuple[int, bytes]:
+    """(version, bytes) of all vCPUs, in their order."""
+    if len(states) == 1:
+        return STATE_VERSION, encode_state(states[0])
+    parts = [_COUNT.pack(len(states))]
+    for state in states:
+        data = encode_state(state)
+        parts += [_COUNT.pack(len(data)), data]
+    return STATES_VERSION, b"".join(parts)
+
+
+def decode_states(version: int, data: bytes, vcpus: int) -> list[_kvm.VcpuState]:
+    """The inverse, for a guest with ``vcpus``. StreamError for anything else, or for another number
+    of them."""
+    if version == STATE_VERSION:
+        states = [decode_state(version, data)]
+    elif version != STATES_VERSION:
+        raise StreamError(
+            f"vCPU state: version {version} received, {STATE_VERSION} or {STATES_VERSION} allowed"
+        )
+    else:
+        states = [decode_state(STATE_VERSION, piece) for piece in _pieces(data)]
+    if len(states) != vcpus:
+        raise StreamError(f"vCPU state: of {len(states)} vCPUs received, {vcpus} allowed")
+    return states
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    count, at = _u32_at(data, 0), _COUNT.size
+    if not 2 <= count <= VCPUS_MAX:
+        raise StreamError(f"vCPU state: {count} vCPUs received, 2 to {VCPUS_MAX} allowed")
+    pieces = []
+    for _ in range(count):
+        nbytes, at = _u32_at(data, at), at + _COUNT.size
+        if nbytes > len(data) - at:
+            raise StreamError(
+                f"vCPU state: {nbytes} bytes announced, {len(data) - at} bytes received"
+            )
+        pieces.append(data[at : at + nbytes])
+        at += nbytes
+    if at != len(data):
+        raise StreamError(f"vCPU state: {len(data)} bytes received, exactly {at} allowed")
+    return pieces
+
+
+def _u32_at(data: bytes, at: int) -> int:
+    if len(data) - at < _COUNT.size:
+        raise StreamError(f"vCPU state: {len(data)} bytes received, at least {at + 4} allowed")
+    return int(_COUNT.unpack_from(data, at)[0])
 
 
 def encode_state(state: _kvm.VcpuState) -> bytes:

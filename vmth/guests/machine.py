@@ -6,7 +6,7 @@ the guest's own memory, for ever, and beats its heart every so many writes. The 
 as flat 32-bit code on a vCPU, the process guest as a native thread; memory looks the same in both:
 
     gpa 0x0000   unused, zero
-        0x1000   control block (ControlBlock below), one page
+        0x1000   control block (CONTROL_FIELDS below), one page
         0x2000   machine code of the KVM guest, up to 0x8000
         0x10000  schedule: entries of 16 bytes {u32 write_gpa, u32 value, u32 counter_gpa, u32 0}
         ...      counter table of the ``silent`` workload (u32 a page), page aligned
@@ -25,6 +25,9 @@ sums and products are modulo 2^32. The KVM guest has its host copy for it, all s
 beat or the end of the schedule at once (OUT dword number of steps to port 0x514), and counts them
 then, which marks their pages dirty: where KVM emulates the guest, string moves take up to 1 ms a
 page.
+
+A KVM guest may have more vCPUs than one: those after the first run programs of their own in the
+control block's page (bystander.py).
 """
 
 from __future__ import annotations
@@ -43,8 +46,10 @@ __all__ = [
     "CONTROL_GPA",
     "ENTRY_BYTES",
     "HIGH_MEMORY_GPA",
+    "LANE_BYTES",
     "LOW_MEMORY_LIMIT",
     "SCHEDULE_GPA",
+    "VCPUS_MAX",
     "BeatReport",
     "Machine",
     "Pace",
@@ -55,6 +60,9 @@ CODE_GPA = 0x2000
 SCHEDULE_GPA = 0x10000
 ENTRY_BYTES = 16
 BEAT_PORT = 0x510
+#: vCPU k sees memory from so many bytes times k on.
+LANE_BYTES = 0x40
+VCPUS_MAX = 8
 #: Flat 32-bit code and the usual PC layout reach below 3 GiB; memory above starts at 4 GiB.
 LOW_MEMORY_LIMIT = 3 << 30
 HIGH_MEMORY_GPA = 4 << 30
@@ -86,14 +94,16 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class BeatReport:
-    """Heartbeats seen by the host that runs the guest. Times are CLOCK_REALTIME ns; 0: none yet."""
+    """Heartbeats seen by the host that runs the guest, of the first vCPU. Times are
+    CLOCK_REALTIME ns; 0: none yet."""
 
     beats: int
     first_beat_at_ns: int  #: first seen by this holder
     last_beat_at_ns: int
     max_gap_ns: int
     running_ns: int  #: guest running time, moves with the guest
-    out_of_order: int  #: beats that did not follow their predecessor by exactly one
+    out_of_order: int  #: beats that did not follow their predecessor by exactly one; of any vCPU
+    other_beats: tuple[int, ...] = ()  #: of the vCPUs after the first
 
 
 class Machine(Protocol):
@@ -102,6 +112,8 @@ class Machine(Protocol):
 
     @property
     def blocks(self) -> Sequence[RamBlock]: ...
+    @property
+    def vcpus(self) -> int: ...
     def start_fresh(self, paces: Sequence[Pace]) -> None:
         """Program, schedule and content are in memory: begin to run."""
 
@@ -117,6 +129,13 @@ class Machine(Protocol):
     def load_state(self, version: int, data: bytes) -> None: ...
     def beat_report(self) -> BeatReport: ...
     def throttle(self, percent: int) -> None: ...
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        """One percentage a vCPU."""
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        """How many pages each vCPU was the first to dirty between two fetches, in all; empty where
+        the dirty source does not know."""
+
     def dirty_source(self, name: str) -> DirtySource:
         """ "kvm-log", "kvm-ring", "uffd-wp": UsageError names those that this machine has."""
 

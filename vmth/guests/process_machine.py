@@ -69,6 +69,8 @@ class ProcessMachine:
     GuestError.
     """
 
+    vcpus = 1
+
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._walker = _guest.Walker(memory.views[0])
@@ -131,6 +133,15 @@ class ProcessMachine:
         if not 0 <= percent <= 99:
             raise UsageError(f"throttle of {percent} %: must be 0 to 99")
         self._walker.throttle(percent)
+
+    def throttle_vcpus(self, percents: Sequence[int]) -> None:
+        if len(percents) != self.vcpus:
+            raise UsageError(f"throttle of {len(percents)} vCPUs: the process guest has one")
+        self.throttle(percents[0])
+
+    def vcpu_dirty_pages(self) -> Sequence[int]:
+        """Not known: userfaultfd does not tell who wrote."""
+        return ()
 
     def dirty_source(self, name: str) -> DirtySource:
         if name != "uffd-wp":

@@ -16,6 +16,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from vmth.errors import GuestError
+from vmth.guests.machine import VCPUS_MAX
 
 __all__ = [
     "FDS_MAX",
@@ -53,13 +54,15 @@ __all__ = [
     "Status",
     "StatusReport",
     "Throttle",
+    "VcpuDirty",
+    "VcpuPages",
     "Was",
     "decode_reply",
     "decode_request",
     "encode",
 ]
 
-HOLDER_PROTOCOL = 1
+HOLDER_PROTOCOL = 2
 #: The largest datagram either way: a vCPU's state fits many times.
 REQUEST_MAX_BYTES = 128 << 10
 FDS_MAX = 16
@@ -69,6 +72,8 @@ U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack has no larger ones
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Vcpus = Annotated[int, msgspec.Meta(ge=1, le=VCPUS_MAX)]
+Percent = Annotated[int, msgspec.Meta(ge=0, le=99)]
 State = Annotated[bytes, msgspec.Meta(max_length=REQUEST_MAX_BYTES - 1024)]
 
 
@@ -97,6 +102,7 @@ class Setup(_Request, frozen=True):
     owner_pid: U32
     linger_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     hold_linger_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+    vcpus: Vcpus = 1
 
 
 class Attach(_Request, frozen=True):
@@ -150,7 +156,13 @@ class Report(_Request, frozen=True):
 
 
 class Throttle(_Request, frozen=True):
-    percent: Annotated[int, msgspec.Meta(ge=0, le=99)]
+    """All vCPUs alike, or each."""
+
+    percents: Annotated[list[Percent], msgspec.Meta(min_length=1, max_length=VCPUS_MAX)]
+
+
+class VcpuDirty(_Request, frozen=True):
+    """Which vCPU dirtied how much?"""
 
 
 class Hold(_Request, frozen=True):
@@ -201,6 +213,7 @@ Request: TypeAlias = (
     | LoadState
     | Report
     | Throttle
+    | VcpuDirty
     | Hold
     | Memory
     | DirtyStart
@@ -235,6 +248,7 @@ class Attached(_Reply, frozen=True):
     dirty_source: Name
     blocks: Annotated[list[BlockRow], msgspec.Meta(min_length=1, max_length=8)]
     socket_path: str
+    vcpus: Vcpus = 1
 
 
 class Was(_Reply, frozen=True):
@@ -257,6 +271,7 @@ class Reported(_Reply, frozen=True):
     max_gap_ns: int
     running_ns: int
     out_of_order: int
+    other_beats: list[int] = []
 
 
 class Prepared(_Reply, frozen=True):
@@ -270,6 +285,12 @@ class Prepared(_Reply, frozen=True):
     rate_asked_bps: int
     writes_per_beat: int
     working_set_pages: int
+
+
+class VcpuPages(_Reply, frozen=True):
+    """Of each vCPU; empty where that is not known."""
+
+    pages: list[int]
 
 
 class DirtyStarted(_Reply, frozen=True):
@@ -310,6 +331,7 @@ Reply: TypeAlias = (
     | Saved
     | Reported
     | Prepared
+    | VcpuPages
     | DirtyStarted
     | DirtyFetched
     | StatusReport

@@ -35,6 +35,7 @@ from vmth.guests.machine import (
     CONTROL_FIELDS,
     CONTROL_GPA,
     ENTRY_BYTES,
+    LANE_BYTES,
     LOW_MEMORY_LIMIT,
     SCHEDULE_GPA,
     Pace,
@@ -49,6 +50,7 @@ from vmth.guests.pool import (
 )
 
 __all__ = [
+    "BEAT_NS",
     "ENTRIES_MAX",
     "WORKLOADS",
     "Control",
@@ -144,19 +146,22 @@ class Control:
     pool_step: int = 0
 
     @classmethod
-    def read(cls, memory: U8) -> Control:
+    def read(cls, memory: U8, vcpu: int = 0) -> Control:
         """From guest memory (gpa 0 first). Current only where the guest was paused at a beat."""
-        dwords = memory[CONTROL_GPA : CONTROL_GPA + 4 * len(CONTROL_FIELDS)].view("<u4")
-        return cls(*(int(dword) for dword in dwords))
+        return cls(*(int(dword) for dword in _control_dwords(memory, vcpu)))
 
-    def write(self, memory: U8) -> None:
-        dwords = memory[CONTROL_GPA : CONTROL_GPA + 4 * len(CONTROL_FIELDS)].view("<u4")
+    def write(self, memory: U8, vcpu: int = 0) -> None:
+        dwords = _control_dwords(memory, vcpu)
         dwords[:] = [getattr(self, name) for name in CONTROL_FIELDS]
 
     @property
     def writes(self) -> int:
         """Page writes so far, as long as ``loops`` did not wrap."""
         return self.loops * self.entries + self.index
+
+
+def _control_dwords(memory: U8, vcpu: int) -> U32:
+    return memory[CONTROL_GPA + LANE_BYTES * vcpu :][: 4 * len(CONTROL_FIELDS)].view("<u4")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from vmth.errors import GuestError, RefusedError, UsageError
 from vmth.guests import requests as rq
 from vmth.guests.client import HolderConnection, HolderGoneError, HolderGuest, reap_left_alone
 from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
+from vmth.guests.machine import VCPUS_MAX
 from vmth.guests.memory import BlockPlan, plan_blocks
 from vmth.guests.schedule import Workload
 from vmth.types import RamBlock
@@ -29,6 +30,7 @@ __all__ = [
     "ReadyHolder",
     "attach",
     "available_memory_bytes",
+    "check_vcpus",
     "choose_guest",
     "find",
     "spawn_destination",
@@ -73,10 +75,12 @@ def spawn_source(
     linger_s: float = LINGER_S,
     hold_linger_s: float = HOLD_LINGER_S,
     start: bool = True,
+    vcpus: int = 1,
 ) -> tuple[HolderGuest, rq.Prepared]:
     """A guest with that content and workload, running unless ``start`` is False; and how its memory
     was filled. ``workload.seed`` seeds both.
 
+    ``vcpus``: 1, of a KVM guest up to 8: all but the first are bystanders (bystander.py).
     ``owned``: it ends with this process (unless held); else it lives ``linger_s`` without a mover.
     UsageError for values outside their bounds, RefusedError without enough memory, GuestError when
     the holder fails; nothing is left over then.
@@ -86,7 +90,7 @@ def spawn_source(
     ContentSpec.parse(content)
     source = _dirty_source(kind, dirty_source)
     _check_memory(memory_bytes)
-    guest = _spawn(kind, blocks, source, owned, linger_s, hold_linger_s)
+    guest = _spawn(kind, blocks, source, owned, linger_s, hold_linger_s, vcpus=vcpus)
     try:
         prepared = guest.prepare(content, workload)
         if start:
@@ -106,6 +110,7 @@ def spawn_destination(
     linger_s: float = LINGER_S,
     hold_linger_s: float = HOLD_LINGER_S,
     holder: ReadyHolder | None = None,
+    vcpus: int = 1,
 ) -> HolderGuest:
     """An empty, stopped guest: of so many bytes, or with the block table of another. ``holder``: a
     process that is there already; once it holds a guest another one is started.
@@ -116,7 +121,7 @@ def spawn_destination(
     plans = plan_blocks(blocks) if isinstance(blocks, int) else [_plan_of(row) for row in blocks]
     source = _dirty_source(kind, dirty_source)
     _check_memory(sum(row.length_bytes for row in plans))
-    return _spawn(kind, plans, source, owned, linger_s, hold_linger_s, holder)
+    return _spawn(kind, plans, source, owned, linger_s, hold_linger_s, holder, vcpus)
 
 
 def attach(socket_path: str) -> HolderGuest:
@@ -174,6 +179,14 @@ def _dirty_source(kind: str, asked: str | None) -> str:
     if asked not in names:
         raise UsageError(f"dirty source {asked!r}: the {kind} guest has {', '.join(names)}")
     return asked
+
+
+def check_vcpus(kind: str, vcpus: int) -> None:
+    """UsageError for a number that this kind of guest cannot have."""
+    most = VCPUS_MAX if kind == "kvm" else 1
+    if not 1 <= vcpus <= most:
+        allowed = f"1 to {most}" if most > 1 else "1"
+        raise UsageError(f"vCPUs: received {vcpus} for the {kind} guest, allowed {allowed}")
 
 
 class ReadyHolder:
@@ -234,7 +247,9 @@ def _spawn(
     linger_s: float,
     hold_linger_s: float,
     holder: ReadyHolder | None = None,
+    vcpus: int = 1,
 ) -> HolderGuest:
+    check_vcpus(kind, vcpus)
     if holder is None or holder.taken:
         holder = ReadyHolder()
     setup = rq.Setup(
@@ -245,6 +260,7 @@ def _spawn(
         owner_pid=os.getpid() if owned else 0,
         linger_s=linger_s,
         hold_linger_s=hold_linger_s,
+        vcpus=vcpus,
     )
     return holder.hold(setup)
 

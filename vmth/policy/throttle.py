@@ -10,6 +10,13 @@ rate is not known: a guest that idles anyway hardly notices. So the share that i
 by wanted rate / measured rate, after every round anew, until the measured rate is where it should
 be; inside the band nothing is changed, so that noise does not make it swing.
 
+Where it is known which vCPU dirties how much, the share is taken from those that dirty most: all
+are cut down to one level, as far as the same total asks for; one below it is not slowed down.
+
+    rate of vCPU   0 |#########|xxxxxx      x: taken
+                   1 |####     |
+                   2 |#########|x
+
 A hypervisor that holds a guest to a dirty rate is told what is wanted, and less only when the guest
 still dirties more (devices write memory too), after the seconds that it takes to get there.
 
@@ -20,6 +27,7 @@ much of the working set has seen fewer distinct pages than writes (vmth/policy/f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 __all__ = [
     "LEAST_LIMIT_BPS",
@@ -28,6 +36,7 @@ __all__ = [
     "first_touch_pps",
     "next_limit",
     "next_percent",
+    "vcpu_percents",
 ]
 
 THROTTLE_MAX_PERCENT = 99
@@ -70,3 +79,26 @@ def next_limit(limit_bps: float, measured_bps: float, wanted_bps: float) -> floa
         if abs(following - limit_bps) < SAME * limit_bps:
             return limit_bps
     return max(following, LEAST_LIMIT_BPS)
+
+
+def vcpu_percents(percent: int, dirtied: Sequence[float], now: Sequence[int]) -> tuple[int, ...]:
+    """What each vCPU gives up so that all together dirty as much as if each gave up ``percent``.
+
+    ``dirtied``: what each dirtied meanwhile, in any unit, while it gave up ``now``. Empty where
+    nothing is known of any: they are then best treated alike."""
+    if percent == 0:
+        return tuple(0 for _ in now)
+    free = [pages * 100 / (100 - taken) for pages, taken in zip(dirtied, now, strict=True)]
+    wanted = sum(free) * (100 - percent) / 100
+    if wanted <= 0:
+        return ()
+    left = level = wanted
+    for index, rate in enumerate(sorted(free)):
+        level = left / (len(free) - index)
+        if rate > level:  # true of the last, since less is wanted than all dirty together
+            break
+        left -= rate
+    return tuple(
+        0 if rate <= level else min(100 - math.floor(100 * level / rate), THROTTLE_MAX_PERCENT)
+        for rate in free
+    )
