@@ -63,11 +63,12 @@ class FakeHelm:
     stopped_ns: int | None = None
     allowed: list[int] = field(default_factory=list)
     rooms: list[int] = field(default_factory=list)  #: of those
-    orders: list[str] = field(default_factory=list)  #: what QEMU was allowed or not
+    orders: list[str] = field(default_factory=list)  #: all, in their order
     held: list[int] = field(default_factory=list)
     trouble: Exception | None = None
 
     def hold_dirty_rate(self, rate_bps: int) -> None:
+        self.orders.append("held")
         self.held.append(rate_bps)
 
     def allow_downtime(self, limit_ns: int, room_bytes: int = 0) -> None:

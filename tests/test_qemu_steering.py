@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,29 @@ def test_an_order_that_was_not_answered_is_given_again(fake: FakeQmp, steering: 
     steering.allow_downtime(0)
     wait_until(lambda: fake.parameters["downtime-limit"] == MAX_DOWNTIME_LIMIT_MS)
     steering.check()
+
+
+def test_an_order_that_is_given_again_does_not_undo_a_later_one(
+    fake: FakeQmp, steering: Steering
+) -> None:
+    fake.parameters["avail-switchover-bandwidth"] = 0
+    heard = threading.Event()
+
+    def busy(arguments: Mapping[str, Any]) -> Any:
+        if not heard.is_set():
+            steering.allow_no_downtime()  # while the first is under way
+            heard.set()
+            raise Silence
+        return fake._set_parameters(arguments)
+
+    fake.answers["migrate-set-parameters"] = busy
+    fake.parameters["downtime-limit"] = 7
+    steering.allow_downtime(300 * MS, 6_000_000)
+    assert heard.wait(60)
+    wait_until(lambda: steering._orders.empty())
+    steering.close()
+    assert fake.parameters["downtime-limit"] == HELD_DOWNTIME_MS
+    assert fake.parameters["avail-switchover-bandwidth"] == 0
 
 
 def test_an_order_to_a_qemu_that_is_gone_is_not_repeated(fake: FakeQmp, steering: Steering) -> None:

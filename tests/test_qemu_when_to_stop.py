@@ -74,8 +74,9 @@ def test_qemu_is_told_what_the_limit_leaves_room_for() -> None:
         ((FITS, FITS, GO_ON, GO_ON, FITS), ["allowed", "allowed", "not allowed", "allowed"]),
         ((GO_ON, FITS), ["allowed"]),
         ((TOO_LATE, GO_ON), ["allowed"]),
+        ((TOO_LATE, FITS, GO_ON), ["allowed"]),
     ],
-    ids=["fits no more", "nothing to take back", "an order to stop stands"],
+    ids=["fits no more", "nothing to take back", "an order to stop stands", "also if it fits"],
 )
 def test_qemu_may_not_stop_any_more(answers: tuple[Decision, ...], orders: list[str]) -> None:
     passes = [every_page()] * (len(answers) + 1)
@@ -84,6 +85,8 @@ def test_qemu_may_not_stop_any_more(answers: tuple[Decision, ...], orders: list[
     assert len(world.policy.views) >= len(answers)
     assert world.helm.orders[: len(orders)] == orders
     assert "not allowed" not in world.helm.orders[len(orders) :]
+    if answers[0] is TOO_LATE:
+        assert world.helm.allowed == [0]
 
 
 @pytest.mark.parametrize(("limit_bps", "left"), [(0, 40), (5_000_000, 20)])
@@ -110,6 +113,60 @@ def test_under_a_dirty_limit_qemu_may_stop_when_another_ringful_fits(
     sent = allowed_before.index(1) + 1
     assert sent == max(1, npages - left)
     assert world.helm.rooms[0] == 60 * s.PAGE
+
+
+def test_what_is_left_of_qemus_next_pass_allows_nothing() -> None:
+    """Its size is known while pages of this one still come."""
+    expected = Forecast(LIMIT_NS * 40 // 60, 0, 0, 0)
+
+    def before(piece: int) -> None:
+        if piece == 2:
+            world.now_ns += 10_000_000_000
+            world.helm.passes, world.helm.remaining_bytes = 2, 40 * s.PAGE
+        elif piece == 3:
+            world.helm.passes, world.helm.remaining_bytes = 3, 30 * s.PAGE
+
+    pages = [s.part(s.normal(page, "pc.ram") + s.eos()) for page in range(40)]
+    policy = ScriptedPolicy(Decision(Action.SWITCH_OVER, "fits", expected))
+    pieces = [every_page(), pages[0], b"".join(pages[1:30]), *pages[30:]]
+    world = World([*pieces, END, DEVICES], before=before, policy=policy)
+    world.engine.dirty_limit_bps = 5_000_000
+    allowed: list[int] = []
+    decide = policy.decide
+
+    def decided(view: RoundView) -> Decision:
+        allowed.append(len(world.helm.allowed))
+        return decide(view)
+
+    policy.decide = decided  # type: ignore[method-assign]
+    world.engine.run()
+    assert allowed[:2] == [0, 0]
+
+
+def test_what_was_to_be_allowed_is_not_when_it_fits_no_more() -> None:
+    expected = Forecast(LIMIT_NS * 40 // 60, 0, 0, 0)
+
+    def before(piece: int) -> None:
+        if piece in (2, 3):
+            world.now_ns += 10_000_000_000
+            world.helm.passes, world.helm.remaining_bytes = piece, (70 - 10 * piece) * s.PAGE
+
+    pages = [s.part(s.normal(page, "pc.ram") + s.eos()) for page in range(40)]
+    policy = ScriptedPolicy(Decision(Action.SWITCH_OVER, "fits", expected), GO_ON)
+    world = World([every_page(), *pages, END, DEVICES], before=before, policy=policy)
+    world.engine.dirty_limit_bps = 5_000_000
+    world.engine.run()
+    assert [view.dirty_pages for view in policy.views[:2]] == [50, 40]
+    assert world.helm.allowed == []
+
+
+def test_a_limit_does_not_keep_the_leave_to_stop_waiting() -> None:
+    """QEMU takes up to a second to set one."""
+    limiting = Decision(Action.THROTTLE, "scripted", NOTHING, dirty_limit_bps=5e6)
+    world = World([every_page()] * 3 + [END, DEVICES], policy=ScriptedPolicy(FITS, limiting))
+    world.engine.throttle = ThrottleWay.DIRTY_LIMIT
+    world.engine.run()
+    assert world.helm.orders[:3] == ["allowed", "not allowed", "held"]
 
 
 def test_a_dirty_limit_is_set_as_decided_and_let_go() -> None:

@@ -262,7 +262,7 @@ class QemuMigration:
         """Settings, watchdog, steering; undone in the other order."""
         unknown = self._settings.apply(self._capabilities(), self._parameters())
         stack.callback(self._restore)
-        self._settings.remember("avail-switchover-bandwidth")
+        self._settings.remember("avail-switchover-bandwidth", "downtime-limit")
         if self._throttle.way is ThrottleWay.DIRTY_LIMIT:
             self._settings.remember_limits()
         wanted = [name for name in unknown if self._capabilities().get(name)]

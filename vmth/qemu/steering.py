@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 from vmth.errors import ChannelError, VmthError
@@ -80,6 +79,9 @@ class Steering:
         self._limits = VcpuLimits(qmp)
         self._clock = clock
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        #: What is wanted now. An order that is given again must not undo a later one.
+        self._rate_bps = 0
+        self._allowance = (HELD_DOWNTIME_MS, 0)
         self._trouble: VmthError | None = None
         self.passes = 0
         self.remaining_bytes = 0
@@ -90,18 +92,20 @@ class Steering:
         self._thread.start()
 
     def hold_dirty_rate(self, rate_bps: int) -> None:
-        self._orders.put(partial(self._limits.hold, rate_bps) if rate_bps else self._limits.let_go)
+        self._rate_bps = rate_bps
+        self._orders.put(self._hold)
 
     def allow_downtime(self, limit_ns: int, room_bytes: int = 0) -> None:
         limit_ms = MAX_DOWNTIME_LIMIT_MS
         if limit_ns:
             limit_ms = min(max(1, limit_ns // 1_000_000), MAX_DOWNTIME_LIMIT_MS)
         # QEMU's own measure has all the time in it that it waited for its vCPUs.
-        bps = room_bytes * 1000 // limit_ms
-        self._orders.put(lambda: self._limit(limit_ms, bps))
+        self._allowance = (limit_ms, room_bytes * 1000 // limit_ms)
+        self._orders.put(self._limit)
 
     def allow_no_downtime(self) -> None:
-        self._orders.put(lambda: self._limit(HELD_DOWNTIME_MS, 0))
+        self._allowance = (HELD_DOWNTIME_MS, 0)
+        self._orders.put(self._limit)
 
     def check(self) -> None:
         if self._trouble is not None:
@@ -153,8 +157,15 @@ class Steering:
             self.remaining_bytes = int(ram["remaining"])
         self._limits.share_anew()
 
-    def _limit(self, limit_ms: int, bps: int) -> None:
+    def _hold(self) -> None:
+        if self._rate_bps:
+            self._limits.hold(self._rate_bps)
+        else:
+            self._limits.let_go()
+
+    def _limit(self) -> None:
         """Before 8.2 there is only QEMU's own measure."""
+        limit_ms, bps = self._allowance
         self._settings.apply(
             parameters={"avail-switchover-bandwidth": bps, "downtime-limit": limit_ms}
         )

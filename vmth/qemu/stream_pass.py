@@ -63,8 +63,9 @@ MIN_WINDOW_BYTES = 256 << 10
 MOST_QUEUED_NS = 8_000_000
 NEAR_QUEUED_NS = 2_000_000
 NEAR_BYTES = 64 << 20
-#: Before the end of a pass, for an order to reach QEMU.
-ORDER_NS = 30_000_000
+#: Before the end of a pass: QEMU looks ten times a second at what it may, so that some orders come
+#: too late and some too soon. Either costs another pass.
+ORDER_NS = 60_000_000
 #: Device state written and loaded, seal and ``cont``: 15 to 25 ms with 7.2 and 10.0.
 HANDOVER_NS = 20_000_000
 #: A round's bandwidth is believed when it has lasted so long.
@@ -119,7 +120,7 @@ class StreamPass:
     _looked_ns: int = 0
     _limited_at_ns: int = 0
     _allowed: bool = False  #: QEMU stops when the rest fits
-    _room_bytes: int = 0  #: what it is allowed once ``_allow_at_bytes`` are left; 0: nothing
+    _room_bytes: int | None = None  #: to be allowed when ``_allow_at_bytes`` are left
     _allow_at_bytes: int = 0
     _stalled_out: bool = False  #: QEMU was told to stop whatever is left
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
@@ -221,8 +222,12 @@ class StreamPass:
         if not self._near_end and self._left_bytes() < NEAR_BYTES:
             self._near_end = True
             self._bound_ahead(self.tools.clock())
-        if self._room_bytes and self._left_bytes() <= self._allow_at_bytes:
-            self._allow(self._room_bytes)
+        if self._may_be_allowed() and self._left_bytes() <= self._allow_at_bytes:
+            self._allow(self._room_bytes or 0)
+
+    def _may_be_allowed(self) -> bool:
+        """With QEMU's next pass begun, what is left is not this one's."""
+        return self._room_bytes is not None and not self._pass_ends_at
 
     def _left_bytes(self) -> int:
         """Of this round, if QEMU dirtied nothing meanwhile."""
@@ -355,37 +360,40 @@ class StreamPass:
         tuning = self.tools.tuning
         if decision.action is Action.GIVE_UP:
             raise NotConvergedError(decision.reason)
-        if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
-            self._hold_dirty_rate(int(decision.dirty_limit_bps))
+        if self._stalled_out:
+            return  # that order stands
         if decision.action is not Action.SWITCH_OVER:
-            self._allow_nothing()
+            self._allow_nothing()  # before a limit, which takes QEMU up to a second
         elif decision.forecast.total_ns > tuning.downtime_limit_ns:
             self._stop_now()
         elif self.dirty_limit_bps:
             self._allow_near_end(_room_bytes(decision, view), view)
         else:
             self._allow(_room_bytes(decision, view))
+        if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
+            self._hold_dirty_rate(int(decision.dirty_limit_bps))
 
     def _allow(self, room_bytes: int) -> None:
-        self._allowed, self._room_bytes = True, 0
+        self._allowed, self._room_bytes = True, None
         self.helm.allow_downtime(self.tools.tuning.downtime_limit_ns, room_bytes)
 
     def _allow_near_end(self, room_bytes: int, view: RoundView) -> None:
         """A vCPU under a dirty limit writes a ringful and sleeps, so each look of QEMU's at what is
         dirty may bring as much as the last one, however soon it follows. QEMU looks when what is
         left seems to fit, so that is to be so little that a ringful fits as well."""
-        self._allow_nothing()
         dirty_bytes = view.dirty_pages * view.page_bytes
         order_bytes = round(view.rounds[-1].bandwidth_bps * ORDER_NS / _SECOND_NS)
-        self._room_bytes = room_bytes
         self._allow_at_bytes = max(order_bytes, room_bytes - dirty_bytes)
         if dirty_bytes <= self._allow_at_bytes:
             self._allow(room_bytes)
+        else:
+            self._allow_nothing()
+            self._room_bytes = room_bytes
 
     def _allow_nothing(self) -> None:
         """QEMU would end its passes where the rest fits, and none would become small."""
-        self._room_bytes = 0
-        if self._allowed and not self._stalled_out:
+        self._room_bytes = None
+        if self._allowed:
             self._allowed = False
             self.helm.allow_no_downtime()
 
