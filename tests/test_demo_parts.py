@@ -25,7 +25,6 @@ from vmth.errors import (
     GuestError,
     MigrationError,
     NotConvergedError,
-    RefusedError,
     UsageError,
     VerificationError,
 )
@@ -116,7 +115,7 @@ def test_the_record_survives_its_stream() -> None:
 @pytest.mark.parametrize("text", ["", "two", "-1", "1 ", "\u0662", "1" * 10])
 def test_a_number_of_vcpus_that_is_none(text: str) -> None:
     assert vcpus_of({}) == 1 and vcpus_of({"vcpus": "8"}) == 8
-    with pytest.raises(RefusedError, match="allowed a number"):
+    with pytest.raises(UsageError, match="allowed a number"):
         vcpus_of({"vcpus": text})
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_precopy import Loop, LoopGuest, ScriptedPolicy, answer
 
+from vmth.errors import GuestError
 from vmth.events import Throttled
 from vmth.guest import CanThrottleVcpus
 from vmth.guest_throttle import GuestThrottle
@@ -61,9 +62,12 @@ def test_shares_take_as_much_in_all(percent: int, vcpus: list[tuple[int, int]]) 
     assert sum(kept) <= wanted + 0.01 * sum(free) + 1e-6
     assert sum(kept) >= wanted - 0.01 * sum(free) - 1e-6
     level = max(kept)
+    cut = [rate for rate, share in zip(kept, shares, strict=True) if share]
     for rate, share in zip(free, shares, strict=True):
         if share == 0:
             assert rate <= level + 1e-6
+        else:  # nobody who dirties less than those that are cut gives anything up
+            assert rate >= min(cut)
     order = sorted(range(len(free)), key=lambda index: free[index])
     assert [shares[index] for index in order] == sorted(shares)
 
@@ -142,6 +146,31 @@ def test_a_guest_that_learns_it_later_and_one_that_dirties_nothing() -> None:
     guest.rates = [0, 0]
     assert shares(70) == ()
     assert guest.percents == [70, 70]
+
+
+def test_after_a_throttle_was_given_back_nothing_is_known() -> None:
+    """What was dirtied meanwhile was dirtied partly under another throttle."""
+    throttle = GuestThrottle(VcpuGuest([1000, 0]))
+    throttle.begin()
+    found = []
+    for percent in (60, 0, 40, 50):
+        throttle.set(percent)
+        found.append(throttle.vcpu_percents)
+    assert found == [(60, 0), (), (), (50, 0)]
+
+
+def test_a_throttle_that_failed_midway_is_let_go() -> None:
+    class Failing(VcpuGuest):
+        def throttle_vcpus(self, percents: Sequence[int]) -> None:
+            self.percents[0] = percents[0]
+            raise GuestError("the second vCPU is gone")
+
+    guest = Failing([1000, 0])
+    loop = Loop(guest, ScriptedPolicy(THROTTLES))
+    with pytest.raises(GuestError, match="the second"):
+        loop.precopy.run()
+    loop.precopy.let_go()
+    assert guest.percents == [0, 0] and loop.precopy.throttle_percent == 0
 
 
 def test_a_guest_that_cannot_be_throttled() -> None:

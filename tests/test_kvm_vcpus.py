@@ -11,10 +11,12 @@ import pytest
 from kvm_walker import BEAT_TIMEOUT_NS, UNPACED, data_words, make_memory, replay
 from waiting import wait_until
 
+from vmth._native import _kvm
 from vmth.errors import GuestError, StreamError, UsageError
 from vmth.guests import bystander
 from vmth.guests.kvm_machine import DIRTY_SOURCES, KvmMachine, probe
 from vmth.guests.kvm_state import decode_states
+from vmth.guests.machine import LANE_BYTES, VCPUS_MAX
 from vmth.guests.memory import GuestMemory
 from vmth.types import new_bitmaps
 
@@ -46,11 +48,20 @@ def registers_of(kvm: KvmMachine) -> list[bytes]:
     return [state["regs"] for state in decode_states(*kvm.save_state(), VCPUS)]
 
 
+def wait_beats(kvm: KvmMachine, more: int) -> None:
+    wanted = kvm.beat_report().other_beats[0] + more
+    wait_until(lambda: kvm.beat_report().other_beats[0] >= wanted)
+
+
 def check_standing(kvm: KvmMachine, memory: GuestMemory) -> None:
     """All stand at a heartbeat: memory has exactly what each has told."""
     found, report = bystander.check_bystanders(memory.views[0], VCPUS), kvm.beat_report()
     assert not found.problems and found.beats == report.other_beats
     assert report.out_of_order == 0
+
+
+def test_python_and_c_agree_on_the_lanes() -> None:
+    assert (_kvm.MAX_VCPUS, _kvm.LANE_BYTES) == (VCPUS_MAX, LANE_BYTES)
 
 
 @pytest.mark.parametrize("dirty", DIRTY_SOURCES)
@@ -70,7 +81,8 @@ def test_every_vcpu_walks_and_stands_at_its_beat(dirty: str) -> None:
 
 def test_a_pause_stops_all_of_them() -> None:
     memory = fresh_memory(2)
-    with machine(memory) as kvm:
+    with machine(fresh_memory(2)) as clock, machine(memory) as kvm:
+        clock.start_fresh(UNPACED)
         kvm.start_fresh(UNPACED)
         wait_until(lambda: min(kvm.beat_report().other_beats) >= 1)
         for _ in range(5):
@@ -78,6 +90,7 @@ def test_a_pause_stops_all_of_them() -> None:
             before = memory.views[0].copy()
             beats = kvm.beat_report()
             registers = registers_of(kvm)
+            wait_beats(clock, 5)
             assert np.array_equal(before, memory.views[0])
             assert kvm.beat_report() == beats and registers_of(kvm) == registers
             kvm.resume()

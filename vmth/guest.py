@@ -150,7 +150,8 @@ class CanThrottleVcpus(CanThrottle, Protocol):
     def vcpu_dirty_pages(self) -> Sequence[int]:
         """Pages that each vCPU has dirtied so far, one number a vCPU in their order; numbers only
         rise. Only their differences and proportions are used. Empty while that is not known: then
-        ``throttle()`` is called. Asked before a throttle changes."""
+        ``throttle()`` is called. A page that several write may count for one of them only. Asked
+        when tracking begins, and before a throttle is set."""
 
     def throttle_vcpus(self, percents: Sequence[int]) -> None:
         """Take 0 to 99 percent of each vCPU's time; as many numbers as ``vcpu_dirty_pages()`` gave.

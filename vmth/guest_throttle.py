@@ -23,7 +23,8 @@ class GuestThrottle:
     guest: Guest
     percent: int = 0
     vcpu_percents: tuple[int, ...] = ()  #: empty: all vCPUs give up ``percent``
-    _pages: Sequence[int] = field(default_factory=tuple)  #: when the throttle was last changed
+    #: When the throttle was last changed; empty: not known.
+    _pages: Sequence[int] = field(default_factory=tuple)
 
     @property
     def possible(self) -> bool:
@@ -39,6 +40,8 @@ class GuestThrottle:
         if not isinstance(guest, CanThrottle):
             return False
         percents, pages = self._shares(percent)
+        if percent:
+            self.percent = percent  # before, so that what is half done is let go as well
         if percents and isinstance(guest, CanThrottleVcpus):
             guest.throttle_vcpus(percents)
         else:
@@ -49,7 +52,7 @@ class GuestThrottle:
     def _shares(self, percent: int) -> tuple[tuple[int, ...], Sequence[int]]:
         """(of each vCPU or none, dirty pages now)"""
         if percent == 0:
-            return (), self._pages
+            return (), ()  # nothing is asked of a guest that is let go
         pages = self._dirty_pages()
         if len(pages) < 2 or len(pages) != len(self._pages):
             return (), pages

@@ -12,6 +12,16 @@ static uint32_t load_u32(const uint8_t *at)
     return value;
 }
 
+/* The value is looked at and used later: other vCPUs may write there meanwhile, so it must be loaded
+ * once, whatever the optimiser would rather do. */
+static uint32_t load_once_u32(const uint8_t *at)
+{
+    uint32_t value = load_u32(at);
+
+    __asm__("" : "+r"(value));
+    return value;
+}
+
 static void store_u32(uint8_t *at, uint32_t value)
 {
     memcpy(at, &value, sizeof(value));
@@ -61,12 +71,13 @@ int vmth_walker_store(uint8_t *memory, uint64_t length,
     const uint32_t dwords = registers->store_dwords;
     const uint8_t *entry = memory + registers->schedule_gpa +
                            (uint64_t)registers->index * VMTH_WALKER_ENTRY_BYTES;
-    const uint32_t write_gpa = load_u32(entry);
+    const uint32_t write_gpa = load_once_u32(entry);
     const uint32_t value = load_u32(entry + 4);
     uint8_t *at = memory + write_gpa;
+    const uint32_t counter = load_once_u32(entry + 8);
 
-    *counter_gpa = load_u32(entry + 8);
-    if (write_gpa > length - (uint64_t)dwords * 4 || *counter_gpa > length - 4) {
+    *counter_gpa = counter;
+    if (write_gpa > length - (uint64_t)dwords * 4 || counter > length - 4) {
         return -EFAULT;
     }
     if (registers->pool_gpa == 0) {

@@ -3,7 +3,7 @@
  * thread, and the micro VM, whose guest lets the host copy what comes from a pool.
  *
  * Memory is the guest's, [memory, memory + length) with length up to 4 GiB; every address in it may be
- * anything. Pure but for that memory; no locks. */
+ * anything, and others may write to it meanwhile. Pure but for that memory; no locks. */
 #ifndef VMTH_GUEST_WALKER_STEP_H
 #define VMTH_GUEST_WALKER_STEP_H
 

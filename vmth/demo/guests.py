@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmth.demo.compare import compare_memories
 from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
-from vmth.errors import GuestError, RefusedError
+from vmth.errors import GuestError, UsageError
 from vmth.guest import DirtySource, StateStream
 from vmth.guests.bystander import beats_in_memory
 from vmth.guests.client import HolderGuest
@@ -166,10 +166,10 @@ def guest_info(holder: HolderGuest) -> dict[str, str]:
 
 
 def vcpus_of(info: Mapping[str, str]) -> int:
-    """RefusedError for what is no number; how many a guest may have is checked where it is made."""
+    """UsageError for what is no number; how many a guest may have is checked where it is made."""
     text = info.get("vcpus", "1")
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise RefusedError(f"vCPUs of the guest: received {text!r}, allowed a number")
+        raise UsageError(f"vCPUs of the guest: received {text!r}, allowed a number")
     return int(text)
 
 

@@ -82,7 +82,8 @@ def next_limit(limit_bps: float, measured_bps: float, wanted_bps: float) -> floa
 
 
 def vcpu_percents(percent: int, dirtied: Sequence[float], now: Sequence[int]) -> tuple[int, ...]:
-    """What each vCPU gives up so that all together dirty as much as if each gave up ``percent``.
+    """What each vCPU gives up so that all together dirty as much as if each gave up ``percent``,
+    as far as they write to pages of their own.
 
     ``dirtied``: what each dirtied meanwhile, in any unit, while it gave up ``now``. Empty where
     nothing is known of any: they are then best treated alike."""
