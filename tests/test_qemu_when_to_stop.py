@@ -26,6 +26,19 @@ TOO_LATE = Decision(Action.SWITCH_OVER, "too late", LATE)
 GO_ON = Decision(Action.CONTINUE, "does not fit", NOTHING)
 
 
+def at_decisions(world: World, policy: ScriptedPolicy) -> list[int]:
+    """How often QEMU was allowed to stop before each decision; filled while the pass runs."""
+    counts: list[int] = []
+    decide = policy.decide
+
+    def decided(view: RoundView) -> Decision:
+        counts.append(len(world.helm.allowed))
+        return decide(view)
+
+    policy.decide = decided  # type: ignore[method-assign]
+    return counts
+
+
 @pytest.mark.parametrize(
     ("forecast", "allowed"), [(NOTHING, LIMIT_NS), (LATE, 0)], ids=["fits", "too late"]
 )
@@ -36,16 +49,9 @@ def test_qemu_may_stop_when_the_policy_says_so(forecast: Forecast, allowed: int)
     )
     passes = [every_page(), every_page(), every_page()]
     world = World([*passes, END, DEVICES], policy=policy)
-    orders: list[int] = []
-    decide = policy.decide
-
-    def decided(view: RoundView) -> Decision:
-        orders.append(len(world.helm.allowed))
-        return decide(view)
-
-    policy.decide = decided  # type: ignore[method-assign]
+    allowed_before = at_decisions(world, policy)
     world.engine.run()
-    assert orders[:2] == [0, 0]  # nothing was allowed before the second decision
+    assert allowed_before[:2] == [0, 0]  # nothing was allowed before the second decision
     assert world.helm.allowed[0] == allowed
     if not allowed:
         assert world.helm.allowed == [0]  # said once
@@ -131,16 +137,9 @@ def test_what_is_left_of_qemus_next_pass_allows_nothing() -> None:
     pieces = [every_page(), pages[0], b"".join(pages[1:30]), *pages[30:]]
     world = World([*pieces, END, DEVICES], before=before, policy=policy)
     world.engine.dirty_limit_bps = 5_000_000
-    allowed: list[int] = []
-    decide = policy.decide
-
-    def decided(view: RoundView) -> Decision:
-        allowed.append(len(world.helm.allowed))
-        return decide(view)
-
-    policy.decide = decided  # type: ignore[method-assign]
+    allowed_before = at_decisions(world, policy)
     world.engine.run()
-    assert allowed[:2] == [0, 0]
+    assert allowed_before[:2] == [0, 0]
 
 
 def test_what_was_to_be_allowed_is_not_when_it_fits_no_more() -> None:
