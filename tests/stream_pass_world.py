@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import qemu_streams as s
@@ -88,7 +88,13 @@ class FakeStream:
     """The events of some bytes, fed in pieces from one buffer that is overwritten as soon as the
     pass may expect. ``before(n)`` runs before piece n is read; None in ``pieces``: silence."""
 
-    def __init__(self, pieces: Sequence[bytes | None], before: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[bytes | None],
+        before: Callable[[int], None],
+        channel: int | None = None,
+    ) -> None:
+        self._channel = channel
         self._reader = q.StreamReader(opaque_devices=True)
         self._pieces = deque(pieces)
         self._before = before
@@ -124,7 +130,7 @@ class FakeStream:
             self._buffer = bytearray(piece)
             self._fed += len(piece)
             self._reader.feed(self._buffer)
-        return event
+        return replace(event, channel=self._channel) if isinstance(event, q.RamPages) else event
 
 
 class ScriptedPolicy:
@@ -153,7 +159,9 @@ class World:
         blocks: Sequence[tuple[str, int]] = s.BLOCKS,
         tuning: Tuning | None = None,
         before: Callable[[int], None] = lambda piece: None,
+        channel: int | None = None,
     ) -> None:
+        """``channel``: the one of multifd that brings the pages."""
         self.guest = StreamGuest(blocks)
         shapes = [(block.npages, s.PAGE) for block in self.guest.blocks]
         self.arrived = [np.full(shape, 0xEE, dtype=np.uint8) for shape in shapes]
@@ -168,7 +176,7 @@ class World:
         self.cancelled = False
         self.policy = policy or ScriptedPolicy()
         self.stream = FakeStream(
-            [s.header(MACHINE) + s.start(s.block_list(blocks) + s.eos()), *pieces], before
+            [s.header(MACHINE) + s.start(s.block_list(blocks) + s.eos()), *pieces], before, channel
         )
         self.tools = RoundTools(
             sender=self.link.sender,

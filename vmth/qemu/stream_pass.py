@@ -28,7 +28,8 @@ from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, 
 from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
-from vmth.qemu.ram import PageKind
+from vmth.qemu.pages_again import PagesAgain, without_page
+from vmth.qemu.ram import PageKind, Runs
 from vmth.qemu.steering import Helm
 from vmth.qemu.stream import (
     DeviceState,
@@ -70,6 +71,8 @@ ORDER_NS = 60_000_000
 HANDOVER_NS = 20_000_000
 #: A round's bandwidth is believed when it has lasted so long.
 MEASURED_NS = 20_000_000
+#: Pages that multifd has brought twice: so many wait at most (4 MiB) before a round ends for them.
+MOST_AGAIN_PAGES = 1024
 #: Hashes that are looked at together: 1 MiB of them.
 TABLE_PAGES = 65536
 _SECOND_NS = 1_000_000_000
@@ -113,6 +116,7 @@ class StreamPass:
     _ahead_bytes: int = 0
     _ahead_limit_bytes: int = START_AHEAD_BYTES
     _seen_pages: int = 0  #: of this round
+    _again: PagesAgain = field(init=False)
     _near_end: bool = False  #: of QEMU's pass, as far as is known
     _passes: int = 0
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
@@ -126,6 +130,9 @@ class StreamPass:
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
 
+    def __post_init__(self) -> None:
+        self._again = PagesAgain(self.tools.page_bytes)
+
     def run(self) -> FinalPass:
         """Returns when all pages have landed and all state is here: QEMU then waits, its guest
         stopped, for SHUT."""
@@ -136,6 +143,10 @@ class StreamPass:
             self._look()
         self.was_running = self.tools.pause_guest()
         self._finish_round()
+        if len(self._again):
+            self._round += 1
+            self._begin_round()
+            self._finish_round()
         self._fill_unsent()
         stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
         return FinalPass(
@@ -202,8 +213,7 @@ class StreamPass:
         return False
 
     def _send(self, event: RamPages) -> None:
-        sender, runs, data = self.tools.sender, event.runs, event.data
-        npages = int(runs["npages"].sum())
+        runs, data = event.runs, event.data
         worst = int(runs["kind"].max(initial=0))
         if worst > PageKind.PAGE:
             raise StreamError(
@@ -211,19 +221,46 @@ class StreamPass:
                 "its capability is switched off for a migration"
             )
         while len(runs):
-            queued, ticket = sender.send_pages(runs, data, self._round)
-            if queued:
-                self._hold_back(ticket, len(data))
+            queued = self._queue(runs, data)
             runs = runs[queued:]
-            if len(runs):
+            if len(runs) and event.channel is not None and self._keep_for_next(runs[0], data):
+                runs = runs[1:]
+            elif len(runs):
                 self._next_round()
-                npages = int(runs["npages"].sum())
-        self._seen_pages += npages
         if not self._near_end and self._left_bytes() < NEAR_BYTES:
             self._near_end = True
             self._bound_ahead(self.tools.clock())
         if self._may_be_allowed() and self._left_bytes() <= self._allow_at_bytes:
             self._allow(self._room_bytes or 0)
+
+    def _queue(self, runs: Runs, data: memoryview) -> int:
+        """How many of the runs: up to the first that has a page of this round in it."""
+        queued, ticket = self.tools.sender.send_pages(runs, data, self._round)
+        if queued:
+            self._hold_back(ticket, len(data))
+            self._seen_pages += int(runs["npages"][:queued].sum())
+        return queued
+
+    def _keep_for_next(self, run: Runs, data: memoryview) -> bool:
+        """A run with a page of this round: queue the others if the first or the last page is the
+        only one. False where QEMU has begun a pass, or too many are kept."""
+        if self.helm.passes != self._passes or self._pass_ends_at:
+            return False
+        if len(self._again) >= MOST_AGAIN_PAGES:
+            return False
+        for last in (False, True):
+            rest = without_page(run, last=last)
+            if not len(rest) or self._queue(rest, data):
+                self._again.keep(run, int(run["npages"]) - 1 if last else 0, data)
+                self._seen_pages += 1
+                return True
+        return False
+
+    def _send_kept(self) -> None:
+        """First of all in a round."""
+        runs, data = self._again.take()
+        if len(runs):
+            self.tools.sender.send_pages(runs, data, self._round)
 
     def _may_be_allowed(self) -> bool:
         """With QEMU's next pass begun, what is left is not this one's."""
@@ -301,6 +338,7 @@ class StreamPass:
         self._before = self.tools.sender.counters()
         self._seen_pages, self._near_end, self._idle_ns = 0, False, 0
         self.tools.emit(RoundStarted(self._round_started_ns, self._round, self._expected_pages()))
+        self._send_kept()
 
     def _expected_pages(self) -> int:
         if self._round == 0:

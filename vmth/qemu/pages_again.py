@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages that multifd brought twice in one round: they wait for the next one.
+
+    packet n    1024 ... 1151        QEMU before 8.0 looks at a packet that it has handed over, and
+    packet n+1  1151 ... 1278        may put the last page of one into the next as well (a race)
+
+The page channels keep an order between rounds only, so no page goes twice in one. A barrier for each
+such page would be one for each 512 KiB; kept here, one serves them all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmth.qemu.ram import RUN, PageKind, Runs
+
+__all__ = ["PagesAgain", "without_page"]
+
+
+class PagesAgain:
+    """Content of pages, the newest of each. Bounded by who keeps them. One thread."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self._page_bytes = page_bytes
+        self._kept: dict[tuple[int, int], bytes] = {}  #: by block and page; empty: zeros
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, run: Runs, at: int, data: memoryview) -> None:
+        """Page number ``at`` of a run, of kind ZERO or PAGE, whose content is in ``data``."""
+        content = b""
+        if int(run["kind"]) == PageKind.PAGE:
+            begin = int(run["at"]) + at * int(run["stride"])
+            content = bytes(data[begin : begin + self._page_bytes])
+        self._kept[int(run["block"]), int(run["page"]) + at] = content
+
+    def take(self) -> tuple[Runs, bytes]:
+        """All of them, and forget them: runs of one page each, and the data that they refer to."""
+        runs = np.zeros(len(self._kept), dtype=RUN)
+        parts: list[bytes] = []
+        for run, ((block, page), content) in zip(runs, self._kept.items(), strict=True):
+            run["block"], run["page"], run["npages"] = block, page, 1
+            run["kind"] = PageKind.PAGE if content else PageKind.ZERO
+            if content:
+                run["at"] = len(parts) * self._page_bytes
+                run["stride"] = run["nbytes"] = self._page_bytes
+                parts.append(content)
+        self._kept.clear()
+        return runs, b"".join(parts)
+
+
+def without_page(run: Runs, *, last: bool) -> Runs:
+    """An array of the run without its last page, or its first; empty for a run of one page."""
+    rest = np.array([run], dtype=RUN)
+    if int(run["npages"]) == 1:
+        return rest[:0]
+    rest["npages"] -= 1
+    if not last:
+        rest["page"] += 1
+        rest["at"] += rest["stride"]
+    return rest
