@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A QEMU's guest through vmth, against QEMU's own plain migration over TCP.
 
-    python bench/qemu_table.py [--mib 2048] [--rounds 5] [--random 100]
+    python bench/qemu_table.py [--mib 2048] [--rounds 5] [--random 100] [--connections 0]
 
 An idle guest of incompressible memory goes round on this machine, over loopback; every way once,
 then every way again. Destinations have their memory populated already (prealloc). All four times
@@ -124,6 +124,8 @@ class Run:
 
 
 class BenchWorld(World):
+    options: tuple[str, ...] = ()  #: of vmth migrate
+
     def backend(self, name: str, shared: bool) -> str:
         return "memory-backend-memfd,share=on,prealloc=on"
 
@@ -207,7 +209,7 @@ def by_vmth(land: str) -> Way:
         uri, receiver = world.receive(destination, land, uri="tcp:127.0.0.1:0")
         before = cpu_s(source.process.pid), cpu_s(destination.process.pid)
         there = Meter(receiver.process.pid)
-        migration = world.migrate(source, uri, "--on-success", "keep")
+        migration = world.migrate(source, uri, "--on-success", "keep", *world.options)
         here = Meter(migration.process.pid)
         told = migration.answer()
         received = receiver.answer()
@@ -274,11 +276,16 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--random", type=int, default=100, help="percent of pages; others are zero")
+    parser.add_argument(
+        "--connections", type=int, default=0, help="of multifd, in vmth's moves; 0: one plain stream"
+    )
     arguments = parser.parse_args()
     nothing = idle()
     runs: dict[str, list[Run]] = {name: [] for name in WAYS}
     with BenchWorld(IDLE, [build("SRC")]) as world:
         world.memory_bytes = arguments.mib * MIB
+        if arguments.connections:
+            world.options = ("--parallel-connections", str(arguments.connections))
         guest = world.boot("first", build("SRC"))
         world.fill(guest, arguments.random)
         for number in range(arguments.rounds):

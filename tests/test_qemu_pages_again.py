@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that multifd brings twice in a round (QEMU before 8.0): they cost one round, not one each."""
+"""Pages that multifd brings twice in a round (QEMU before 8.0) cost one round, not one each."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def test_a_page_in_two_packets_costs_no_round_of_its_own(backwards: bool) -> Non
         seed = 1000 * (first - 7 if backwards else first)  # the packet that came last
         assert arrived(world, first) == s.page_of(seed + first)
     assert world.link.sender.digest() == world.link.receiver.digest()
+
+
+def test_a_packet_whose_neighbours_came_first() -> None:
+    """On another channel."""
+    pieces = [packet(4, 8, 1), packet(18, 8, 2), packet(11, 8, 3), END, DEVICES]
+    world = World(pieces, channel=CHANNEL)
+    final = world.engine.run()
+    assert [stats.pages for stats in final.rounds] == [8 + 8 + 6 + 1, 2]
+    assert arrived(world, 11) == s.page_of(3 + 11) and arrived(world, 18) == s.page_of(3 + 18)
+    assert arrived(world, 12) == s.page_of(3 + 12)
 
 
 def test_so_it_was_a_round_each_where_pages_come_by_one_stream() -> None:

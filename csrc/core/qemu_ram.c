@@ -10,6 +10,8 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "core/big_endian.h"
+
 enum {
     FLAG_ZERO = 0x002,
     FLAG_MEM_SIZE = 0x004,
@@ -30,35 +32,6 @@ enum {
     /* Headers lie a page apart: each is a miss in cache and TLB unless it was asked for early. */
     PREFETCH_RECORDS = 8
 };
-
-static inline uint64_t load_be(const uint8_t *from, unsigned nbytes)
-{
-    uint64_t value = 0;
-
-    for (unsigned i = 0; i < nbytes; i++) {
-        value = value << 8 | from[i];
-    }
-    return value;
-}
-
-static inline void store_be(uint8_t *to, uint64_t value, unsigned nbytes)
-{
-    for (unsigned i = nbytes; i-- > 0; value >>= 8) {
-        to[i] = (uint8_t)value;
-    }
-}
-
-static inline uint64_t load_be64(const uint8_t *from)
-{
-    uint64_t value;
-
-    memcpy(&value, from, sizeof(value));
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    return __builtin_bswap64(value);
-#else
-    return value;
-#endif
-}
 
 static bool blocks_valid(const struct vmth_qemu_blocks *blocks)
 {

@@ -180,6 +180,22 @@ cdef extern from "vmth/qemu_ram.h" nogil:
                               uint8_t *out)
 
 
+cdef extern from "vmth/qemu_multifd.h" nogil:
+    enum:
+        VMTH_MULTIFD_SHORT
+        VMTH_MULTIFD_FULL
+        VMTH_MULTIFD_OTHER
+        VMTH_MULTIFD_PACKET_BYTES
+
+    struct vmth_multifd_parsed:
+        size_t nruns
+        size_t used
+        uint32_t stop
+
+    int vmth_multifd_parse(const vmth_qemu_blocks *blocks, const uint8_t *data, size_t nbytes,
+                           vmth_qemu_run *out, size_t cap, vmth_multifd_parsed *parsed)
+
+
 cdef extern from "vmth/codec.h" nogil:
     enum:
         VMTH_CODEC_MIN_LEVEL

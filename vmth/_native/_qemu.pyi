@@ -1,4 +1,5 @@
-"""Cython over csrc/core/qemu_ram.c; vmth.qemu.ram makes dataclasses and StreamErrors of it."""
+"""Cython over csrc/core/qemu_ram.c and qemu_multifd.c; vmth.qemu.ram makes dataclasses and
+StreamErrors of it."""
 
 from typing import Any
 
@@ -8,6 +9,10 @@ import numpy.typing as npt
 U64 = npt.NDArray[np.uint64]
 Runs = npt.NDArray[Any]
 RUN: np.dtype[Any]
+
+PACKET_SHORT: int  #: why ``PacketParser.parse()`` stopped (``enum vmth_multifd_stop``)
+PACKETS_FULL: int
+PACKET_OTHER: int
 
 class RecordError(Exception):
     """args: (field, received, allowed)"""
@@ -21,6 +26,12 @@ class Parser:
     def parse(
         self, blocks: Blocks, data: bytes | memoryview
     ) -> tuple[int, int, int, int, Runs]: ...
+
+class PacketParser:
+    def __init__(self, cap: int) -> None: ...
+    def parse(self, blocks: Blocks, data: bytes | memoryview) -> tuple[int, int, Runs]:
+        """(why it stopped, bytes of whole packets, runs). ValueError for a ``cap`` that is less
+        than the pages of one packet."""
 
 class Encoder:
     def __init__(self) -> None: ...

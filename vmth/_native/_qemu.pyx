@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cython over csrc/core/qemu_ram.c: runs in NumPy arrays. vmth.qemu.ram is the public face."""
+"""Cython over csrc/core/qemu_ram.c and qemu_multifd.c: runs in NumPy arrays. vmth.qemu.ram is the
+public face."""
 
 cimport cython
 from libc.stdint cimport UINT32_MAX, uint8_t, uint32_t, uint64_t
@@ -7,6 +8,10 @@ from libc.stdint cimport UINT32_MAX, uint8_t, uint32_t, uint64_t
 import numpy as np
 
 from vmth._native._core cimport *
+
+PACKET_SHORT = VMTH_MULTIFD_SHORT
+PACKETS_FULL = VMTH_MULTIFD_FULL
+PACKET_OTHER = VMTH_MULTIFD_OTHER
 
 RUN = np.dtype([("page", "<u8"), ("npages", "<u8"), ("at", "<u8"), ("stride", "<u4"),
                 ("nbytes", "<u4"), ("block", "<u4"), ("kind", "<u4")])
@@ -70,6 +75,32 @@ cdef class Parser:
             raise RecordError(error.field.decode(), error.received, error.allowed)
         return (parsed.stop, parsed.used, parsed.need, parsed.value,
                 self.room[:parsed.nruns].copy())
+
+
+@cython.final
+cdef class PacketParser:
+    """Parses whole multifd packets; owns the array that runs go into."""
+
+    cdef object room
+    cdef uint8_t[::1] raw
+    cdef size_t cap
+
+    def __init__(self, size_t cap):
+        self.room = np.empty(cap, dtype=RUN)
+        self.raw = self.room.view(np.uint8)
+        self.cap = cap
+
+    def parse(self, Blocks blocks not None, const uint8_t[::1] data):
+        cdef vmth_multifd_parsed parsed
+        cdef const uint8_t *at = &data[0] if data.shape[0] else NULL
+        cdef size_t nbytes = data.shape[0]
+        cdef vmth_qemu_run *out = <vmth_qemu_run *>&self.raw[0] if self.cap else NULL
+        cdef int result
+        with nogil:
+            result = vmth_multifd_parse(&blocks.table, at, nbytes, out, self.cap, &parsed)
+        if result != 0:
+            raise ValueError(f"block table, or room for {self.cap} runs, outside its bounds")
+        return parsed.stop, parsed.used, self.room[:parsed.nruns].copy()
 
 
 @cython.final

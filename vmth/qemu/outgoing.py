@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -107,9 +108,9 @@ class _Connection:
         feed: Callable[[memoryview], None],
         nbuffers: int,
         nbytes: int,
-        give_back: Callable[[int], int] = lambda at_most: 0,
+        give_back: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``give_back(at_most)``: how many of the bytes that were fed last are to be fed again."""
+        """``give_back()``: how many of the bytes that were fed last are to be fed again."""
         self.sock = sock
         self.ended = False
         self.read_bytes = nbytes  #: of one read, at most
@@ -123,19 +124,14 @@ class _Connection:
     def in_use(self, until: Callable[[], object]) -> None:
         self._buffers[0].wait = until
 
-    def read(self, whole: int = 0) -> None:
+    def read(self) -> None:
         """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
-        longer than PATIENCE_S for the next bytes, since each costs as much as many pages. With
-        ``whole`` so many bytes, handed on in one piece when all of them are there."""
-        self._unfed += self._give_back(LEAST_READ_BYTES)
-        room = len(self._buffers[0].view) - self._filled
-        if room < (whole - self._unfed if whole else LEAST_READ_BYTES):
+        longer than PATIENCE_S for the next bytes, since each costs as much as many pages."""
+        self._unfed += self._give_back()
+        if len(self._buffers[0].view) - self._filled < LEAST_READ_BYTES:
             self._next_buffer()
-            room = len(self._buffers[0].view) - self._filled
-        most = whole - self._unfed if whole else min(room, self.read_bytes)
-        end = self._filled + most
-        self._take(end)
-        if self._unfed and (self._filled == end or not whole or self.ended):
+        self._take(min(len(self._buffers[0].view), self._filled + self.read_bytes))
+        if self._unfed:
             self._feed(self._buffers[0].view[self._filled - self._unfed : self._filled])
             self._unfed = 0
 
@@ -250,17 +246,16 @@ class OutgoingStream:
             self._main = _Connection(mains[0], self._merger.feed_main, BUFFERS, BUFFER_BYTES)
         else:
             reader = self._reader
-            self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, reader.give_back)
-        self.limit_read(FIRST_READ_BYTES)
+            give_back = partial(reader.give_back, LEAST_READ_BYTES)
+            self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, give_back)
         for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
+            assert self._merger is not None
+            feed = partial(self._merger.feed_channel, index)
+            give_back = partial(self._merger.give_back, index)
             self._channels.append(
-                _Connection(sock, self._channel_feed(index), CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES)
+                _Connection(sock, feed, CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES, give_back)
             )
-
-    def _channel_feed(self, index: int) -> Callable[[memoryview], None]:
-        merger = self._merger
-        assert merger is not None
-        return lambda data: merger.feed_channel(index, data)
+        self.limit_read(FIRST_READ_BYTES)
 
     def _first_bytes(self, sock: socket.socket, deadline: float) -> bytes:
         """Which connection it is: the main one need not be the first that connects."""
@@ -327,10 +322,11 @@ class OutgoingStream:
         )
 
     def limit_read(self, nbytes: int) -> None:
-        """Take at most so many bytes (at least 64 KiB) of the main connection at once: what waits
-        to become whole is not on its way yet."""
-        if self._main is not None:
-            self._main.read_bytes = max(LEAST_READ_BYTES, min(nbytes, BUFFER_BYTES))
+        """Take at most so many bytes (at least 64 KiB) at once of all connections that bring pages:
+        what waits to become whole is not on its way yet."""
+        bringing = self._channels or self._connections()
+        for connection in bringing:
+            connection.read_bytes = max(LEAST_READ_BYTES, nbytes // len(bringing))
 
     def _connections(self) -> list[_Connection]:
         return [*([self._main] if self._main is not None else []), *self._channels]
@@ -377,29 +373,31 @@ class OutgoingStream:
         if self._closed or self._main is None:
             raise ChannelError("the source QEMU's stream is closed")
         ready = self._wait(deadline)
-        for connection, wants in ready:
-            connection.read(wants)
+        for connection in ready:
+            connection.read()
             if connection.ended:
                 self._at_end(connection)
         if ready:
             self._last_read_s = time.monotonic()
         return bool(ready) or time.monotonic() < deadline
 
-    def _wait(self, deadline: float) -> list[tuple[_Connection, int]]:
+    def _wait(self, deadline: float) -> list[_Connection]:
         merger, main = self._merger, self._main
         assert main is not None
-        asked = [(main, 0)] if merger is None or merger.main_may_read() else []
-        for index, channel in enumerate(self._channels):
-            if merger is not None and merger.channel_may_read(index):
-                asked.append((channel, merger.channel_wants(index)))
-        asked = [(connection, wants) for connection, wants in asked if not connection.ended]
-        if not asked:
-            raise self._ended_early()
+        asked = [main] if merger is None or merger.main_may_read() else []
+        asked += (
+            channel
+            for index, channel in enumerate(self._channels)
+            if merger is not None and merger.channel_may_read(index)
+        )
         poll = select.poll()
         by_fd = {}
-        for connection, wants in asked:
-            by_fd[connection.sock.fileno()] = (connection, wants)
-            poll.register(connection.sock, select.POLLIN)
+        for connection in asked:
+            if not connection.ended:
+                by_fd[connection.sock.fileno()] = connection
+                poll.register(connection.sock, select.POLLIN)
+        if not by_fd:
+            raise self._ended_early()
         left_s = max(0.0, deadline - time.monotonic())
         return [by_fd[fd] for fd, _ in poll.poll(1000 * min(left_s, QUIET_S))]
 

@@ -2,10 +2,11 @@
 """Pages that multifd brought twice in one round: they wait for the next one.
 
     packet n    1024 ... 1151        QEMU before 8.0 looks at a packet that it has handed over, and
-    packet n+1  1151 ... 1278        may put the last page of one into the next as well (a race)
+    packet n+1  1151 ... 1278        may put the last page of one into the next as well (a race);
+    packet n+2  1278 ... 1405        with several channels, n+1 may be the last of these to come
 
-The page channels keep an order between rounds only, so no page goes twice in one. A barrier for each
-such page would be one for each 512 KiB; kept here, one serves them all.
+The page channels keep an order between rounds only, so no page goes twice in one. A barrier for
+each such page would be one for each 512 KiB; kept here, one serves them all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from vmth.qemu.ram import RUN, PageKind, Runs
 
-__all__ = ["PagesAgain", "without_page"]
+__all__ = ["PagesAgain", "without_ends"]
 
 
 class PagesAgain:
@@ -50,13 +51,15 @@ class PagesAgain:
         return runs, b"".join(parts)
 
 
-def without_page(run: Runs, *, last: bool) -> Runs:
-    """An array of the run without its last page, or its first; empty for a run of one page."""
+def without_ends(run: Runs, first: bool, last: bool) -> Runs:
+    """An array of the run without its first page, its last page, or both; empty where none is
+    left."""
     rest = np.array([run], dtype=RUN)
-    if int(run["npages"]) == 1:
+    dropped = int(first) + int(last)
+    if int(run["npages"]) <= dropped:
         return rest[:0]
-    rest["npages"] -= 1
-    if not last:
+    rest["npages"] -= dropped
+    if first:
         rest["page"] += 1
         rest["at"] += rest["stride"]
     return rest

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of QEMU's ``ram`` sections to runs of pages and back (``csrc/include/vmth/qemu_ram.h``).
+"""Records of QEMU's ``ram`` sections to runs of pages and back (``csrc/include/vmth/qemu_ram.h``),
+and packets of multifd to runs.
 
 Pages are never copied while parsing: a run says where its payload lies in the bytes that were
 given. Nothing here does I/O.
@@ -24,8 +25,11 @@ __all__ = [
     "MIN_PAGE_BYTES",
     "RUN",
     "BlockTable",
+    "PacketParser",
+    "PacketStop",
     "PageKind",
     "Parsed",
+    "ParsedPackets",
     "RamEncoder",
     "RamParser",
     "Runs",
@@ -129,6 +133,35 @@ class RamParser:
             field, received, allowed = error.args
             raise StreamError(f"{field}: received {received:#x}, allowed {allowed:#x}") from None
         return Parsed(Stop(stop), used, need, value, runs)
+
+
+class PacketStop(enum.IntEnum):
+    """Why the parser of multifd packets stopped."""
+
+    SHORT = _qemu.PACKET_SHORT  #: the input ends within a packet, or with one
+    FULL = _qemu.PACKETS_FULL  #: more packets of pages follow
+    OTHER = _qemu.PACKET_OTHER  #: a packet follows that is not only plain pages of the blocks
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedPackets:
+    stop: PacketStop
+    used: int  #: bytes of whole packets
+    runs: Runs  #: ``at`` counts from the first byte that was given
+
+
+class PacketParser:
+    """Whole multifd packets of plain pages (``csrc/include/vmth/qemu_multifd.h``). Not thread-safe.
+    The lock of the interpreter is free while native code parses."""
+
+    def __init__(self) -> None:
+        self._parser = _qemu.PacketParser(RUNS_A_CALL)
+
+    def parse(self, blocks: BlockTable, data: bytes | memoryview) -> ParsedPackets:
+        """As many packets as there are before something else comes; raises nothing for what the
+        bytes are."""
+        stop, used, runs = self._parser.parse(blocks.native, data)
+        return ParsedPackets(PacketStop(stop), used, runs)
 
 
 class RamEncoder:

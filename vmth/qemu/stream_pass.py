@@ -28,7 +28,7 @@ from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, 
 from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
-from vmth.qemu.pages_again import PagesAgain, without_page
+from vmth.qemu.pages_again import PagesAgain, without_ends
 from vmth.qemu.ram import PageKind, Runs
 from vmth.qemu.steering import Helm
 from vmth.qemu.stream import (
@@ -242,18 +242,22 @@ class StreamPass:
         return queued
 
     def _keep_for_next(self, run: Runs, data: memoryview) -> bool:
-        """A run with a page of this round: queue the others if the first or the last page is the
-        only one. False where QEMU has begun a pass, or too many are kept."""
+        """A run with a page of this round: queue the others if only its ends are such pages. False
+        where QEMU has begun a pass, or too many are kept."""
         if self.helm.passes != self._passes or self._pass_ends_at:
             return False
         if len(self._again) >= MOST_AGAIN_PAGES:
             return False
-        for last in (False, True):
-            rest = without_page(run, last=last)
-            if not len(rest) or self._queue(rest, data):
-                self._again.keep(run, int(run["npages"]) - 1 if last else 0, data)
-                self._seen_pages += 1
-                return True
+        npages = int(run["npages"])
+        for first, last in ((True, False), (False, True), (True, True)):
+            rest = without_ends(run, first, last)
+            if len(rest) and not self._queue(rest, data):
+                continue
+            ends = ([0] if first else []) + ([npages - 1] if last and npages > int(first) else [])
+            for at in ends:
+                self._again.keep(run, at, data)
+            self._seen_pages += len(ends)
+            return True
         return False
 
     def _send_kept(self) -> None:

@@ -92,9 +92,10 @@ class MultifdMerger:
         """False while this channel waits for the others: feeding it would only buffer."""
         return not self._channels[index].waits
 
-    def channel_wants(self, index: int) -> int:
-        """Bytes that, fed in one piece, need not be copied."""
-        return self._channels[index].reader.wants
+    def give_back(self, index: int) -> int:
+        """Forget the begin of a packet that this channel was fed last: how many bytes must be fed
+        again in front of those that follow. Only when ``next_event()`` has returned None."""
+        return self._channels[index].reader.give_back()
 
     def next_event(self) -> Event | None:
         """The next event, or None when more bytes are needed of any input."""
@@ -144,7 +145,9 @@ class MultifdMerger:
         for index, channel in enumerate(self._channels):
             if channel.waits:
                 continue
-            event = channel.reader.next_event()
+            if self._whole_packets(index, channel.reader):
+                return True
+            event = None if channel.reader.cut else channel.reader.next_event()
             if event is None:
                 if channel.ended and self._main_waits is not None:
                     raise StreamError(f"multifd channel {index} ended before it synchronised")
@@ -159,15 +162,32 @@ class MultifdMerger:
             return True
         return False
 
+    def _whole_packets(self, index: int, reader: MultifdReader) -> bool:
+        """Pages of a channel, many at once. False where something else comes, or nothing."""
+        table, section_id = self._main.table, self._main.ram_section_id
+        if table is None or section_id is None:
+            return False
+        pages = reader.next_pages(table, index)
+        if pages is None:
+            return False
+        self._check_time(index)
+        self._place(pages, section_id)
+        return True
+
     def _pages(self, index: int, packet: PagesPacket) -> None:
         if not len(packet.normal) and not len(packet.zero):
             return
+        self._check_time(index)
         table, section_id = self._main.table, self._main.ram_section_id
-        if table is None or section_id is None or self._at_flush is None or self._over:
-            raise StreamError(f"multifd channel {index}: pages outside the ram sections' time")
+        assert table is not None and section_id is not None
         pages = packet.pages(table, index)
         assert pages is not None
         self._place(pages, section_id)
+
+    def _check_time(self, index: int) -> None:
+        known = self._main.table is not None and self._main.ram_section_id is not None
+        if not known or self._at_flush is None or self._over:
+            raise StreamError(f"multifd channel {index}: pages outside the ram sections' time")
 
     def _place(self, pages: RamPages, section_id: int) -> None:
         if self._section is not None and self._section.section_id == section_id:

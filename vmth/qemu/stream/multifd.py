@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth.errors import StreamError
-from vmth.qemu.ram import RUN, BlockTable, PageKind, Runs
+from vmth.qemu.ram import RUN, BlockTable, PacketParser, PacketStop, PageKind, Runs
 from vmth.qemu.stream.events import RamPages
 from vmth.qemu.stream.fields import be, bound, expect, name_text
 from vmth.qemu.stream.unzstd import Unzstd
@@ -160,6 +160,8 @@ class MultifdReader:
         self._inflate = zlib.decompressobj()
         self._unzstd: Unzstd | None = None
         self._unpacks = unpack
+        self._packets = PacketParser()
+        self._cut = False
 
     @property
     def position(self) -> int:
@@ -167,20 +169,42 @@ class MultifdReader:
         return self._window.position
 
     @property
-    def wants(self) -> int:
-        """Bytes that make what comes next whole: fed in one piece, it is not copied."""
-        want = self._want
-        if self._state == self._hello:
-            want = HELLO_BYTES
-        elif self._state == self._header:
-            want = HEADER_BYTES + 8 * self._most_pages
-        return max(1, want - self._window.available)
+    def cut(self) -> bool:
+        """Did ``next_pages()`` find the begin of a packet and nothing else? Its bytes may be taken
+        back (``give_back()``), and fed again with more behind them, so that it is not copied."""
+        return self._cut
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
+        self._cut = False
         self._window.feed(data)
+
+    def give_back(self) -> int:
+        """Forget the begin of a packet that was fed last. How many bytes: they must be fed again in
+        front of those that follow. 0 where there is none, or where it cannot be forgotten."""
+        if not self._cut:
+            return 0
+        self._cut = False
+        return self._window.forget()
 
     def feed_eof(self) -> None:
         self._window.eof = True
+
+    def next_pages(self, table: BlockTable, channel: int | None = None) -> RamPages | None:
+        """Packets of plain pages that were fed whole, as many as there are in one piece, by native
+        code; None where something else comes, which ``next_event()`` reads, or ``cut``. Needs
+        ``unpack``."""
+        window = self._window
+        if self._state != self._header or window.carried or self._events or not window.available:
+            return None
+        with window.view() as view:
+            parsed = self._packets.parse(table, view)
+            whole = len(view) == window.available and not window.eof
+            self._cut = whole and parsed.stop is PacketStop.SHORT and parsed.used < len(view)
+            if not parsed.used:
+                return None
+            pages = RamPages(table, parsed.runs, view[: parsed.used], channel)
+        window.use(parsed.used)
+        return pages
 
     def next_event(self) -> MultifdEvent | None:
         """The next event, or None when more bytes are needed (or all were used)."""
