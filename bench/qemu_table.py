@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--random", type=int, default=100, help="percent of pages; others are zero")
     parser.add_argument(
-        "--connections", type=int, default=0, help="of multifd, in vmth's moves; 0: one plain stream"
+        "--connections", type=int, default=0, help="of multifd, in vmth's moves; 0: none"
     )
     arguments = parser.parse_args()
     nothing = idle()
