@@ -87,7 +87,7 @@ def test_an_event_from_before_the_load_is_no_proof(world: World, held: HeldQemu)
 def test_a_guest_that_does_not_start_is_said_not_to_run(
     world: World, held: HeldQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RESUME_S", 0.02)
+    monkeypatch.setattr(module, "_RUNS_S", 0.02)
     world.after_cont = "paused"
     with pytest.raises(GuestError, match="no vCPU run"):
         held.resume()

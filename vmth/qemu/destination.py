@@ -65,7 +65,8 @@ RAM_SECTION_ID = 0x766D7468
 _HEAD_KEY = "qemu.head"
 _ACCEPT_S = 30.0  #: for QEMU to agree to the block list
 _LOAD_S = 120.0  #: for QEMU to load the device state
-_RESUME_S = 30.0
+_RESUME_S = 30.0  #: for QEMU to answer cont
+_RUNS_S = 30.0  #: for a vCPU to run from then on
 _QUIT_S = 10.0
 _LOOK_S = 0.005
 #: Run states of a loaded guest in which no vCPU has run yet. Any other means that it has: a guest
@@ -117,10 +118,10 @@ class HeldQemu:
             raise
         except QmpError as error:
             raise GuestError(f"QEMU does not resume: {error.description}") from error
-        deadline = time.monotonic() + _RESUME_S
+        deadline = time.monotonic() + _RUNS_S
         while not self.is_running():
             if time.monotonic() >= deadline:
-                raise GuestError(f"QEMU lets no vCPU run {_RESUME_S:g} s after cont")
+                raise GuestError(f"QEMU lets no vCPU run {_RUNS_S:g} s after cont")
             time.sleep(_LOOK_S)
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
