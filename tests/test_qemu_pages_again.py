@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import qemu_streams as s
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stream_pass_world import DEVICES, END, World
 
@@ -123,6 +123,7 @@ def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 PACKETS = st.lists(st.tuples(st.integers(0, 56), st.integers(1, 8)), max_size=30)
 
 
+@settings(max_examples=40)
 @given(PACKETS, st.integers(1, 5))
 @example([(4, 8), (11, 8), (10, 3), (11, 1)], 3)
 def test_what_came_last_is_what_is_there(packets: list[tuple[int, int]], most: int) -> None:
