@@ -196,6 +196,8 @@ class MultifdReader:
         window = self._window
         if self._state != self._header or window.carried or self._events or not window.available:
             return None
+        if table.page_bytes != self._page_bytes:
+            return None
         with window.view() as view:
             parsed = self._packets.parse(table, view)
             whole = len(view) == window.available and not window.eof
