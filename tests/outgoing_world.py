@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vmth.qemu import stream as q
+from vmth.qemu.outgoing import OutgoingStream
 
 
 class FakeSource:
@@ -82,3 +83,31 @@ def drain(next_event: Callable[[float], q.Event | None], timeout_s: float = 10.0
         events.append(event)
         if isinstance(event, q.StreamFinished):
             return events
+
+
+@contextlib.contextmanager
+def started(source: FakeSource, channels: int = 0) -> Iterator[OutgoingStream]:
+    with OutgoingStream(source, multifd_channels=channels) as stream:
+        try:
+            stream.start()
+            yield stream
+        finally:
+            stream.close()
+            source.close()
+
+
+class LentPages:
+    """Pages that were given out, looked at when their buffer is about to be filled again."""
+
+    def __init__(self) -> None:
+        self.checked = 0
+        self._lent: list[tuple[q.PagePayload, bytes]] = []
+
+    def lend(self, page: q.PagePayload, content: bytes) -> None:
+        self._lent.append((page, content))
+
+    def check(self) -> None:
+        for page, content in self._lent:
+            assert bytes(page.data) == content
+        self.checked += len(self._lent)
+        self._lent.clear()

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import qemu_streams as s
-from outgoing_world import FakeSource, drain
+from outgoing_world import FakeSource, LentPages, drain, started
 from qemu_process import MEMORY_BYTES, RAM_ID, Qemu, fill
 from waiting import wait_until
 
@@ -19,17 +18,6 @@ from vmth.errors import ChannelError, MigrationError, StreamError, UsageError
 from vmth.qemu import outgoing
 from vmth.qemu import stream as q
 from vmth.qemu.outgoing import OutgoingStream
-
-
-@contextmanager
-def started(source: FakeSource, channels: int = 0) -> Iterator[OutgoingStream]:
-    with OutgoingStream(source, multifd_channels=channels) as stream:
-        try:
-            stream.start()
-            yield stream
-        finally:
-            stream.close()
-            source.close()
 
 
 def opaque(events: list[q.Event]) -> bytes:
@@ -165,25 +153,17 @@ def test_a_buffer_is_overwritten_only_when_its_bytes_were_read(
             s.description([("timer", 5)]),
         )
     )
-    pending: list[tuple[q.PagePayload, bytes]] = []
-    checked = 0
-
-    def check() -> None:
-        nonlocal checked
-        for page, content in pending:
-            assert bytes(page.data) == content
-        checked += len(pending)
-        pending.clear()
-
+    lent = LentPages()
     with started(FakeSource(stream_bytes)) as stream:
         while not isinstance(event := stream.next_event(10), q.StreamFinished):
             assert event is not None
             if isinstance(event, q.RamPages):
-                pending += [(page, s.page_of(page.page)) for page in event.pages()]
-                stream.in_use(check)
-        assert 0 < checked < 3 * npages
-        check()
-    assert checked == 3 * npages
+                for page in event.pages():
+                    lent.lend(page, s.page_of(page.page))
+                stream.in_use(lent.check)
+        assert 0 < lent.checked < 3 * npages
+        lent.check()
+    assert lent.checked == 3 * npages
 
 
 @pytest.mark.parametrize("length", [100, 9000, -3])

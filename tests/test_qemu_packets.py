@@ -10,8 +10,7 @@ import pytest
 import qemu_streams as s
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from outgoing_world import FakeSource
-from test_qemu_outgoing import started
+from outgoing_world import FakeSource, LentPages, started
 
 from vmth.errors import StreamError
 from vmth.qemu import outgoing
@@ -186,16 +185,7 @@ def test_buffers_of_channels_are_filled_again_when_their_pages_were_read(
         + sync
         for index in range(nchannels)
     ]
-    pending: list[tuple[q.PagePayload, bytes]] = []
-    checked = zeros = 0
-
-    def check() -> None:
-        nonlocal checked
-        for page, content in pending:
-            assert bytes(page.data) == content
-        checked += len(pending)
-        pending.clear()
-
+    lent, zeros = LentPages(), 0
     with started(FakeSource(MAIN, channels), nchannels) as stream:
         while not isinstance(event := stream.next_event(10), q.StreamFinished):
             assert event is not None
@@ -203,8 +193,8 @@ def test_buffers_of_channels_are_filled_again_when_their_pages_were_read(
                 for page in event.pages():
                     zeros += page.kind is PageKind.ZERO
                     content = b"" if page.kind is PageKind.ZERO else s.page_of(page.page)
-                    pending.append((page, content))
-                stream.in_use(check)
-        assert 0 < checked < nchannels * packets * 17
-        check()
-    assert (checked, zeros) == (nchannels * packets * 17, nchannels * packets)
+                    lent.lend(page, content)
+                stream.in_use(lent.check)
+        assert 0 < lent.checked < nchannels * packets * 17
+        lent.check()
+    assert (lent.checked, zeros) == (nchannels * packets * 17, nchannels * packets)

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/big_endian.h"
+#include "core/qemu_blocks.h"
 
 enum {
     MAGIC = 0x11223344,
@@ -125,10 +126,7 @@ int vmth_multifd_parse(const struct vmth_qemu_blocks *blocks, const uint8_t *in,
     size_t header_bytes;
     size_t most;
 
-    if (blocks->page_bytes < VMTH_QEMU_MIN_PAGE_BYTES ||
-        blocks->page_bytes > VMTH_QEMU_MAX_PAGE_BYTES ||
-        (blocks->page_bytes & (blocks->page_bytes - 1)) != 0 ||
-        blocks->nblocks > VMTH_QEMU_MAX_BLOCKS) {
+    if (!qemu_blocks_valid(blocks)) {
         return -EINVAL;
     }
     header_bytes = VMTH_MULTIFD_HEADER_BYTES(blocks->page_bytes);

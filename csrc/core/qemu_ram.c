@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core/big_endian.h"
+#include "core/qemu_blocks.h"
 
 enum {
     FLAG_ZERO = 0x002,
@@ -32,14 +33,6 @@ enum {
     /* Headers lie a page apart: each is a miss in cache and TLB unless it was asked for early. */
     PREFETCH_RECORDS = 8
 };
-
-static bool blocks_valid(const struct vmth_qemu_blocks *blocks)
-{
-    const uint32_t page_bytes = blocks->page_bytes;
-
-    return page_bytes >= VMTH_QEMU_MIN_PAGE_BYTES && page_bytes <= VMTH_QEMU_MAX_PAGE_BYTES &&
-           (page_bytes & (page_bytes - 1)) == 0 && blocks->nblocks <= VMTH_QEMU_MAX_BLOCKS;
-}
 
 /* A page that begins within the block: used_length need not be a multiple of the page. */
 static uint64_t block_npages(const struct vmth_qemu_blocks *blocks, uint32_t block)
@@ -268,7 +261,7 @@ int vmth_qemu_ram_parse(const struct vmth_qemu_blocks *blocks, uint32_t *block, 
     struct vmth_qemu_parsed done = {0};
     uint32_t current = *block;
 
-    if (!blocks_valid(blocks) || cap == 0 ||
+    if (!qemu_blocks_valid(blocks) || cap == 0 ||
         (current != VMTH_QEMU_NO_BLOCK && current >= blocks->nblocks)) {
         return -EINVAL;
     }
@@ -373,7 +366,7 @@ size_t vmth_qemu_ram_encoded_bytes(const struct vmth_qemu_blocks *blocks, uint32
 {
     size_t total = 0;
 
-    if (!blocks_valid(blocks)) {
+    if (!qemu_blocks_valid(blocks)) {
         return 0;
     }
     for (size_t i = 0; i < nruns; i++) {

@@ -185,7 +185,6 @@ cdef extern from "vmth/qemu_multifd.h" nogil:
         VMTH_MULTIFD_SHORT
         VMTH_MULTIFD_FULL
         VMTH_MULTIFD_OTHER
-        VMTH_MULTIFD_PACKET_BYTES
 
     struct vmth_multifd_parsed:
         size_t nruns

@@ -191,7 +191,9 @@ class OutgoingStream:
         self._last_read_s = 0.0
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
-        self.given_out_bytes = 0  #: of all connections, as far as all their events were given out
+        #: Of all connections, when no event was left to give out; what a multifd channel has sent
+        #: behind its SYNC is among them, and waits in the merger.
+        self.given_out_bytes = 0
 
     # -- the beginning -----------------------------------------------------------------------------
 

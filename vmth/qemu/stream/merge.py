@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from vmth.errors import StreamError, UsageError
+from vmth.qemu.ram import BlockTable
 from vmth.qemu.stream.events import (
     Event,
     PassThrough,
@@ -164,30 +165,29 @@ class MultifdMerger:
 
     def _whole_packets(self, index: int, reader: MultifdReader) -> bool:
         """Pages of a channel, many at once. False where something else comes, or nothing."""
-        table, section_id = self._main.table, self._main.ram_section_id
-        if table is None or section_id is None:
+        ram = self._ram()
+        pages = reader.next_pages(ram[0], index) if ram is not None else None
+        if ram is None or pages is None:
             return False
-        pages = reader.next_pages(table, index)
-        if pages is None:
-            return False
-        self._check_time(index)
-        self._place(pages, section_id)
+        self._place(pages, ram[1])
         return True
 
     def _pages(self, index: int, packet: PagesPacket) -> None:
         if not len(packet.normal) and not len(packet.zero):
             return
-        self._check_time(index)
-        table, section_id = self._main.table, self._main.ram_section_id
-        assert table is not None and section_id is not None
-        pages = packet.pages(table, index)
-        assert pages is not None
-        self._place(pages, section_id)
-
-    def _check_time(self, index: int) -> None:
-        known = self._main.table is not None and self._main.ram_section_id is not None
-        if not known or self._at_flush is None or self._over:
+        ram = self._ram()
+        if ram is None:
             raise StreamError(f"multifd channel {index}: pages outside the ram sections' time")
+        pages = packet.pages(ram[0], index)
+        assert pages is not None
+        self._place(pages, ram[1])
+
+    def _ram(self) -> tuple[BlockTable, int] | None:
+        """The blocks and ram's section id, while channels may bring pages."""
+        table, section_id = self._main.table, self._main.ram_section_id
+        if table is None or section_id is None or self._at_flush is None or self._over:
+            return None
+        return table, section_id
 
     def _place(self, pages: RamPages, section_id: int) -> None:
         if self._section is not None and self._section.section_id == section_id:

@@ -187,6 +187,7 @@ class MultifdReader:
         return self._window.forget()
 
     def feed_eof(self) -> None:
+        self._cut = False
         self._window.eof = True
 
     def next_pages(self, table: BlockTable, channel: int | None = None) -> RamPages | None:
