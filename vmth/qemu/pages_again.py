@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that multifd brought twice in one round: they wait for the next one.
+"""Pages that multifd brought twice in one round: they wait until the first copies have landed.
 
     packet n    1024 ... 1151        QEMU before 8.0 looks at a packet that it has handed over, and
     packet n+1  1151 ... 1278        may put the last page of one into the next as well (a race);
     packet n+2  1278 ... 1405        with several channels, n+1 may be the last of these to come
 
-The page channels keep an order between rounds only, so no page goes twice in one. A barrier for
-each such page would be one for each 512 KiB; kept here, one serves them all.
+The page channels keep an order across barriers only, so no page goes twice between two. A barrier
+for each such page would be one for each 512 KiB; kept here, one serves them all.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class PagesAgain:
     def take(self) -> tuple[Runs, bytes]:
         """All of them, and forget them: runs of one page each, and the data that they refer to."""
         runs = np.zeros(len(self._kept), dtype=RUN)
-        parts: list[bytes] = []
-        for run, ((block, page), content) in zip(runs, self._kept.items(), strict=True):
-            run["block"], run["page"], run["npages"] = block, page, 1
-            run["kind"] = PageKind.PAGE if content else PageKind.ZERO
-            if content:
-                run["at"] = len(parts) * self._page_bytes
-                run["stride"] = run["nbytes"] = self._page_bytes
-                parts.append(content)
+        data = b"".join(self._kept.values())
+        if len(runs):
+            lengths = np.fromiter(map(len, self._kept.values()), dtype=np.uint64)
+            runs["block"], runs["page"] = np.array(list(self._kept)).T
+            runs["npages"] = 1
+            runs["kind"] = np.where(lengths > 0, int(PageKind.PAGE), int(PageKind.ZERO))
+            runs["at"] = np.where(lengths > 0, np.cumsum(lengths) - lengths, 0)
+            runs["stride"] = runs["nbytes"] = lengths
         self._kept.clear()
-        return runs, b"".join(parts)
+        return runs, data
 
 
 def without_ends(run: Runs, first: bool, last: bool) -> Runs:

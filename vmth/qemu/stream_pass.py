@@ -4,7 +4,8 @@
     pass 1          pass 2     pass 3   END
     |------ 1 ms ------------->|- user's limit ->|  QEMU's downtime-limit: raised when ours fits
     |---- round 0 --|- round 1-|- 2 -|- last ----|  a barrier where QEMU begins anew, and before
-                                                    a page would go out twice
+                                                    a page would go out twice: a round's end, or
+                                                    not (PagesAgain)
 
 QEMU runs the rounds and stops its guest by itself when it expects to send the rest within its
 downtime limit. That stays at 1 ms until the forecast over *our* link, with all that is queued here,
@@ -14,14 +15,12 @@ again: damage ends the migration, and the guest runs on at the source.
 
 from __future__ import annotations
 
+import enum
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
 from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, Throttled
@@ -41,6 +40,7 @@ from vmth.qemu.stream import (
     SectionStarted,
     StreamFinished,
 )
+from vmth.qemu.unsent import send_unsent_as_holes
 from vmth.rounds import FinalPass, RoundTools
 from vmth.state_streams import STATE_MAX_BYTES
 from vmth.stats import RoundStats, TransferCounters, round_stats
@@ -71,10 +71,10 @@ ORDER_NS = 60_000_000
 HANDOVER_NS = 20_000_000
 #: A round's bandwidth is believed when it has lasted so long.
 MEASURED_NS = 20_000_000
-#: Pages that multifd has brought twice: so many wait at most (4 MiB) before a round ends for them.
+#: Pages that multifd has brought twice: when so many wait (4 MiB), they land before the next one.
+#: Fewer where QEMU may stop its guest meanwhile: it counts them as sent.
 MOST_AGAIN_PAGES = 1024
-#: Hashes that are looked at together: 1 MiB of them.
-TABLE_PAGES = 65536
+MOST_AGAIN_AT_END_PAGES = 64
 _SECOND_NS = 1_000_000_000
 _TICKET_WAIT_NS = 50_000_000
 
@@ -89,6 +89,14 @@ class PageStream(Protocol):
     def next_event(self, timeout_s: float) -> Event | None: ...
     def in_use(self, until: partial[None]) -> None: ...
     def limit_read(self, nbytes: int) -> None: ...
+
+
+class _Landing(enum.Enum):
+    """Of the last pages, after which only state comes."""
+
+    NOT_YET = enum.auto()
+    ASKED = enum.auto()  #: the barrier behind them
+    DONE = enum.auto()
 
 
 @dataclass(slots=True)
@@ -115,7 +123,7 @@ class StreamPass:
     _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
     _ahead_bytes: int = 0
     _ahead_limit_bytes: int = START_AHEAD_BYTES
-    _seen_pages: int = 0  #: of this round
+    _seen_pages: int = 0  #: of this round, a page that came twice once
     _again: PagesAgain = field(init=False)
     _near_end: bool = False  #: of QEMU's pass, as far as is known
     _passes: int = 0
@@ -129,6 +137,7 @@ class StreamPass:
     _stalled_out: bool = False  #: QEMU was told to stop whatever is left
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
+    _landing: _Landing = _Landing.NOT_YET
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
@@ -144,8 +153,7 @@ class StreamPass:
         self.was_running = self.tools.pause_guest()
         self._finish_round()
         if len(self._again):
-            self._round += 1
-            self._begin_round()
+            self._begin_round(len(self._again))
             self._finish_round()
         self._fill_unsent()
         stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
@@ -220,13 +228,17 @@ class StreamPass:
                 f"pages of the source: received {PageKind(worst).name}, allowed ZERO and PAGE: "
                 "its capability is switched off for a migration"
             )
+        runs = runs[self._queue(runs, data) :]
         while len(runs):
-            queued = self._queue(runs, data)
-            runs = runs[queued:]
-            if len(runs) and event.channel is not None and self._keep_for_next(runs[0], data):
-                runs = runs[1:]
-            elif len(runs):
+            if event.channel is None or self.helm.passes != self._passes or self._pass_ends_at:
                 self._next_round()
+            elif len(self._again) >= self._most_again():
+                self._land_kept()
+            elif self._keep_for_next(runs[0], data):
+                runs = runs[1:]
+            else:
+                self._next_round()
+            runs = runs[self._queue(runs, data) :]
         if not self._near_end and self._left_bytes() < NEAR_BYTES:
             self._near_end = True
             self._bound_ahead(self.tools.clock())
@@ -234,20 +246,17 @@ class StreamPass:
             self._allow(self._room_bytes or 0)
 
     def _queue(self, runs: Runs, data: memoryview) -> int:
-        """How many of the runs: up to the first that has a page of this round in it."""
+        """How many of the runs: up to the first with a page that went out since the barrier."""
         queued, ticket = self.tools.sender.send_pages(runs, data, self._round)
         if queued:
-            self._hold_back(ticket, len(data))
-            self._seen_pages += int(runs["npages"][:queued].sum())
+            npages = runs["npages"][:queued]
+            self._hold_back(ticket, int((npages * runs["nbytes"][:queued]).sum()))
+            self._seen_pages += int(npages.sum())
         return queued
 
     def _keep_for_next(self, run: Runs, data: memoryview) -> bool:
-        """A run with a page of this round: queue the others if only its ends are such pages. False
-        where QEMU has begun a pass, or too many are kept."""
-        if self.helm.passes != self._passes or self._pass_ends_at:
-            return False
-        if len(self._again) >= MOST_AGAIN_PAGES:
-            return False
+        """A run with a page that went out already: queue the others, unless such a page is not at
+        its ends."""
         npages = int(run["npages"])
         for first, last in ((True, False), (False, True), (True, True)):
             rest = without_ends(run, first, last)
@@ -256,23 +265,33 @@ class StreamPass:
             ends = ([0] if first else []) + ([npages - 1] if last and npages > int(first) else [])
             for at in ends:
                 self._again.keep(run, at, data)
-            self._seen_pages += len(ends)
             return True
         return False
 
+    def _most_again(self) -> int:
+        return MOST_AGAIN_AT_END_PAGES if self._allowed else MOST_AGAIN_PAGES
+
+    def _land_kept(self) -> None:
+        """In the midst of a round: nothing is known that the policy could be asked about."""
+        self._land()
+        self._send_kept()
+
     def _send_kept(self) -> None:
-        """First of all in a round."""
+        """First of all behind a barrier."""
         runs, data = self._again.take()
         if len(runs):
-            self.tools.sender.send_pages(runs, data, self._round)
+            queued, ticket = self.tools.sender.send_pages(runs, data, self._round)
+            assert queued == len(runs)
+            self._hold_back(ticket, len(data))
 
     def _may_be_allowed(self) -> bool:
         """With QEMU's next pass begun, what is left is not this one's."""
         return self._room_bytes is not None and not self._pass_ends_at
 
     def _left_bytes(self) -> int:
-        """Of this round, if QEMU dirtied nothing meanwhile."""
-        return (self._expected_pages() - self._seen_pages) * self.tools.page_bytes
+        """Of this round, if QEMU dirtied nothing meanwhile, and what waits for its end."""
+        npages = self._expected_pages() - self._seen_pages + len(self._again)
+        return npages * self.tools.page_bytes
 
     def _hold_back(self, ticket: int, nbytes: int) -> None:
         """The bytes stay until they were read; not more than the bound is read ahead."""
@@ -313,67 +332,83 @@ class StreamPass:
     def _state_begins(self, event: PassThrough) -> None:
         if not self._ended_ns:
             raise MigrationError(f"what the source sends cannot be moved: {event.reason}")
-        # The last pages land while the state is read.
-        self.tools.sender.barrier(self._round, 1)
+        if self._landing is _Landing.NOT_YET:
+            self._landing = _Landing.ASKED
+
+    def _land_last(self) -> None:
+        """The last pages, and then those that were kept, land while the state is read."""
+        if not self.tools.sender.barrier(self._round, 1):
+            return
+        self._landed()
+        if not len(self._again):
+            self._landing = _Landing.DONE
+            return
+        self._end_round()
+        self._begin_round(len(self._again))
+        self._land_last()
 
     def _fill_unsent(self) -> None:
-        """QEMU does not send what its guest calls free (a balloon's hints): it arrives as zeros, as
-        it would from QEMU itself, and the digest is of all memory. Nothing where all was sent."""
-        sender, blocks = self.tools.sender, self.guest.blocks
-        known = sender.digest()[2]
-        unsent = sum(block.npages for block in blocks) - known
-        if known == 0 or unsent == 0:  # the digest is off, or all is known
-            return
-        self._round += 1
-        for index, block in enumerate(blocks):
-            for first in range(0, block.npages, TABLE_PAGES):
-                n = min(TABLE_PAGES, block.npages - first)
-                runs = _unhashed(sender.hashes(index, first, n), first)
-                if len(runs):
-                    sender.send_holes(index, runs, self._round)
-        while not sender.barrier(self._round, LOOK_NS):
-            self._check_late()
-        self.notes.append(f"{unsent} pages were not sent by QEMU, free in its guest: now zeros")
+        unsent = send_unsent_as_holes(self.tools.sender, self.guest.blocks, self._round)
+        if unsent:
+            self._land()
+            self.notes.append(f"{unsent} pages were not sent by QEMU, free in its guest: now zeros")
 
     # -- rounds ------------------------------------------------------------------------------------
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, npages: int | None = None) -> None:
+        """With so many pages; None: those that QEMU says are left."""
+        expected = self._expected_pages() if npages is None else npages
         self._round_started_ns = self.tools.clock()
         self._before = self.tools.sender.counters()
         self._seen_pages, self._near_end, self._idle_ns = 0, False, 0
-        self.tools.emit(RoundStarted(self._round_started_ns, self._round, self._expected_pages()))
+        self.tools.emit(RoundStarted(self._round_started_ns, self._round, expected))
         self._send_kept()
 
     def _expected_pages(self) -> int:
         if self._round == 0:
             return sum(block.npages for block in self.guest.blocks)
-        return self.helm.remaining_bytes // self.tools.page_bytes
+        return self._remaining_pages()
 
     def _next_round(self) -> None:
+        """A round that had nothing but what was kept goes on instead."""
+        if self._seen_pages == 0:
+            self._land_kept()
+            return
         self._finish_round()
-        self._round += 1
         self._begin_round()
 
-    def _finish_round(self) -> None:
-        """Everything so far has landed. While the guest runs, the policy is asked."""
-        sender, tools = self.tools.sender, self.tools
-        stopped = bool(self._ended_ns)
-        while not sender.barrier(self._round, LOOK_NS):
+    def _land(self) -> None:
+        """Everything so far has landed, and each page may go out again."""
+        while not self.tools.sender.barrier(self._round, LOOK_NS):
             self._check_late()
+        self._landed()
+
+    def _landed(self) -> None:
         self._ahead.clear()
         self._ahead_bytes = 0
-        self._pass_ends_at = 0
         self._check_damage()
+
+    def _finish_round(self) -> None:
+        if self._landing is not _Landing.DONE:
+            self._land()
+        self._end_round()
+
+    def _end_round(self) -> None:
+        """While the guest runs, the policy is asked."""
+        tools = self.tools
+        stopped = bool(self._ended_ns)
+        self._pass_ends_at = 0
         stats = round_stats(
             self._round,
             self._before,
-            sender.counters(),
+            tools.sender.counters(),
             tools.clock() - self._round_started_ns,
-            0 if stopped else self.helm.remaining_bytes // tools.page_bytes,
+            0 if stopped else self._remaining_pages(),
             tools.page_bytes,
             stopped and self._round_started_ns >= self._ended_ns,
             self._idle_ns,
         )
+        self._round += 1
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
             del self.rounds[1]
@@ -389,6 +424,10 @@ class StreamPass:
         )
         tools.emit(RoundFinished(tools.clock(), self.rounds[-1], decision))
         self._steer(decision, view)
+
+    def _remaining_pages(self) -> int:
+        """That QEMU has not sent yet."""
+        return self.helm.remaining_bytes // self.tools.page_bytes
 
     def _check_damage(self) -> None:
         missed = self.tools.sender.take_missed(new_bitmaps(self.guest.blocks))
@@ -455,12 +494,14 @@ class StreamPass:
 
     def _look(self) -> None:
         """What QEMU and the clock say; seldom, since most events come every few hundred us."""
+        if self._landing is _Landing.ASKED:
+            self._land_last()
         if self.helm.passes != self._passes:
             self._passes = self.helm.passes
             self._pass_ends_at = self.stream.given_out_bytes + self.stream.unread_bytes
         if 0 < self._pass_ends_at <= self.stream.given_out_bytes:
             self._pass_ends_at = 0
-            if self.helm.stopped_ns is None and not self._ended_ns and self._sent_anything():
+            if self.helm.stopped_ns is None and not self._ended_ns and self._seen_pages:
                 self._next_round()
         now_ns = self.tools.clock()
         if now_ns - self._looked_ns < LOOK_NS:
@@ -471,9 +512,6 @@ class StreamPass:
         self._show_throttle()
         if self.tools.tuning.switchover_requested:
             self._stop_now()
-
-    def _sent_anything(self) -> bool:
-        return bool(self._ahead) or self.tools.sender.counters() != self._before
 
     def _check_late(self) -> None:
         """Raises what ends the wait: a cancel, the peer, QEMU's refusal, or the time."""
@@ -523,7 +561,7 @@ class StreamPass:
             now_ns=self.tools.clock(),
             started_ns=self._started_ns,
             rounds=tuple(self.rounds),
-            dirty_pages=self.helm.remaining_bytes // self.tools.page_bytes,
+            dirty_pages=self._remaining_pages() + len(self._again),
             page_bytes=self.tools.page_bytes,
             memory_bytes=sum(block.used_length for block in self.guest.blocks),
             queued_bytes=max(0, counters.wire_bytes - counters.acked_bytes),
@@ -553,11 +591,3 @@ def _room_bytes(decision: Decision, view: RoundView) -> int:
         return 0
     room_ns = view.downtime_limit_ns - (expected.total_ns - expected.pages_ns)
     return max(0, view.dirty_pages * view.page_bytes * room_ns // expected.pages_ns)
-
-
-def _unhashed(hashes: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.uint64]:
-    """Runs {page, npages} of pages without a hash; the table's first page is ``first``."""
-    missing = ~hashes.any(axis=1)
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], missing, [False]))))
-    begins, ends = edges[::2], edges[1::2]
-    return np.stack((begins + first, ends - begins), axis=1).astype(np.uint64)
