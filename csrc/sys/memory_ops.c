@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -84,6 +85,20 @@ static int64_t kernel_cached_pages(const struct vmth_memory_ops *self, int fd, u
     return result < 0 ? -errno : (int64_t)(answer.cached + answer.evicted);
 }
 
+static int kernel_file_bytes(const struct vmth_memory_ops *self, int fd, uint64_t *nbytes,
+                             uint64_t *allocated)
+{
+    struct stat info;
+
+    (void)self;
+    if (fstat(fd, &info) < 0) {
+        return -errno;
+    }
+    *nbytes = (uint64_t)info.st_size;
+    *allocated = (uint64_t)info.st_blocks * 512; /* whatever st_blksize is: stat(3type) */
+    return 0;
+}
+
 static int kernel_fs_magic(const struct vmth_memory_ops *self, int fd, uint64_t *magic)
 {
     struct statfs info;
@@ -106,6 +121,7 @@ const struct vmth_memory_ops *vmth_memory_ops_kernel(void)
         .userfaultfd = kernel_userfaultfd,
         .lseek = kernel_lseek,
         .cached_pages = kernel_cached_pages,
+        .file_bytes = kernel_file_bytes,
         .fs_magic = kernel_fs_magic,
     };
 

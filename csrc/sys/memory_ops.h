@@ -27,6 +27,9 @@ struct vmth_memory_ops {
      * cache or swapped out. */
     int64_t (*cached_pages)(const struct vmth_memory_ops *self, int fd, uint64_t offset,
                             uint64_t nbytes);
+    /* fstat(2): how long the file is, and how many bytes its file system has allocated for it. */
+    int (*file_bytes)(const struct vmth_memory_ops *self, int fd, uint64_t *nbytes,
+                      uint64_t *allocated);
     /* fstatfs(2): *magic gets the type of the file system that holds `fd`. */
     int (*fs_magic)(const struct vmth_memory_ops *self, int fd, uint64_t *magic);
 };

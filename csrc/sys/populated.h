@@ -25,10 +25,11 @@ VMTH_MUST_CHECK int vmth_populated_anon(const struct vmth_memory_ops *ops, int p
                                         uint64_t *words, uint64_t page);
 
 /* Set bit (page + i) of `words` for each page i of the file range [offset, + npages pages) that is
- * not a hole; pages that were reserved (fallocate) and never written may count. Exact on tmpfs and
- * memfd, elsewhere (vmth_populated_file_is_exact) not to be used.
- * Takes time for the range only, however long the file's data goes on behind it: a little where the
- * kernel counts a range's pages (cachestat, Linux 6.5), else a system call for each page of data.
+ * not a hole; pages that were reserved (fallocate) and never written may count, and holes where as much
+ * is allocated behind the file's end. Never too few on tmpfs and memfd; elsewhere (vmth_populated_file_is_exact) not to be used.
+ * Takes no time where the file is allocated in full, else for the range only, however long its data
+ * goes on behind: a little where the kernel counts a range's pages (cachestat, Linux 6.5), else a
+ * system call for each page of data.
  * Moves the file position of `fd`. Returns 0 or lseek's negative errno. */
 VMTH_MUST_CHECK int vmth_populated_file(const struct vmth_memory_ops *ops, int fd, uint64_t offset,
                                         uint64_t npages, uint64_t page_bytes, uint64_t *words,

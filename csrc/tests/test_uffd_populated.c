@@ -23,6 +23,7 @@ static bool file_data[FILE_PAGES];
 static bool file_reserved[FILE_PAGES];
 static bool punch_after_seek_data;
 static int fail_lseek;
+static int fail_stat;
 static bool counts_cached; /* is there cachestat(2)? */
 static bool write_after_count;
 static unsigned counts;
@@ -60,6 +61,21 @@ static int64_t file_lseek(const struct vmth_memory_ops *self, int fd, int64_t of
     return offset;
 }
 
+static int file_bytes(const struct vmth_memory_ops *self, int fd, uint64_t *nbytes,
+                      uint64_t *allocated)
+{
+    uint64_t page;
+
+    (void)self;
+    T_EQUAL(fd, FILE_FD);
+    *nbytes = FILE_PAGES * FAKE_PAGE_BYTES;
+    *allocated = 0;
+    for (page = 0; page < FILE_PAGES; page++) {
+        *allocated += file_data[page] || file_reserved[page] ? FAKE_PAGE_BYTES : 0;
+    }
+    return fail_stat;
+}
+
 static int64_t file_cached(const struct vmth_memory_ops *self, int fd, uint64_t offset,
                            uint64_t nbytes)
 {
@@ -87,6 +103,7 @@ static void reset(void)
     fake_init(&fake);
     fake.ops.lseek = file_lseek;
     fake.ops.cached_pages = file_cached;
+    fake.ops.file_bytes = file_bytes;
     counts_cached = true;
     write_after_count = false;
     pages_walked = 0;
@@ -95,7 +112,7 @@ static void reset(void)
     memset(file_reserved, 0, sizeof(file_reserved));
     counts = questions = 0;
     punch_after_seek_data = false;
-    fail_lseek = 0;
+    fail_lseek = fail_stat = 0;
 }
 
 static int ask_file(uint64_t npages, uint64_t page)
@@ -155,6 +172,36 @@ static void test_a_full_file_and_an_empty_one(void)
     T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
     T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), FILE_PAGES - 3);
     T_EQUAL(ask_file(0, 0), 0);
+}
+
+static void test_a_file_that_is_allocated_in_full_is_not_walked(void)
+{
+    unsigned page;
+
+    reset();
+    memset(file_data, 1, sizeof(file_data));
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), FILE_PAGES - 3);
+    T_EQUAL(questions, 1);
+    T_EQUAL(counts, 0);
+    for (page = 0; page < FILE_PAGES; page++) { /* one page is missing, wherever */
+        reset();
+        memset(file_data, 1, sizeof(file_data));
+        file_data[page] = false;
+        T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+        T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), FILE_PAGES - 3 - (page >= 3));
+        T_EQUAL(page < 3 || !vmth_bitmap_test(words, page - 3), 1);
+    }
+    reset(); /* reserved, and not written at all */
+    memset(file_reserved, 1, sizeof(file_reserved));
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), 0);
+    reset();
+    memset(file_data, 1, sizeof(file_data));
+    fail_stat = -EIO; /* then it is looked at */
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), FILE_PAGES - 3);
+    T_EQUAL(counts, 1);
 }
 
 static void test_a_hole_punched_between_two_questions_ends_no_search(void)
@@ -270,6 +317,8 @@ static void test_the_kernels_count(void)
     const uint64_t page_bytes = (uint64_t)getpagesize();
     const int fd = memfd_create("populated", MFD_CLOEXEC);
     int64_t all;
+    uint64_t nbytes;
+    uint64_t allocated;
     unsigned page;
 
     T_CHECK(fd >= 0);
@@ -278,6 +327,9 @@ static void test_the_kernels_count(void)
         T_EQUAL(pwrite(fd, "x", 1, (off_t)(page * page_bytes)), 1);
     }
     all = ops->cached_pages(ops, fd, 0, 10 * page_bytes);
+    T_EQUAL(ops->file_bytes(ops, fd, &nbytes, &allocated), 0);
+    T_EQUAL(nbytes, 10 * page_bytes);
+    T_CHECK(allocated >= 3 * page_bytes); /* more where shared memory is huge */
     if (all == -ENOSYS || all == -EPERM) {
         fprintf(stderr, "this kernel does not count a file's pages\n");
     } else {
@@ -290,6 +342,7 @@ static void test_the_kernels_count(void)
     }
     close(fd);
     T_EQUAL(ops->cached_pages(ops, fd, 0, page_bytes) < 0, 1);
+    T_EQUAL(ops->file_bytes(ops, fd, &nbytes, &allocated), -EBADF);
 }
 
 static void test_errors_are_passed_on(void)
@@ -308,6 +361,7 @@ int main(void)
     test_bits_are_set_from_the_page_asked_for();
     test_data_of_a_file_at_its_offset();
     test_a_full_file_and_an_empty_one();
+    test_a_file_that_is_allocated_in_full_is_not_walked();
     test_a_hole_punched_between_two_questions_ends_no_search();
     test_holes_anywhere_with_and_without_a_count();
     test_reserved_pages_hide_no_hole();
