@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +114,28 @@ def test_the_socket_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         world.started()
         assert world.modes == [0o700]
         assert world.folder is not None and not world.folder.exists()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_is_written_may_be_ahead_of_qemu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """Who writes pages and who loads them are not to wait for each other by turns."""
+    if not allowed:
+        monkeypatch.setattr(incoming, "_SO_SNDBUFFORCE", 0x7FFF)  # no such option
+    most = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        usual = one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, incoming._SO_SNDBUFFORCE, 1 << 20)
+            most = 1 << 20
+    with (
+        IncomingWorld(tmp_path) as world,
+        socket.socket(fileno=os.dup(world.started().fd)) as sock,
+    ):
+        ahead = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert ahead == min(2 * most, incoming._AHEAD_BYTES) > usual
 
 
 def test_an_older_qemu_is_asked_as_it_understands(tmp_path: Path) -> None:
