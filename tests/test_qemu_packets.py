@@ -113,6 +113,20 @@ KINDS = st.sampled_from(["plain"] * 8 + ["sync", "other block", "small block", "
 PACKETS = st.lists(st.builds(packet, PAGES, PAGES, KINDS), max_size=8)
 
 
+def test_a_packet_that_ends_with_its_channel_is_not_taken_back() -> None:
+    """Nothing comes that it could be fed in front of: it is an error."""
+    reader = q.MultifdReader()
+    reader.feed(s.multifd_hello(0))
+    assert reader.next_pages(TABLE) is None and reader.next_event() is not None
+    reader.feed(packet([1, 2], [], "plain")[:-1])
+    assert reader.next_pages(TABLE) is None
+    cut = [reader.cut]
+    reader.feed_eof()
+    assert [*cut, reader.cut] == [True, False] and reader.give_back() == 0
+    with pytest.raises(StreamError, match="ends within a packet"):
+        reader.next_event()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     packets=PACKETS,

@@ -125,10 +125,12 @@ def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     that the policy could be asked about."""
     monkeypatch.setattr(stream_pass, "MOST_AGAIN_PAGES", 3)
     waited: list[int] = []
+    ahead: list[int] = []
     landed: list[bytes] = []
 
     def before(piece: int) -> None:
         waited.append(len(world.engine._again))
+        ahead.append(world.engine._ahead_bytes)
         landed.append(arrived(world, 11))
 
     packets = overlapping(False)
@@ -137,7 +139,9 @@ def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     final = world.engine.run()
     assert waited == [0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 3]
     # Three of the seven wait for the fourth, which goes with them, and three for the end.
+    assert ahead[6] == (3 + 8) * s.PAGE
     assert [stats.pages for stats in final.rounds] == [57 + 1 + 4, 3]
+    assert [stats.dirty_pages for stats in final.rounds] == [0, 0]  # the guest has stopped
     assert world.policy.views == []
     assert [landed[5], landed[7]] == [s.page_of(4000 + 11), s.page_of(11000 + 11)]
     assert world.link.sender.digest() == world.link.receiver.digest()
@@ -233,9 +237,12 @@ def test_they_land_however_late_the_barriers_are(late: int) -> None:
     pieces = [packet(4, 8, 1), packet(11, 8, 2), END, DEVICES[:cut], None, DEVICES[cut:]]
     world = World(pieces, channel=CHANNEL)
     world.link.late_barriers = late
+    world.helm.remaining_bytes = 50 * s.PAGE
     final = world.engine.run()
     assert arrived(world, 11) == s.page_of(2 + 11)
     assert [(stats.pages, stats.paused) for stats in final.rounds] == [(16, False), (1, True)]
+    started = [event.dirty_pages for event in world.events if isinstance(event, RoundStarted)]
+    assert started[1] == 1
     assert bytes(world.engine.state) == DEVICES
     assert world.link.sender.digest() == world.link.receiver.digest()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import qemu_streams as s
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from stream_pass_world import (
     every_page,
 )
 
+from vmth.channel.fake import FakeLink
 from vmth.errors import (
     CancelledError,
     MigrationError,
@@ -26,10 +28,11 @@ from vmth.errors import (
 )
 from vmth.events import GuestPaused, RoundFinished, Throttled
 from vmth.policy.interface import Action, Decision, OnStall
-from vmth.qemu import stream_pass
+from vmth.qemu import stream_pass, unsent
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS
 from vmth.tuning import Tuning
+from vmth.types import Gpa, Mapping, RamBlock
 
 
 def test_all_that_the_stream_says_lands_and_the_guest_is_paused() -> None:
@@ -200,7 +203,12 @@ def test_pages_that_differ_at_the_seal_cannot_be_sent_again() -> None:
         world.engine.resend(0, [1, 2])
 
 
-def test_pages_that_qemu_leaves_out_arrive_as_zeros() -> None:
+@pytest.mark.parametrize("together", [1, 7, unsent.TABLE_PAGES])
+def test_pages_that_qemu_leaves_out_arrive_as_zeros(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """However many hashes are looked at together."""
+    monkeypatch.setattr(unsent, "TABLE_PAGES", together)
     pages = [0, 1, 5, 63]
     records = b"".join(s.normal(page, "pc.ram") for page in pages)
     world = World([s.part(records + s.eos()), s.end(s.eos()), DEVICES])
@@ -210,6 +218,14 @@ def test_pages_that_qemu_leaves_out_arrive_as_zeros() -> None:
     assert world.link.sender.counters().hole_pages == 67 - len(pages)
     assert world.page(0, 2) == bytes(s.PAGE) and world.page(0, 63) == s.page_of(63)
     assert world.engine.notes == ["63 pages were not sent by QEMU, free in its guest: now zeros"]
+
+
+def test_without_a_digest_nothing_is_known_of_what_was_left_out() -> None:
+    blocks = [RamBlock("pc.ram", 4 * s.PAGE, Gpa(0), Mapping())]
+    memory = [np.zeros((4, s.PAGE), dtype=np.uint8)]
+    link = FakeLink(memory, memory, digest=False, hostless=frozenset({0}))
+    assert unsent.send_unsent_as_holes(link.sender, blocks, 0) == 0
+    assert link.sender.counters().hole_pages == 0
 
 
 @pytest.mark.parametrize(

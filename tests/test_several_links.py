@@ -22,14 +22,30 @@ from listener_world import World, one_world
 
 import vmth
 from vmth.channel.pages import NativeReceiver, NativeSender
-from vmth.channel.sockets import LinkOptions
+from vmth.channel.sockets import LinkOptions, dial
 from vmth.errors import MigrationError, UsageError
 from vmth.memory import MappedBlock, address_of
 from vmth.options import MigrateOptions
 from vmth.types import Mapping, RamBlock
+from vmth.uri import parse_endpoint
 
 PAGE = 4096
 BENCH = Path(__file__).parents[1] / "bench" / "several_links.py"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "h.example"])
+def test_a_host_needs_no_codec_for_names(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """Its first use takes milliseconds, in which a source QEMU waits."""
+    seen: list[object] = []
+
+    def getaddrinfo(name: object, *_: object, **__: object) -> list[Any]:
+        seen.append(name)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(OSError, match="no address found"):
+        dial(parse_endpoint(f"tcp:{host}:9"), LinkOptions())
+    assert seen == [host.encode()]
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ VMTH_MUST_CHECK int vmth_populated_anon(const struct vmth_memory_ops *ops, int p
 
 /* Set bit (page + i) of `words` for each page i of the file range [offset, + npages pages) that is
  * not a hole; pages that were reserved (fallocate) and never written may count, and holes where as much
- * is allocated behind the file's end. Never too few on tmpfs and memfd; elsewhere (vmth_populated_file_is_exact) not to be used.
+ * is allocated behind the file's end. Never too few on tmpfs and memfd; elsewhere
+ * (vmth_populated_file_is_exact) not to be used.
  * Takes no time where the file is allocated in full, else for the range only, however long its data
  * goes on behind: a little where the kernel counts a range's pages (cachestat, Linux 6.5), else a
  * system call for each page of data.

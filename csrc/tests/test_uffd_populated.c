@@ -90,7 +90,7 @@ static int64_t file_cached(const struct vmth_memory_ops *self, int fd, uint64_t 
         return -ENOSYS;
     }
     for (page = offset / FAKE_PAGE_BYTES; page < (offset + nbytes) / FAKE_PAGE_BYTES; page++) {
-        n += file_data[page] || file_reserved[page];
+        n += page < FILE_PAGES && (file_data[page] || file_reserved[page]);
     }
     if (write_after_count) {
         memset(file_data, 1, sizeof(file_data));
@@ -196,6 +196,14 @@ static void test_a_file_that_is_allocated_in_full_is_not_walked(void)
     memset(file_reserved, 1, sizeof(file_reserved));
     T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
     T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES), 0);
+    file_data[3 + 10] = true; /* nor up to the first that is */
+    T_EQUAL(ask_file(FILE_PAGES - 3, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, 10), 0);
+    T_EQUAL(vmth_bitmap_test(words, 10), 1);
+    reset(); /* behind the file's end there is nothing */
+    memset(file_data, 1, sizeof(file_data));
+    T_EQUAL(ask_file(FILE_PAGES + 10, 0), 0);
+    T_EQUAL(vmth_bitmap_count(words, 0, FILE_PAGES + 20), FILE_PAGES - 3);
     reset();
     memset(file_data, 1, sizeof(file_data));
     fail_stat = -EIO; /* then it is looked at */

@@ -165,8 +165,8 @@ def _dial_tcp(endpoint: Endpoint, options: LinkOptions, index: int) -> socket.so
     interface = _taken(options.interfaces, index)
     source_address = _taken(options.source_addresses, index)
     last: OSError | None = None
-    # Of a str even an address goes through the codec for names, whose import takes milliseconds.
-    host = endpoint.host.encode() if endpoint.host.isascii() else endpoint.host
+    # As a str even an address goes through the codec for names, whose import takes milliseconds.
+    host = endpoint.host.encode()  # ASCII: parse_endpoint()
     found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)

@@ -7,7 +7,8 @@ zeros, and whatever writes it later is reported as a write.
 - Shared memory (``Mapping.fd`` on tmpfs or a memfd): a page is populated unless the file has a hole
   there (SEEK_DATA). The page table is not asked: a page written through another mapping or by
   ``pwrite`` is not in ours. Holes come in the file's folios, so neighbours of a written page may
-  count as populated, and so may pages that were reserved (fallocate) but never written.
+  count as populated, and so may pages that were reserved (fallocate) but never written, and all of
+  a file for which as much is allocated as it is long.
 - Private anonymous memory (``Mapping.address``): populated if present or swapped. A page that maps
   the kernel's page of zeros was only read, so it is not populated. While a userfaultfd tracks the
   memory, an armed entry without a page looks like swap, and everything counts as populated:
