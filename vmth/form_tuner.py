@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL_NS = 100_000_000
 #: The first intervals are short: until something is known all pages go as they are.
-FIRST_INTERVAL_NS = 50_000_000
-FIRST_INTERVALS = 6
+FIRST_INTERVAL_NS = 25_000_000
+FIRST_INTERVALS = 8
 #: The first decision and the latest ones are kept.
 DECISIONS_KEPT = 256
 #: Told from other pages without being agreed on.

@@ -40,7 +40,19 @@ uint64_t whole_pages(double pages, uint64_t least, uint64_t most)
 size_t ChannelBalance::add_channel()
 {
     channels_.emplace_back();
+    if (window_set_) {
+        channels_.back().opening.open();
+    }
     return channels_.size() - 1;
+}
+
+void ChannelBalance::set_window(uint64_t nbytes) noexcept
+{
+    window_ = nbytes;
+    window_set_ = true;
+    for (Channel &channel : channels_) {
+        channel.opening.open();
+    }
 }
 
 void ChannelBalance::taken(size_t channel, uint64_t pages) noexcept
@@ -60,6 +72,9 @@ void ChannelBalance::sent(size_t channel, uint64_t pages, uint64_t nbytes, uint6
     if (pages == 0) {
         return;
     }
+    if (nbytes > 0) {
+        of.opening.sent(now_ns);
+    }
     pages_ += static_cast<double>(pages);
     bytes_ += static_cast<double>(nbytes);
     cpu_ns_ += static_cast<double>(cpu_ns);
@@ -74,6 +89,7 @@ void ChannelBalance::acked(size_t channel, uint64_t nbytes, int64_t now_ns) noex
 {
     Channel &of = channels_[channel];
     of.in_flight -= nbytes;
+    of.opening.acked(nbytes, channels_.size(), now_ns);
     Sample &sample = of.sampled[of.current];
     sample.bytes += static_cast<double>(nbytes);
     sample.ns += static_cast<double>(now_ns - of.busy_since_ns);
@@ -140,15 +156,20 @@ uint64_t ChannelBalance::least_pages() const noexcept
 uint64_t ChannelBalance::window_room(const Channel &channel, double total_rate) const noexcept
 {
     const uint64_t least = least_pages();
-    if (window_ == 0) {
+    const uint64_t opening = channel.opening.bytes(channels_.size());
+    if (window_ == 0 && opening == 0) {
         return most_pages;
     }
     const double n = static_cast<double>(channels_.size());
     const double part = total_rate > 0 ? rate(channel) / total_rate : 0;
-    const double window = static_cast<double>(window_) * (part > 0 ? part : 1 / n);
-    const double room = (window - queued_bytes(channel)) / page_bytes();
+    const double window = opening > 0 ? static_cast<double>(opening)
+                                      : static_cast<double>(window_) * (part > 0 ? part : 1 / n);
+    double room = (window - queued_bytes(channel)) / page_bytes();
     if (room < static_cast<double>(least)) {
         return channel.in_flight == 0 && channel.taken_pages == 0 ? least : 0;
+    }
+    if (opening > 0) {  // some packets, so that the link has one while another is acknowledged
+        room = std::min(room, window / 4 / page_bytes());
     }
     return whole_pages(room, least, most_pages);
 }

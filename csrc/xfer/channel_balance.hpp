@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "xfer/opening_window.hpp"
+
 namespace vmth {
 
 struct Share {
@@ -33,8 +35,9 @@ public:
     size_t add_channel();
     size_t nchannels() const noexcept { return channels_.size(); }
 
-    // Most bytes under way over all channels, shared by their rates; 0: no limit.
-    void set_window(uint64_t nbytes) noexcept { window_ = nbytes; }
+    // Most bytes under way over all channels, shared by their rates; 0: no limit. Until it is called each
+    // channel has one that opens by itself.
+    void set_window(uint64_t nbytes) noexcept;
 
     // The life of a batch: taken, sent (`nbytes` with all headers, 0 if nothing had to be), acknowledged.
     void taken(size_t channel, uint64_t pages) noexcept;
@@ -62,6 +65,7 @@ private:
         int64_t busy_since_ns = 0;  // or since the last acknowledgement; while in_flight
         std::array<Sample, samples> sampled = {};
         size_t current = 0;  // the sample being made
+        OpeningWindow opening;
     };
 
     double rate(const Channel &channel) const noexcept;
@@ -73,6 +77,7 @@ private:
 
     std::vector<Channel> channels_;
     uint64_t window_ = 0;
+    bool window_set_ = false;
     // Sums over recent pages:
     double pages_ = 0;
     double bytes_ = 0;

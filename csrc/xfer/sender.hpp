@@ -145,7 +145,8 @@ public:
     // The destination may hold something else in these pages than is known: they are sent again even if
     // they are the same. Called before they are queued; the range is checked (usage).
     void forget(uint32_t block, uint64_t page, uint64_t npages);
-    // Most bytes in flight over all channels, shared among them by their rates; 0: no limit. Any thread.
+    // Most bytes in flight over all channels, shared among them by their rates; 0: no limit. Until it is
+    // called each channel's opens by itself (opening_window.hpp). Any thread.
     void set_window(uint64_t nbytes);
     uint64_t in_flight() const { return shared_.flow.in_flight(); }
     std::vector<std::string> fallbacks() const;

@@ -269,6 +269,8 @@ class NativeSender(_NativeEnd):
             self._native.forget(block, page, npages)
 
     def set_window(self, nbytes: int) -> None:
+        """At most so many bytes are under way over all channels; 0: any number. Until it is called
+        each channel's window opens by itself, from 128 to 256 KiB on. Any thread."""
         with _translate:
             self._native.set_window(nbytes)
 
