@@ -9,16 +9,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from waiting import wait_until
 
+from vmth import form_tuner
 from vmth.channel.forms import FORM_NAMES, forms_mask
 from vmth.errors import ChannelError, UsageError
 from vmth.form_tuner import FormTuner, idle_seconds, tuner_for
 from vmth.options import ALL_FORMS, MigrateOptions
-from vmth.stats import FormDecision, TransferCounters
+from vmth.policy.forms import FormChoice, FormChooser, FormsView
+from vmth.stats import ChannelCounters, FormDecision, TransferCounters
 from vmth.tuning import Tuning
 from vmth.worker_share import WorkerShare
 
@@ -105,6 +108,58 @@ def test_a_choice_that_stays_is_told_once() -> None:
         world.interval(12.5e6)
     # What is measured keeps being raw: the world does not care what was chosen.
     assert len(world.told) == len(world.sender.set) <= 10
+
+
+def test_windows_that_grow_are_told_to_the_chooser(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    told: list[bool] = []
+    choose = FormChooser.choose
+
+    def noted(chooser: FormChooser, view: FormsView) -> FormChoice:
+        told.append(view.opening)
+        return choose(chooser, view)
+
+    monkeypatch.setattr(FormChooser, "choose", noted)
+    one, other, unused = (ChannelCounters(i, wire_bytes=1) for i in range(3))
+    for first, second in ((True, True), (True, False), (False, True), (False, False), (True, True)):
+        channels = (
+            replace(one, opening=first),
+            replace(other, opening=second),
+            replace(unused, wire_bytes=0),
+        )
+        world.sender.now = replace(world.sender.now, channels=channels)
+        world.interval(12.5e6)
+    assert told == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("pages", [1, 20])
+def test_on_a_very_slow_link_an_interval_has_pages_enough(
+    pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """25 ms would never have the pages that teach something; and some is looked at all the same."""
+    monkeypatch.setattr(form_tuner, "FIRST_INTERVAL_NS", 100_000)
+    monkeypatch.setattr(form_tuner, "INTERVAL_NS", 100_000)
+    world = World()
+    looked: list[int] = []
+    counters = world.sender.counters
+
+    def counted() -> TransferCounters:
+        world.now_ns += 25_000_000
+        world.sender.send(pages, 900, 4160)
+        return counters()
+
+    world.sender.counters = counted  # type: ignore[method-assign]
+    look = world.tuner.look
+
+    def noted() -> FormChoice:
+        looked.append(world.now_ns)
+        return look()
+
+    world.tuner.look = noted  # type: ignore[method-assign]
+    with world.tuner:
+        wait_until(lambda: len(looked) > 4)
+    apart = [later - sooner for sooner, later in pairwise(looked)]
+    assert min(apart) >= 100_000_000 and max(apart) <= 400_000_000
 
 
 def test_a_machine_without_an_idle_core_does_not_compress() -> None:

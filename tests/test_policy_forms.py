@@ -365,3 +365,15 @@ def test_a_warm_destination_is_asked_where_it_makes_no_difference() -> None:
     chooser.first(0, 2)
     used = [chooser.choose(World(NOISE, 125e6).interval(1)).rung.name for _ in range(15)]
     assert chooser.rungs[0].name not in used
+
+
+def test_what_lands_while_windows_grow_is_not_the_link() -> None:
+    """A far, fast link: at first little lands, and the workers wait all the same."""
+    chooser = FormChooser(ALL)
+    for _ in range(8):
+        cost = FormCost(300, 300 * 900, 300 * 4160)
+        chosen = chooser.choose(FormsView(25_000_000, cost, 50e6, 0, 2, 2.0, opening=True))
+        assert chosen.rung.name == "raw"
+    for _ in range(3):
+        chosen = chooser.choose(FormsView(25_000_000, cost, 12e6, 0, 2, 2.0))
+    assert "zstd" in chosen.forms

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from vmth.memory_pass import CHUNK_BYTES
 from vmth.policy.fixed import FixedRoundsPolicy
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
 from vmth.precopy import PreCopy
+from vmth.stats import ChannelCounters
 from vmth.tuning import Tuning
 from vmth.types import Bitmap, Gpa, Mapping, RamBlock
 
@@ -330,6 +332,17 @@ def test_what_is_in_flight_is_bounded_once_the_link_is_known() -> None:
     loop.precopy.run()
     best_bps = max(stats.bandwidth_bps for stats in loop.precopy.rounds)
     assert loop.link.sender.window_bytes == max(256 << 10, int(best_bps * 0.03))
+
+
+def test_while_the_windows_grow_the_rounds_set_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = LoopGuest([64])
+    guest.write(0, 5, 1)
+    loop = Loop(guest, FixedRoundsPolicy(2))
+    counters = loop.link.sender.counters
+    growing = (ChannelCounters(0, wire_bytes=1, opening=True),)
+    monkeypatch.setattr(loop.link.sender, "counters", lambda: replace(counters(), channels=growing))
+    loop.precopy.run()
+    assert loop.link.sender.window_bytes == 0
 
 
 Write = tuple[int, int, int]

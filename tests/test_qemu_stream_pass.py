@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import qemu_streams as s
@@ -31,6 +33,7 @@ from vmth.policy.interface import Action, Decision, OnStall
 from vmth.qemu import stream_pass, unsent
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS
+from vmth.stats import ChannelCounters, TransferCounters
 from vmth.tuning import Tuning
 from vmth.types import Gpa, Mapping, RamBlock
 
@@ -271,6 +274,34 @@ def test_the_queue_is_bounded_by_the_downtime_limit() -> None:
     assert world.link.sender.window_bytes >= 256 << 10
     assert world.stream.read_bytes == world.link.sender.window_bytes // 2
     assert stats[0].bytes > 0
+
+
+def test_what_lands_while_the_windows_grow_sets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little lands in that time: a window made of it would be small for ever."""
+    windows: list[tuple[int, int]] = []  # (pieces read, bytes that may be under way)
+    read, landed = 0, 0
+
+    def before(piece: int) -> None:
+        nonlocal read
+        read = piece
+        world.now_ns += 1000 * LOOK_NS if piece == 1 else 2 * LOOK_NS
+
+    def counters() -> TransferCounters:
+        nonlocal landed
+        landed += 100_000_000 if read > 3 else 0
+        channels = (ChannelCounters(0, wire_bytes=1, opening=read < 4),)
+        return replace(counted(), acked_bytes=landed, rtt_ns=10_000_000, channels=channels)
+
+    pieces = [every_page(), None, None, None, None, None, None, every_page(), END, DEVICES]
+    world = World(pieces, before=before)
+    counted = world.link.sender.counters
+    monkeypatch.setattr(world.link.sender, "counters", counters)
+    monkeypatch.setattr(
+        world.link.sender, "set_window", lambda nbytes: windows.append((read, nbytes))
+    )
+    world.engine.run()
+    assert windows and min(windows)[0] >= 4
+    assert windows[0][1] > 1_000_000
 
 
 def test_less_is_queued_where_qemu_may_stop_its_guest(monkeypatch: pytest.MonkeyPatch) -> None:

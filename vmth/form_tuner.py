@@ -17,7 +17,7 @@ from vmth.errors import VmthError
 from vmth.events import Event, FormsChosen
 from vmth.handshake import WIRE_PAGE_BYTES
 from vmth.options import MigrateOptions
-from vmth.policy.forms import FormChoice, FormChooser, FormCost, FormsView
+from vmth.policy.forms import MIN_PAGES, FormChoice, FormChooser, FormCost, FormsView
 from vmth.stats import FormDecision, TransferCounters
 from vmth.tuning import Tuning
 from vmth.worker_share import WorkerShare
@@ -30,6 +30,8 @@ INTERVAL_NS = 100_000_000
 #: The first intervals are short: until something is known all pages go as they are.
 FIRST_INTERVAL_NS = 25_000_000
 FIRST_INTERVALS = 8
+#: Where fewer pages go out than teach something, an interval lasts longer, but not beyond this.
+LONGEST_INTERVAL_NS = 300_000_000
 #: The first decision and the latest ones are kept.
 DECISIONS_KEPT = 256
 #: Told from other pages without being agreed on.
@@ -125,17 +127,32 @@ class FormTuner:
 
     def _view(self, after: TransferCounters, interval_ns: int) -> FormsView:
         before = self._before
-        pages = after.normal_pages + after.formed_pages
-        pages -= before.normal_pages + before.formed_pages
-        cost = FormCost(pages, after.cpu_ns - before.cpu_ns, after.wire_bytes - before.wire_bytes)
+        cost = FormCost(
+            self._pages(after), after.cpu_ns - before.cpu_ns, after.wire_bytes - before.wire_bytes
+        )
         acked_bps = (after.acked_bytes - before.acked_bytes) * 1e9 / interval_ns
         idle_s = self._idle()
         cores = (cost.cpu_ns + (idle_s - self._idle_s) * 1e9) / interval_ns
         self._idle_s = idle_s
         given = self._workers * self._share()
         return FormsView(
-            interval_ns, cost, acked_bps, self._limit_bps(), self._workers, cores, given
+            interval_ns,
+            cost,
+            acked_bps,
+            self._limit_bps(),
+            self._workers,
+            cores,
+            given,
+            after.opening,
         )
+
+    def _pages(self, after: TransferCounters) -> int:
+        before = self._before
+        return after.normal_pages + after.formed_pages - before.normal_pages - before.formed_pages
+
+    def _too_early(self) -> bool:
+        few = self._pages(self._sender.counters()) < MIN_PAGES
+        return few and self._clock() - self._looked_ns < LONGEST_INTERVAL_NS
 
     def _set(self, forms: frozenset[str], level: int, reason: str) -> None:
         self._sender.set_forms(forms_mask(forms - _ALWAYS), level or 1)
@@ -154,7 +171,8 @@ class FormTuner:
         ):
             intervals += 1
             try:
-                self.look()
+                if not self._too_early():
+                    self.look()
             except VmthError as error:  # the session hears of it by itself
                 log.debug("no more choosing of forms: %s", error)
                 return

@@ -290,8 +290,11 @@ class PreCopy:
     def _bound_queue(self) -> None:
         """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the
         link needs (bandwidth x RTT)."""
+        counters = self.sender.counters()
+        if counters.opening:  # little is in flight, and the rounds do not tell the link
+            return
         best_bps = max(stats.bandwidth_bps for stats in self.rounds)
-        in_flight_ns = self.sender.counters().rtt_ns + self.tuning.downtime_limit_ns // 10
+        in_flight_ns = counters.rtt_ns + self.tuning.downtime_limit_ns // 10
         self.sender.set_window(max(MIN_WINDOW_BYTES, int(best_bps * in_flight_ns / 1e9)))
 
     # -- numbers ---------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class ChannelCounters:
     wire_bytes: int = 0
     acked_bytes: int = 0
     acked_bps: int = 0  #: bytes/s acknowledged while it had bytes under way, of late; 0: unknown
+    opening: bool = False  #: its window still grows: what lands does not tell what the link carries
     local: str = ""  #: the address that it was sent from; empty where it has none
 
 
@@ -70,6 +71,13 @@ class TransferCounters:
     cpu_ns: int = 0  #: of the threads that send
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: by the form's name
     channels: tuple[ChannelCounters, ...] = ()  #: the source's; none once the channels are closed
+
+    @property
+    def opening(self) -> bool:
+        """At the source: no channel in use has been held by the link yet. (Channels share links: if
+        one is held, what lands on all of them tells.)"""
+        used = [channel.opening for channel in self.channels if channel.wire_bytes]
+        return bool(used) and all(used)
 
     @property
     def formed_pages(self) -> int:

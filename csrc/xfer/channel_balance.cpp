@@ -65,6 +65,7 @@ void ChannelBalance::sent(size_t channel, uint64_t pages, uint64_t nbytes, uint6
 {
     Channel &of = channels_[channel];
     of.taken_pages -= pages;
+    const uint64_t ahead_bytes = of.in_flight;
     if (nbytes > 0 && of.in_flight == 0) {
         of.busy_since_ns = now_ns;
     }
@@ -73,7 +74,7 @@ void ChannelBalance::sent(size_t channel, uint64_t pages, uint64_t nbytes, uint6
         return;
     }
     if (nbytes > 0) {
-        of.opening.sent(now_ns);
+        of.opening.sent(ahead_bytes, now_ns);
     }
     pages_ += static_cast<double>(pages);
     bytes_ += static_cast<double>(nbytes);
@@ -165,10 +166,12 @@ uint64_t ChannelBalance::window_room(const Channel &channel, double total_rate) 
     const double window = opening > 0 ? static_cast<double>(opening)
                                       : static_cast<double>(window_) * (part > 0 ? part : 1 / n);
     double room = (window - queued_bytes(channel)) / page_bytes();
-    if (room < static_cast<double>(least)) {
+    // While it opens, some packets are under way, so that the link has one while another is acknowledged:
+    // the least has two of the smallest, and their headers.
+    if (room < static_cast<double>(least) / (opening > 0 ? 2 : 1)) {
         return channel.in_flight == 0 && channel.taken_pages == 0 ? least : 0;
     }
-    if (opening > 0) {  // some packets, so that the link has one while another is acknowledged
+    if (opening > 0) {
         room = std::min(room, window / 4 / page_bytes());
     }
     return whole_pages(room, least, most_pages);
@@ -216,6 +219,11 @@ Share ChannelBalance::share(size_t channel, uint64_t left) const noexcept
         pages = std::min(pages, all_s * 1e9 / page_ns() / 2);
     }
     return {std::min(room, whole_pages(pages, least, most_pages)), 0};
+}
+
+bool ChannelBalance::opening(size_t channel, int64_t now_ns) const noexcept
+{
+    return channels_[channel].opening.growing(now_ns);
 }
 
 uint64_t ChannelBalance::rate_bps(size_t channel) const noexcept

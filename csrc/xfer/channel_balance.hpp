@@ -51,6 +51,8 @@ public:
     uint64_t least_pages() const noexcept;
     // Bytes/s acknowledged while busy; 0: not known yet.
     uint64_t rate_bps(size_t channel) const noexcept;
+    // Its own window may be what holds it, and not the link.
+    bool opening(size_t channel, int64_t now_ns) const noexcept;
 
 private:
     static constexpr size_t samples = 5;

@@ -63,6 +63,7 @@ struct ChannelInfo {
     uint64_t wire_bytes = 0;
     uint64_t acked_bytes = 0;
     uint64_t acked_bps = 0;  // bytes/s acknowledged while it had bytes under way, of late; 0: unknown
+    bool opening = false;    // its window still grows: neither rate says what the link carries
 };
 
 // Of the slowest channel; zeros where no channel is TCP.

@@ -282,6 +282,12 @@ uint64_t JobQueue::rate_bps(size_t worker) const
     return balance_.rate_bps(worker);
 }
 
+bool JobQueue::opening(size_t worker) const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    return balance_.opening(worker, now_ns());
+}
+
 size_t JobQueue::waiting() const
 {
     std::lock_guard<std::mutex> lock(mutex_);

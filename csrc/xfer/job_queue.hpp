@@ -79,6 +79,7 @@ public:
     void acked(size_t worker, uint64_t nbytes);
     void set_window(uint64_t nbytes);
     uint64_t rate_bps(size_t worker) const;
+    bool opening(size_t worker) const;
     // Jobs with pages not yet taken.
     size_t waiting() const;
 

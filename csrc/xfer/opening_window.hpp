@@ -2,7 +2,8 @@
 // What a channel may have under way until somebody sets a window: little at first, more for one that
 // acknowledges it soon, anything after a second.
 //
-//   256 KiB / channels -- all of it landed in 10 ms + 1.5 round trips --> twice that --> ... 128 times: any
+//   256 KiB / channels, not below 128 KiB
+//     -- most of it landed in 10 ms + 1.5 round trips --> twice that --> ... 128 times: any
 //
 // A socket takes megabytes at once. On a slow link they would be on their way as they are before it is
 // known that a cheaper form is worth its time. Where the link is fast, or far and fast, the window opens as
@@ -32,11 +33,23 @@ public:
     }
     void open() noexcept { doubled_ = doublings; }
 
-    // A packet of pages goes out. The first tells how long a round trip takes.
-    void sent(int64_t now_ns) noexcept
+    // Nobody knows yet whether the window or the link is what holds the channel: what lands says nothing
+    // of the link.
+    bool growing(int64_t now_ns) const noexcept
+    {
+        if (doubled_ == doublings || first_ns_ < 0 || held_) {
+            return false;
+        }
+        return trip_ns_ < 0 || now_ns - began_ns_ <= allowed_ns();
+    }
+
+    // A packet of pages goes out behind `ahead_bytes` that have not landed. The first tells how long a
+    // round trip takes.
+    void sent(uint64_t ahead_bytes, int64_t now_ns) noexcept
     {
         if (first_ns_ < 0) {
             first_ns_ = began_ns_ = now_ns;
+            ahead_bytes_ = ahead_bytes;
         }
     }
 
@@ -50,22 +63,31 @@ public:
             open();
             return;
         }
+        if (ahead_bytes_ > 0) {
+            ahead_bytes_ -= std::min(ahead_bytes_, nbytes);
+            return;
+        }
         if (trip_ns_ < 0) {  // what landed with the first packet is not known to be the link's rate
             trip_ns_ = now_ns - began_ns_;
             began_ns_ = now_ns;
             return;
         }
         acked_bytes_ += nbytes;
-        if (acked_bytes_ < bytes(channels)) {
+        if (acked_bytes_ < bytes(channels) / 4 * 3) {  // whole packets are under way, not all of it
             return;
         }
-        doubled_ += now_ns - began_ns_ <= soon_ns + trip_ns_ + trip_ns_ / 2 ? 1 : 0;
+        held_ = now_ns - began_ns_ > allowed_ns();
+        doubled_ += held_ ? 0 : 1;
         acked_bytes_ = 0;
         began_ns_ = now_ns;
     }
 
 private:
+    int64_t allowed_ns() const noexcept { return soon_ns + trip_ns_ + trip_ns_ / 2; }
+
     unsigned doubled_ = 0;
+    bool held_ = false;         // by the link: it did not double the last time
+    uint64_t ahead_bytes_ = 0;  // not landed yet of what was sent before the first pages
     uint64_t acked_bytes_ = 0;  // since began_ns_
     int64_t first_ns_ = -1;     // -1: nothing was sent
     int64_t began_ns_ = -1;

@@ -464,7 +464,8 @@ std::vector<ChannelInfo> Sender::channel_infos() const
         const ChannelCounters &counters = channel->counters();
         infos.push_back({channel->channel().index(), counters.pages.get(), counters.packets.get(),
                          counters.wire_bytes.get(), counters.acked_bytes.get(),
-                         shared_.queue.rate_bps(channel->place())});
+                         shared_.queue.rate_bps(channel->place()),
+                         shared_.queue.opening(channel->place())});
     }
     return infos;
 }

@@ -182,13 +182,13 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "path_mtu"_a = path.path_mtu);
 }
 
-// (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s) of each channel
+// (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s, opening) of each channel
 py::list channels_of(const std::vector<vmth::ChannelInfo> &infos)
 {
     py::list channels;
     for (const vmth::ChannelInfo &of : infos) {
         channels.append(py::make_tuple(of.index, of.pages, of.packets, of.wire_bytes,
-                                       of.acked_bytes, of.acked_bps));
+                                       of.acked_bytes, of.acked_bps, of.opening));
     }
     return channels;
 }

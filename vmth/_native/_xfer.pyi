@@ -89,8 +89,8 @@ class Sender:
     def subdigests(self, block: int, page: int, npages: int, step: int) -> U64: ...
     def counters(self) -> dict[str, Any]:
         """Numbers; ``forms``: by name, (pages, tried, content bytes, wire bytes, CPU ns);
-        ``channels``: (index, pages, packets, wire bytes, acknowledged bytes, and bytes/s) each,
-        none after close()."""
+        ``channels``: (index, pages, packets, wire bytes, acknowledged bytes, and bytes/s, opening)
+        each, none after close()."""
 
     def set_bandwidth(self, bytes_per_second: int) -> None:
         """Of all channels together, headers included; 0: none. Takes effect within 50 ms."""

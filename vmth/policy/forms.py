@@ -136,6 +136,7 @@ class FormsView:
     workers: int  #: page channels
     cores: float  #: that they used or could have used: their own time, and what idled
     given_cores: float = 0.0  #: that the scheduler gave them when they wanted one; 0: not known
+    opening: bool = False  #: the channels' own windows held them, or may have: not the link
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,8 @@ class FormChooser:
                 cpu_ns, wire_bytes = self._cost(at, self._at)
                 other.cpu_ns += FADE * (cpu_ns - other.cpu_ns)
                 other.wire_bytes += FADE * (wire_bytes - other.wire_bytes)
-        self._learn_link(view)
+        if not view.opening:
+            self._learn_link(view)
 
     def _learn_link(self, view: FormsView) -> None:
         self._landed_bps.append(view.acked_bps)

@@ -130,6 +130,7 @@ class StreamPass:
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
     _started_ns: int = 0
     _looked_ns: int = 0
+    _opened: tuple[int, int] = (0, 0)  #: (time, bytes landed) while the channels' windows last grew
     _limited_at_ns: int = 0
     _allowed: bool = False  #: QEMU stops when the rest fits
     _room_bytes: int | None = None  #: to be allowed when ``_allow_at_bytes`` are left
@@ -536,11 +537,16 @@ class StreamPass:
     def _bound_ahead(self, now_ns: int) -> None:
         """What is queued here at the pause is downtime: at most a tenth of the limit, and no more
         than some milliseconds, beyond what the link needs (bandwidth x RTT)."""
-        lasted_ns = now_ns - self._round_started_ns
+        counters = self.tools.sender.counters()
+        if counters.opening:  # little is in flight, and what lands does not tell the link
+            self._opened = now_ns, counters.acked_bytes
+            return
+        began = self._round_started_ns, self._before.acked_bytes
+        began_ns, began_bytes = max(began, self._opened)
+        lasted_ns = now_ns - began_ns
         if lasted_ns < MEASURED_NS:
             return
-        counters = self.tools.sender.counters()
-        bps = (counters.acked_bytes - self._before.acked_bytes) * _SECOND_NS / lasted_ns
+        bps = (counters.acked_bytes - began_bytes) * _SECOND_NS / lasted_ns
         bps = max([bps, *(stats.bandwidth_bps for stats in self.rounds[-4:])])
         most_ns = NEAR_QUEUED_NS if self._near_end else MOST_QUEUED_NS
         queued_ns = min(self.tools.tuning.downtime_limit_ns // 10, most_ns)
