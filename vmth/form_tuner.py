@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns what the sender counts into the forms that its next packets use, ten times a second.
+"""Turns what the sender counts into the forms that its next packets use, some ten times a second.
 
 The decision is ``vmth.policy.forms``; here are the clock, the thread and the counters.
 """
@@ -58,7 +58,8 @@ def idle_seconds(stat: str = "/proc/stat") -> float:
 
 
 class FormTuner:
-    """A context manager: a thread named ``vmth-forms`` looks ten times a second inside it.
+    """A context manager: a thread named ``vmth-forms`` looks ten times a second inside it,
+    more often at first and less where few pages go out.
     ``limit_bps`` is asked anew each time, so that a cap that changes changes the choice.
 
     ``idle`` tells the seconds that cores have idled, ``share`` which part of the time in which the

@@ -198,6 +198,26 @@ void test_a_trip_is_that_of_pages()
     T_CHECK(balance.opening(0, 900 * ms));
     balance.acked(0, 65616, 900 * ms);  // the trip takes 400 ms
     T_CHECK(balance.opening(0, 1300 * ms));
+    T_CHECK(!balance.opening(0, 1600 * ms));  // long enough for a link that is no slower than its trip
+    ChannelBalance told;
+    told.add_channel();
+    told.taken(0, 16);
+    told.sent(0, 16, 0, 1000, 0);  // pages that were the same: no packet
+    T_CHECK(!told.opening(0, 1 * ms));
+    told.sent(0, 0, 300, 0, 10 * ms);
+    told.taken(0, 16);
+    told.sent(0, 16, 65616, 1000, 10 * ms);
+    told.acked(0, 300, 11 * ms);
+    told.acked(0, 65616, 110 * ms);
+    T_CHECK(told.opening(0, 260 * ms));  // 10 ms + 1.5 x 100 ms later
+}
+
+void test_it_begins_small()
+{
+    const OpeningWindow window;
+    T_EQUAL(window.bytes(1), 256 * kib);
+    T_EQUAL(window.bytes(2), 128 * kib);
+    T_EQUAL(window.bytes(8), 128 * kib);
 }
 
 // What lands says nothing of the link while the window grows, and does once the link holds it.
@@ -293,6 +313,7 @@ int main()
     test_a_link_that_is_far_is_filled();
     test_channels_that_are_not_alike();
     test_a_trip_is_that_of_pages();
+    test_it_begins_small();
     test_it_is_known_when_the_link_holds_it();
     test_it_is_over_after_a_second();
     test_nothing_under_way_is_never_stuck();
