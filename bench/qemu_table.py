@@ -12,7 +12,7 @@ come from the QEMUs' own events, for every way alike:
 
 CPU seconds are of the move alone, by GiB of guest memory: what an idle vmth takes to start is left
 out. Memory is the private resident set of each vmth at its highest, above an idle import.
-VMTH_QEMU_SRC names another QEMU.
+Every way goes over TCP; its congestion control is shown. VMTH_QEMU_SRC names another QEMU.
 """
 
 from __future__ import annotations
@@ -241,6 +241,13 @@ WAYS: dict[str, Way] = {
 }
 
 
+def congestion_control() -> str:
+    """That a connection gets which asks for none."""
+    with socket.socket() as unconnected:
+        name = unconnected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):7.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -296,8 +303,9 @@ def main() -> None:
                 previous.close()
         version = ".".join(str(part) for part in build("SRC").version)
     print(
-        f"QEMU {version}, {arguments.mib} MiB, {arguments.random} % incompressible, loopback TCP, "
-        f"{arguments.rounds} rounds, Linux {platform.release()}, {os.cpu_count()} CPUs"
+        f"QEMU {version}, {arguments.mib} MiB, {arguments.random} % incompressible, loopback TCP "
+        f"({congestion_control()}), {arguments.rounds} rounds, Linux {platform.release()}, "
+        f"{os.cpu_count()} CPUs"
     )
     tell(runs, arguments.mib * MIB)
 
