@@ -186,7 +186,7 @@ def test_a_throttle_to_come_is_in_the_forecast() -> None:
     assert first.total_ns == pytest.approx(ended_ns(out), rel=0.35)
 
 
-def test_it_counts_from_the_jobs_start_and_the_guests_handover() -> None:
+def test_it_counts_from_the_jobs_start_the_guests_handover_and_the_journals_records() -> None:
     policy = StandardPolicy()
     views = []
 
@@ -202,6 +202,10 @@ def test_it_counts_from_the_jobs_start_and_the_guests_handover() -> None:
     told = policy.foresee(later, policy.decide(later))
     assert told.downtime_ns == plain.downtime_ns + 26 * MS - HANDOVER_NS
     assert told.total_ns == plain.total_ns + 526 * MS - HANDOVER_NS
+    slow_disk = replace(view, journal_ns=20 * MS)
+    assert policy.foresee(slow_disk, policy.decide(slow_disk)).downtime_ns == (
+        plain.downtime_ns + 60 * MS
+    )
 
 
 def test_foreseeing_changes_nothing() -> None:

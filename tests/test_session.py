@@ -8,6 +8,7 @@ import gc
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from vmth.errors import (
     VerificationError,
 )
 from vmth.events import Connected, RoundFinished
+from vmth.guest import USUAL_STATE_BYTES
 from vmth.handshake import Incoming
-from vmth.journal import Journal, JournalError
+from vmth.journal import FileOps, Journal, JournalError
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.policy.interface import Decision, Forecast, RoundView
+from vmth.policy.standard import StandardPolicy
 from vmth.uri import parse_endpoint
 from vmth.wire.messages import Mode
 
@@ -191,6 +195,54 @@ def test_several_sessions_at_once(world: World) -> None:
     for guest in world.made:
         guest.pause()
         assert guest.counted() == guest.total
+
+
+class WatchingPolicy(StandardPolicy):
+    """Keeps what it was shown and what it made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[RoundView, Forecast]] = []
+
+    def decide(self, view: RoundView) -> Decision:
+        decision = super().decide(view)
+        self.seen.append((view, decision.forecast))
+        return decision
+
+
+def test_a_slow_disk_and_much_state_are_in_the_forecast(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_fsync(_ops: FileOps, fd: int) -> None:
+        time.sleep(0.03)
+        os.fsync(fd)
+
+    monkeypatch.setattr(FileOps, "fsync", slow_fsync)
+    source, listener, policy = world.guest(), world.listen(), WatchingPolicy()
+    setattr(source, "estimate_state_bytes", lambda: 100 << 20)  # noqa: B010
+    source.resume()
+    world.migrate(source, listener, policy=policy)
+    world.check_moved(source, listener)
+    view, forecast = policy.seen[0]
+    assert view.state_bytes == 100 << 20
+    assert view.journal_ns >= 30_000_000
+    assert forecast.overhead_ns >= 3 * view.journal_ns
+    other, plain = world.guest(), WatchingPolicy()
+    other.resume()
+    world.migrate(other, listener, policy=plain)
+    assert plain.seen[0][0].state_bytes == USUAL_STATE_BYTES
+
+
+@pytest.mark.parametrize("estimate", [-1, None, 1.5])
+def test_an_estimate_of_the_state_that_is_none_is_refused(world: World, estimate: object) -> None:
+    source, listener = world.guest(), world.listen()
+    setattr(source, "estimate_state_bytes", lambda: estimate)  # noqa: B010
+    source.resume()
+    with pytest.raises(MigrationError, match=f"received {estimate}, allowed 0 or more bytes"):
+        world.migrate(source, listener)
+    world.check_stayed(source)
+    setattr(source, "estimate_state_bytes", lambda: 0)  # noqa: B010
+    _again(world, source)
 
 
 def _again(world: World, source: MemoryGuest, failed: int = 1) -> None:

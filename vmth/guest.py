@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from vmth.errors import GuestError
 from vmth.types import Bitmap, Bitmaps, RamBlock
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from vmth.memory import Memory
 
 __all__ = [
+    "USUAL_STATE_BYTES",
     "CanAnnounce",
     "CanClose",
     "CanDescribe",
+    "CanEstimateState",
     "CanHold",
     "CanNote",
     "CanReadMemory",
@@ -35,7 +38,11 @@ __all__ = [
     "DirtySource",
     "Guest",
     "StateStream",
+    "expected_state_bytes",
 ]
+
+#: Of a guest that does not estimate its state.
+USUAL_STATE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +166,15 @@ class CanThrottleVcpus(CanThrottle, Protocol):
 
 
 @runtime_checkable
+class CanEstimateState(Protocol):
+    """Optional: it is known before the pause how much ``save_state`` will write."""
+
+    def estimate_state_bytes(self) -> int:
+        """CPU and device state, in bytes, not negative. Asked once, before the first round; a part
+        of every downtime forecast. Without it 64 KiB are taken for granted."""
+
+
+@runtime_checkable
 class CanHold(Protocol):
     """Optional: a guest in a process of its own that resumes by itself when the mover vanishes."""
 
@@ -214,3 +230,13 @@ class CanTakePages(Protocol):
 
     def trouble(self) -> Exception | None:
         """Why that program takes nothing any more; None while it does. Any thread, at any time."""
+
+
+def expected_state_bytes(guest: Guest) -> int:
+    """What ``save_state`` should write. Raises GuestError for an estimate that is none."""
+    if not isinstance(guest, CanEstimateState):
+        return USUAL_STATE_BYTES
+    estimate = guest.estimate_state_bytes()
+    if not isinstance(estimate, int) or estimate < 0:
+        raise GuestError(f"estimate_state_bytes(): received {estimate!r}, allowed 0 or more bytes")
+    return estimate

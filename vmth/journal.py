@@ -215,6 +215,7 @@ class Journal:
         self.path = path
         self.session_id = session_id
         self.side = side
+        self.write_ns = 0  #: what the last record took to become durable; 0 before the first
         self._fd = fd
         self._removed = False
         self._entries = entries
@@ -253,6 +254,7 @@ class Journal:
         )
         offset = (sequence - 1) * SLOT_BYTES
         slot = entry.pack()
+        began_ns = time.monotonic_ns()
         try:
             written = self._ops.pwrite(self._fd, slot, offset)
             if written != len(slot):
@@ -266,6 +268,7 @@ class Journal:
             raise JournalError(
                 f"{self.path}: {record.name} could not be written: {error}"
             ) from error
+        self.write_ns = time.monotonic_ns() - began_ns
         self._entries.append(entry)
         return entry
 

@@ -24,7 +24,7 @@ from vmth.events import (
     RoundStarted,
     Throttled,
 )
-from vmth.guest import CanNote, Guest
+from vmth.guest import CanNote, Guest, expected_state_bytes
 from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
@@ -62,6 +62,7 @@ class PreCopy:
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
     job_started_ns: int | None = None
+    journal_ns: int = 0  #: what one durable record took here
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
@@ -86,6 +87,7 @@ class PreCopy:
         """Returns with the guest paused and all pages landed. Tracking goes on, since stopping it
         would be downtime: call ``close()`` when the guest runs somewhere again. After an exception
         the caller resumes the guest if it is paused."""
+        self.tuning.state_bytes = expected_state_bytes(self.guest)
         self._started_ns = self.clock()
         return self._run_live() if self.live else self._run_cold()
 
@@ -332,6 +334,7 @@ class PreCopy:
             failed_rechecks=self._failed_rechecks,
             switchover_requested=self.tuning.switchover_requested,
             job_started_ns=self.job_started_ns,
+            journal_ns=self.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
         )
 
@@ -350,4 +353,5 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         pause_guest=tools.pause_guest,
         resume_guest=tools.resume_guest,
         job_started_ns=tools.job_started_ns,
+        journal_ns=tools.journal_ns,
     )

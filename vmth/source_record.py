@@ -103,6 +103,11 @@ class SourceRecord:
         return self._handover.state
 
     @property
+    def journal_ns(self) -> int:
+        """What the last record took to become durable; 0 before the first."""
+        return self._journal.write_ns
+
+    @property
     def guest_paused_for_good(self) -> bool:
         """Granted, and not known what became of it: the guest must stay as it is."""
         return self.state in (SourceState.GRANTED, SourceState.IN_DOUBT)

@@ -280,8 +280,7 @@ class SourceSession:
         self._resources.callback(control.close)
         control.start()
         self._check_wake()
-        told = dict(options.guest_info)
-        blocks = self._guest.blocks
+        told, blocks = dict(options.guest_info), self._guest.blocks
         offer = make_offer(self.session_id, self._hash_seed, blocks, options, told, self._features)
         control.send(offer)
         reply = control.receive(ACCEPT_TIMEOUT_S)
@@ -307,6 +306,7 @@ class SourceSession:
             resume_guest=lambda: record.apply(SourceEvent.RESUME),
             check=self._check_wake,
             job_started_ns=self._started_ns,
+            journal_ns=record.journal_ns,
         )
         self._engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)

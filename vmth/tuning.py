@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vmth.guest import USUAL_STATE_BYTES
 from vmth.policy.interface import OnStall
 
 __all__ = ["Tuning"]
@@ -18,5 +19,5 @@ class Tuning:
     downtime_limit_ns: int
     timeout_ns: int
     on_stall: OnStall
-    state_bytes: int = 64 << 10
+    state_bytes: int = USUAL_STATE_BYTES  #: of CPUs and devices, as far as it is known
     switchover_requested: bool = False

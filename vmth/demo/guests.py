@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmth.demo.compare import compare_memories
-from vmth.demo.record import STREAM_NAME, TravelRecord, from_stream, to_stream
+from vmth.demo.record import RECORD_BYTES, STREAM_NAME, TravelRecord, from_stream, to_stream
 from vmth.errors import GuestError, UsageError
 from vmth.guest import DirtySource, StateStream
 from vmth.guests.bystander import beats_in_memory
@@ -53,6 +53,9 @@ class DemoGuest:
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         self.holder.save_state(write)
+
+    def estimate_state_bytes(self) -> int:
+        return self.holder.estimate_state_bytes() + RECORD_BYTES
 
     def load_state(self, streams: Iterable[StateStream]) -> None:
         self.holder.load_state(streams)

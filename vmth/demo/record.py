@@ -15,11 +15,19 @@ from vmth.errors import GuestError
 from vmth.guest import StateStream
 from vmth.guests.machine import VCPUS_MAX
 
-__all__ = ["STREAM_NAME", "STREAM_VERSION", "TravelRecord", "from_stream", "to_stream"]
+__all__ = [
+    "RECORD_BYTES",
+    "STREAM_NAME",
+    "STREAM_VERSION",
+    "TravelRecord",
+    "from_stream",
+    "to_stream",
+]
 
 STREAM_NAME = "vmth-demo"
 STREAM_VERSION = 1
 _MAX_BYTES = 4096
+RECORD_BYTES = 512  #: for a forecast: what a record takes, or little less
 
 _U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text = Annotated[str, msgspec.Meta(max_length=256)]

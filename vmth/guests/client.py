@@ -39,6 +39,9 @@ __all__ = [
     "status_of",
 ]
 
+#: 1.5 KiB, and the pace table.
+STATE_BYTES_A_VCPU = 2048
+
 #: The name of a shipped guest's one state stream ("vcpu-kvm", "vcpu-process").
 STATE_STREAM = "vcpu-"
 
@@ -203,8 +206,8 @@ class HolderDirtySource:
 
 
 class HolderGuest:
-    """``Guest``, ``CanHold``, ``CanThrottleVcpus`` and ``CanReportPopulated`` for a guest in a
-    holder.
+    """``Guest``, ``CanHold``, ``CanThrottleVcpus``, ``CanEstimateState`` and
+    ``CanReportPopulated`` for a guest in a holder.
 
     ``blocks[i].mapping.fd`` is a memfd that this object owns until ``release()`` or ``close()``; a
     view from ``views()`` keeps its memory alive on its own. Made by spawn.py. ``close()`` without
@@ -255,6 +258,9 @@ class HolderGuest:
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         saved, _ = self._connection.ask(rq.SaveState(), rq.Saved)
         write(StateStream(STATE_STREAM + self.kind, saved.version, saved.data))
+
+    def estimate_state_bytes(self) -> int:
+        return self.vcpus * STATE_BYTES_A_VCPU
 
     def load_state(self, streams: Iterable[StateStream]) -> None:
         """GuestError unless there is exactly the one stream that this kind of guest has."""

@@ -7,7 +7,8 @@
                than what a page took in the rounds so far
     queue      bytes handed to sockets that have not landed yet / bandwidth
     state      CPU and device state / bandwidth
-    overhead   the round trips of barrier, seal and grant, and what pause, journal and resume cost
+    overhead   the round trips of barrier, seal and grant, the journals' records, which are as slow
+               as the disk, and what pause, seal and resume cost
 
 Bandwidth is acknowledged bytes over time, never pages: a burst of zero pages moves millions of
 pages a second and says nothing about the link. Bytes a page come from the rounds after the full
@@ -45,6 +46,8 @@ ROUND_NS = 1_000_000
 #: three round trips: 8 to 11 ms on a machine of two cores with both ends on it, and twice that
 #: where the guest, as soon as it runs, takes one of them for itself.
 HANDOVER_NS = 10_000_000
+#: GRANTED at the source, STARTING and RUNNING at the destination: each durable, one after another.
+JOURNAL_RECORDS = 3
 #: Header and descriptors: a packet of some 64 pages has 64 bytes + at most 16 a page.
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.
@@ -185,5 +188,7 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
         # By then the queue has drained: it is a part of its own.
-        overhead_ns=3 * (view.base_rtt_ns or view.rtt_ns) + (view.handover_ns or HANDOVER_NS),
+        overhead_ns=3 * (view.base_rtt_ns or view.rtt_ns)
+        + JOURNAL_RECORDS * view.journal_ns
+        + (view.handover_ns or HANDOVER_NS),
     )

@@ -68,6 +68,7 @@ class RoundView:
     takes_rate: bool = False  #: its hypervisor holds it to a dirty rate instead of a share of time
     dirty_limit_bps: float = 0.0  #: to which it is held; 0: not
     limited_at_ns: int = 0  #: since when
+    journal_ns: int = 0  #: one durable record here, of which the downtime has three; 0: unknown
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
 
     @property

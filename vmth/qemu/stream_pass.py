@@ -586,6 +586,7 @@ class StreamPass:
             takes_rate=self.throttle is ThrottleWay.DIRTY_LIMIT,
             dirty_limit_bps=self.dirty_limit_bps,
             limited_at_ns=self._limited_at_ns,
+            journal_ns=self.tools.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
         )
 
