@@ -72,6 +72,25 @@ def test_a_qemu_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("accepts", [0, 1, 2])
+def test_a_qemu_that_listens_before_it_refuses_says_why(tmp_path: Path, accepts: int) -> None:
+    text = f"""
+import socket, sys, time
+path = sys.argv[-1].removeprefix("unix:").removesuffix(",server=on,wait=off")
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(path)
+    listening.listen(8)
+    for _ in range({accepts}):
+        listening.accept()[0].close()
+time.sleep(0.2)
+sys.exit("no such device")
+"""
+    process = QemuProcess(program(tmp_path, text), tmp_path / "state")
+    with pytest.raises(RefusedError, match="QEMU does not start: no such device"):
+        process.connect()
+    process.end(5)
+
+
 def test_it_waits_for_a_guest_and_ends(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     process = QemuProcess(program(tmp_path), folder)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmth.errors import ChannelError, MigrationError, RefusedError, UsageError, VmthError
+from vmth.errors import RefusedError, UsageError, VmthError
 from vmth.qemu.qmp import Qmp
 
 __all__ = ["QemuProcess", "check_command", "process_identity", "sweep", "wait_for_exit"]
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 #: It may allocate all of its memory before it answers; a source waits for 60 s.
 START_S = 45.0
 _LOOK_S = 0.02
+_ENDING_S = 1.0
 _WORDS_BYTES = 600
 _SOCKET_PATH_BYTES = 107
 _PREFIX = "qemu-"
@@ -110,9 +111,12 @@ class QemuProcess:
             if _accepts(self.qmp_path):
                 try:
                     return Qmp(self.qmp_path, timeout_s=START_S)
-                except (ChannelError, MigrationError):
-                    if self._process.poll() is None:
+                except VmthError:
+                    # A QEMU that refuses its command line listens first, and then closes and ends:
+                    # its own words are the reason.
+                    if not wait_for_exit(self.pid, _ENDING_S):
                         raise
+                    self._process.wait()
                     continue
             if time.monotonic() >= deadline:
                 raise RefusedError(f"QEMU has no monitor {START_S:g} s after its start")
