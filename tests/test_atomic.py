@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,47 @@ class TestAtomicFile:
             with AtomicFile(path, replace=True) as file:
                 file.publish()
         assert os.listdir(tmp_path) == [path.name]
+
+    @pytest.mark.parametrize("replace", [False, True])
+    def test_what_is_no_file_is_not_replaced(self, tmp_path: Path, replace: bool) -> None:
+        pipe, listening, link = (tmp_path / name for name in ("pipe", "socket", "link"))
+        os.mkfifo(pipe)
+        link.symlink_to(pipe)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(listening))
+            for path, kind in ((pipe, "pipe"), (link, "pipe"), (listening, "socket")):
+                with pytest.raises(RefusedError, match=f"{path} is a {kind}, allowed is a file"):
+                    AtomicFile(path, replace=replace)
+            with pytest.raises(RefusedError, match="/dev/null is a device, allowed is a file"):
+                AtomicFile(Path("/dev/null"), replace=replace)
+        assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
+
+    def test_what_became_something_else_meanwhile_is_not_replaced(self, tmp_path: Path) -> None:
+        path = tmp_path / "image"
+        with AtomicFile(path, replace=True) as file:
+            os.mkfifo(path)
+            with pytest.raises(RefusedError, match="is a pipe"):
+                file.publish()
+        assert os.listdir(tmp_path) == ["image"] and stat.S_ISFIFO(path.stat().st_mode)
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_a_link_stays_and_its_target_is_replaced(self, tmp_path: Path, exists: bool) -> None:
+        target, link = tmp_path / "there" / "image", tmp_path / "link"
+        target.parent.mkdir()
+        if exists:
+            target.write_bytes(b"old")
+        link.symlink_to(target)
+        with AtomicFile(link, replace=True) as file:
+            file.write(b"new")
+            file.publish()
+        assert link.is_symlink() and target.read_bytes() == b"new" and not target.is_symlink()
+        assert os.listdir(target.parent) == ["image"]
+
+    def test_a_link_to_itself(self, tmp_path: Path) -> None:
+        link = tmp_path / "link"
+        link.symlink_to(link)
+        with pytest.raises(RefusedError, match="exists"):
+            AtomicFile(link)
 
     def test_places_that_cannot_be(self, tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="is a directory"):

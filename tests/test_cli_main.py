@@ -84,6 +84,31 @@ BAD_INPUT = [
         "one of them",
     ),
     ("state directory", ["recover", "--state-dir", "/nowhere/at/all"], "/nowhere/at/all"),
+    ("negative dscp", ["demo", "--dscp", "-1"], "received -1, allowed 0 to 63"),
+    (
+        "negative dscp of a relay",
+        ["relay", "--listen", "unix:/l", "--connect", "unix:/s", "--dscp", "-1"],
+        "received -1, allowed 0 to 63",
+    ),
+    ("empty value", ["demo", "--send", ""], "--send: received ''"),
+    ("empty assigned value", ["demo", "--forms="], "--forms: received ''"),
+    ("empty argument", ["inspect", ""], "an argument: received ''"),
+    (
+        "memory where a guest arrives",
+        ["demo", "--receive", "tcp:127.0.0.1:0", "--memory", "1GiB"],
+        "--memory: received 1073741824 with --receive, allowed where the guest leaves",
+    ),
+    (
+        "image where a guest arrives",
+        ["demo", "--receive", "tcp:127.0.0.1:0", "--keep-image", "/none"],
+        "--keep-image: received /none with --receive",
+    ),
+    (
+        "dirty source of a process",
+        ["demo", "--guest", "kvm", "--dirty-source", "uffd-wp"],
+        "kvm-log, kvm-ring",
+    ),
+    ("session", ["recover", "--session", "xyz"], "'xyz', allowed 32 hex digits"),
 ]
 
 
@@ -150,6 +175,13 @@ def test_version_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_recover_without_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recover", "--state-dir", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"sessions": [], "exit_code": 0}
+
+
+def test_an_empty_argument_of_another_program_is_its_own_affair(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["receive", "tcp:127.0.0.1:0", "--", "no-such-qemu", "-append", ""]) == 2
+    assert "no-such-qemu: not found" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from vmth.errors import (
     MigrationError,
     RefusedError,
     StreamError,
+    UsageError,
     VerificationError,
 )
 from vmth.qemu import stream as q
@@ -138,6 +139,12 @@ def test_the_stream_is_that_of_the_save_with_each_page_once(loader: Loader, tmp_
     assert loader.received.endswith(devices)
     assert result.running and result.status == "running"
     assert loader.commands() == ["stop", "migrate-incoming", "cont", "announce-self"]
+
+
+def test_a_timeout_of_0_is_none(loader: Loader, tmp_path: Path) -> None:
+    assert loader.restore(image_at(tmp_path / "vm"), RestoreOptions(timeout_s=0)).running
+    with pytest.raises(UsageError, match="timeout_s: received -1, allowed 0 and more"):
+        RestoreOptions(timeout_s=-1)
 
 
 @pytest.mark.parametrize(

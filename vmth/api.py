@@ -8,9 +8,11 @@ vmth.migrate(guest, "tcp:host:4444")            vmth.receive("tcp:0.0.0.0:4444",
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from vmth.destination_session import MakeGuest, ReceiveResult
+from vmth.errors import UsageError
 from vmth.guest import Guest
 from vmth.job import MigrationJob
 from vmth.listener import Listener
@@ -23,17 +25,28 @@ __all__ = ["migrate", "receive", "start_migration"]
 
 log = logging.getLogger(__name__)
 
+_Options = TypeVar("_Options", MigrateOptions, ReceiveOptions)
+
+
+def _changed(options: _Options, changes: dict[str, Any]) -> _Options:
+    known = [field.name for field in fields(options)]
+    for name in changes:
+        if name not in known:
+            raise UsageError(f"option: received {name!r}, allowed {', '.join(known)}")
+    return replace(options, **changes)
+
 
 def start_migration(
     guest: Guest, uri: str, options: MigrateOptions | None = None, /, **changes: Any
 ) -> MigrationJob:
     """Begin to move ``guest`` to the destination that listens at ``uri``; returns at once.
 
-    ``changes`` are fields of ``MigrateOptions`` (``channels=4, downtime_limit_ns=...``). Raises
-    UsageError for a URI or option that is not allowed; everything later comes from ``job.wait()``.
+    ``changes`` are fields of ``MigrateOptions`` (``channels=4, downtime_limit_ns=...``), in place
+    of those of ``options``. Raises UsageError for a URI or option that is not allowed; everything
+    later comes from ``job.wait()``.
     The guest belongs to the job until that has ended.
     """
-    chosen = options or MigrateOptions(**changes)
+    chosen = _changed(options or MigrateOptions(), changes)
     return MigrationJob(SourceSession(guest, parse_endpoint(uri), chosen))
 
 
@@ -76,7 +89,7 @@ def receive(
     raises to refuse. Raises the MigrationError of the first session that fails. To serve many
     sessions at once, or to keep answering a source's queries after a restart, use ``Listener``.
     """
-    chosen = options or ReceiveOptions(**changes)
+    chosen = _changed(options or ReceiveOptions(), changes)
     with Listener(parse_endpoint(uri, listening=True), make_guest, chosen) as listener:
         result = listener.wait_for_guest()
         if not listener.wait_for_release(result.session_id, chosen.linger_s):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -18,23 +19,48 @@ from vmth.errors import RefusedError
 __all__ = ["AtomicFile"]
 
 
+_KINDS = (
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+)
+
+
+def refuse_special(path: Path) -> None:
+    """RefusedError for what a file must not take the place of, a device for instance."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    for is_kind, name in _KINDS:
+        if is_kind(mode):
+            raise RefusedError(f"{path} is a {name}, allowed is a file")
+
+
 class AtomicFile:
     """``write()`` all of it, then ``publish()``. Leaving the context without that leaves no file.
 
     ``replace``: an existing file is replaced, otherwise refused: RefusedError at once, and again at
-    the end. Mode 0600: it holds a VM's memory. Errors of the disk are OSErrors that name the path.
+    the end. A directory, device, pipe or socket always is; of a symbolic link the target counts.
+    Mode 0600: it holds a VM's memory. Errors of the disk are OSErrors that name the path.
     """
 
     def __init__(self, path: Path, *, replace: bool = False) -> None:
         self.path = path
         self.published = False  #: it bears its name
         self._replace = replace
+        self._target = path
         self._folder = path.parent
         self._temporary: Path | None = None
-        if path.is_dir():
-            raise RefusedError(f"{path} is a directory, allowed is a file")
         if not replace and os.path.lexists(path):
+            refuse_special(path)
             raise RefusedError(f"{path} exists; --force replaces it")
+        if path.is_symlink():  # it stays, and what it names is replaced
+            self._target = Path(os.path.realpath(path))
+            self._folder = self._target.parent
+        refuse_special(self.path)
         self._fd = self._open()
 
     def _open(self) -> int:
@@ -53,7 +79,7 @@ class AtomicFile:
         return fd
 
     def _unused_name(self) -> Path:
-        return self._folder / f".{self.path.name[:200]}.{secrets.token_hex(4)}.vmth"
+        return self._folder / f".{self._target.name[:200]}.{secrets.token_hex(4)}.vmth"
 
     def write(self, data: bytes | memoryview) -> None:
         """Behind what was written before. Any buffer of bytes."""
@@ -121,7 +147,8 @@ class AtomicFile:
             name = self._unused_name()
             self._link(name)
             self._temporary = name
-        os.rename(self._temporary, self.path)
+        refuse_special(self.path)  # it may have been made meanwhile
+        os.rename(self._temporary, self._target)
         self._temporary = None
 
     def _close(self) -> None:

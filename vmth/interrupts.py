@@ -18,11 +18,24 @@ from typing import Any
 
 from vmth.errors import ExitCode
 
-__all__ = ["Interrupted", "Interrupts"]
+__all__ = ["Interrupted", "Interrupts", "Terminated", "raise_on_sigterm"]
 
 
 class Interrupted(KeyboardInterrupt):
     """The first signal, outside of a migration."""
+
+
+class Terminated(Interrupted):
+    """SIGTERM, where nothing was begun yet or all has ended."""
+
+
+def raise_on_sigterm() -> None:
+    """Outside of any ``Interrupts`` too SIGTERM raises, as SIGINT does. Main thread."""
+
+    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class Interrupts:

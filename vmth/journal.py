@@ -333,6 +333,8 @@ class StateDirectory:
         self._ops = ops or FileOps()
         self._lock_fd = -1
         with _as_journal_error(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise JournalError(f"{self.path}: no directory, which a state directory must be")
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.path.stat()
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmth.channel.forms import FORM_NAMES
 from vmth.channel.reuse import ReuseSource, check_sources
@@ -15,6 +17,9 @@ from vmth.policy.interface import OnStall, Policy
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.messages import Mode
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = [
     "ALL_FORMS",
     "MAX_CHANNELS",
@@ -22,6 +27,7 @@ __all__ = [
     "MigrateOptions",
     "ReceiveOptions",
     "check_plaintext",
+    "check_types",
 ]
 
 MAX_CHANNELS = 64
@@ -29,6 +35,27 @@ MAX_CHANNELS = 64
 WIRE_PAGE_BYTES = 4096
 #: Zero pages are always told from others; the rest are the features that two ends agree on.
 ALL_FORMS = ("zero", *FORM_NAMES)
+
+
+#: By the annotation of a field: what it takes, and how that is called. Others are not checked.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((Integral,), "a whole number"),
+    "float": ((Real,), "a number"),
+    "Mode": ((Mode,), "Mode.LIVE or Mode.COLD"),
+    "OnStall": ((OnStall,), ", ".join(f"OnStall.{choice.name}" for choice in OnStall)),
+    "LinkOptions": ((LinkOptions,), "a LinkOptions"),
+}
+
+
+def check_types(options: DataclassInstance) -> None:
+    """UsageError for the first field with a value of another type than its annotation says: a float
+    of seconds is not taken for nanoseconds, nor a text for a choice."""
+    for field_ in fields(options):
+        value = getattr(options, field_.name)
+        allowed, what = _TYPES.get(str(field_.type), ((object,), ""))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise UsageError(f"{field_.name}: received {value!r}, allowed {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +86,7 @@ class MigrateOptions:
     link: LinkOptions = field(default_factory=LinkOptions)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"channels: received {self.channels}, allowed 1 to {MAX_CHANNELS}")
         for name in ("source_addresses", "interfaces"):
@@ -114,6 +142,7 @@ class ReceiveOptions:
     reuse: Sequence[ReuseSource] = ()  #: files with pages, asked in their order; kept by the caller
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sources(self.reuse, WIRE_PAGE_BYTES)
         for name, least in (
             ("peer_timeout_s", 0.1),

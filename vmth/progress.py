@@ -21,6 +21,7 @@ from vmth.events import (
     RoundFinished,
     Throttled,
 )
+from vmth.outlet import write_line
 from vmth.stats import JobStats, RoundStats
 from vmth.units import format_duration, format_rate, format_size
 
@@ -73,12 +74,11 @@ class Console:
         self._print_above_bar: Callable[[str], None] | None = None
 
     def say(self, text: str) -> None:
-        """One line, at once. A reader that went away ends nothing."""
+        """One line, at once. An output that takes nothing any more ends nothing."""
         if self._print_above_bar is not None:
             self._print_above_bar(text)
             return
-        with contextlib.suppress(BrokenPipeError):
-            print(text, file=self._out, flush=True)
+        write_line(text, self._out)
 
     def show(self, event: Event) -> None:
         if isinstance(event, RoundFinished):

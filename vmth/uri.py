@@ -70,6 +70,8 @@ class Endpoint:
 def parse_endpoint(text: str, *, listening: bool = False) -> Endpoint:
     """Read one URI. Port 0 (any free one) is allowed only for ``listening``. Raises ``UsageError``
     that names what was received and what is allowed."""
+    if not isinstance(text, str):
+        raise UsageError(f"URI: received {text!r}, allowed a text as tcp:HOST:PORT")
     scheme, colon, rest = text.partition(":")
     if not colon:
         raise UsageError(f"URI {text!r} has no scheme; allowed: {_ALLOWED}")

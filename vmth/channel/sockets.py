@@ -16,6 +16,7 @@ from vmth.errors import ChannelError, UsageError
 from vmth.uri import Endpoint, Scheme
 
 __all__ = [
+    "UNMARKED",
     "DialError",
     "LinkOptions",
     "ListeningSocket",
@@ -25,6 +26,9 @@ __all__ = [
     "set_link_options",
     "take_arrived",
 ]
+
+
+UNMARKED = -1  #: as a DSCP: the packets' is left alone
 
 
 class DialError(ChannelError):
@@ -38,7 +42,7 @@ class LinkOptions:
     source_addresses: tuple[str, ...] = ()  #: local ones: control is sent from the first, page
     #: channel k from number k, and from the first again behind the last
     interfaces: tuple[str, ...] = ()  #: the same with SO_BINDTODEVICE (needs CAP_NET_RAW)
-    dscp: int = -1  #: 0 to 63; -1 leaves it alone
+    dscp: int = UNMARKED  #: 0 to 63, or not marked
     connect_timeout_s: float = 5.0
     keepalive_s: int = 5
     user_timeout_ms: int = 10_000  #: TCP_USER_TIMEOUT: unacknowledged for so long = lost
@@ -53,7 +57,7 @@ class LinkOptions:
                 raise UsageError(
                     f"interface: received {name!r}, allowed names of 1 to {_INTERFACE_BYTES} bytes"
                 )
-        if not -1 <= self.dscp <= 63:
+        if not UNMARKED <= self.dscp <= 63:
             raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
         if not 0 < self.connect_timeout_s <= 3600:
             raise UsageError(

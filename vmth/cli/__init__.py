@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: one file a command, no logic.
 
-``main`` is the console script and ``python -m vmth``. Exit codes are those of
+``main`` is called by the console script and ``python -m vmth``. Exit codes are those of
 ``vmth.errors.ExitCode``.
 """
 
 from __future__ import annotations
 
 import gc
+import signal
 import sys
+from collections.abc import Iterable
 
 import click
 
@@ -27,6 +29,7 @@ from vmth.cli.restore import restore
 from vmth.cli.save import save
 from vmth.cli.version import version
 from vmth.errors import ExitCode, VmthError
+from vmth.interrupts import Terminated
 
 __all__ = ["cli", "main"]
 
@@ -68,18 +71,42 @@ cli.add_command(save)
 cli.add_command(version)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run and exit. With ``--json`` an error is a JSON object on stdout too."""
+def main(arguments: list[str] | None = None, *, signal_mask: Iterable[int] | None = None) -> None:
+    """Run and exit. With ``--json`` an error is a JSON object on stdout too. ``signal_mask``: set
+    as soon as a signal that was held back ends as it should."""
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.freeze()  # what the imports made stays: to look through it takes longer than a switchover
     try:
+        if signal_mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
+        _refuse_empty(given)
         code = cli.main(args=given, prog_name="vmth", standalone_mode=False)
     except click.ClickException as error:
         code = fail(error.format_message(), ExitCode(error.exit_code), as_json)
     except VmthError as error:
         code = fail(str(error), error.exit_code, as_json)
-    except (click.Abort, KeyboardInterrupt):
-        code = fail("interrupted", ExitCode.INTERRUPTED, as_json)
+    except OSError as error:  # a help text that cannot be written, a file that cannot be read
+        code = fail(str(error), ExitCode.FAILED, as_json)
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
+            code = fail("terminated", ExitCode.CANCELLED, as_json)
+        else:
+            code = fail("interrupted", ExitCode.INTERRUPTED, as_json)
     sys.exit(int(code or 0))
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Nothing takes an empty value, and a shell's unset variable gives one: it is not to be taken
+    for an option that was left out. Behind ``--`` stands another program's command line."""
+    before = ""
+    for argument in arguments:
+        if argument == "--":
+            return
+        name, equals, value = argument.partition("=")
+        assigned = name.startswith("--") and bool(equals) and not value
+        if assigned or not argument:
+            option = name if assigned else before if before.startswith("-") else "an argument"
+            raise click.UsageError(f"{option}: received '', allowed a value that is not empty")
+        before = argument

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.errors import ExitCode
 from vmth.qemu.check import check_pair, check_values, finding_lines
 
@@ -41,5 +41,5 @@ def check(context: click.Context, /, monitors: tuple[Path, ...], as_json: bool) 
         answer({**check_values(report), "exit_code": int(code)})
     else:
         for line in finding_lines(report.findings):
-            click.echo(line)
+            say(line)
     context.exit(int(code))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vmth.channel.sockets import LinkOptions
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options
 from vmth.cli.reuse import reuse_choice, reuse_options
@@ -29,6 +30,12 @@ from vmth.progress import Console
 from vmth.wire.messages import Mode
 
 __all__ = ["demo"]
+
+#: What --receive may stand beside.
+_OF_DESTINATION = frozenset(
+    {"receive", "guest", "run_on", "reuse", "reuse_index", "reuse_memory", "insecure", "dscp"}
+    | {"state_dir", "as_json"}
+)
 
 
 @click.command()
@@ -171,27 +178,37 @@ def demo(context: click.Context, /, as_json: bool, **given: Any) -> None:
       vmth demo --send tcp:HOST:4444 --insecure
     """
     console = Console(sys.stderr if as_json else sys.stdout)
+    if given["receive"]:
+        _refuse_of_source(context)
     outcome = _run(given, console)
     if as_json:
         answer(json_object(outcome))
-    if as_json and outcome.error:
-        click.echo(f"vmth: error: {outcome.error}", err=True)
     for line in () if as_json else summary_lines(outcome):
         console.say(line)
+    if outcome.error:
+        complain(outcome.error)
     context.exit(int(outcome.exit_code))
+
+
+def _refuse_of_source(context: click.Context) -> None:
+    """Of the options that were given with --receive those that belong to the other end."""
+    if context.get_parameter_source("send") is ParameterSource.COMMANDLINE:
+        raise UsageError("received both --send and --receive, allowed one of them")
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in _OF_DESTINATION:
+            value = context.params[name]
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"{parameter.opts[0]}: received {shown} with --receive, allowed where the guest "
+                "leaves"
+            )
 
 
 def _run(given: dict[str, Any], console: Console) -> Outcome:
     link = link_choices(given)
-    if given["receive"] and given["send"]:
-        raise UsageError("received both --send and --receive, allowed one of them")
     if given["receive"]:
-        for option in ("bind", "interface"):
-            if given[option]:
-                raise UsageError(
-                    f"--{option}: received {','.join(given[option])} with --receive, allowed where "
-                    "the guest leaves"
-                )
         return run_receive(
             ArrivalSettings(given["guest"] or "", given["run_on"], reuse_choice(given)),
             ReceiveOptions(insecure=given["insecure"], state_dir=given["state_dir"], link=link),

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.cli.reuse import index_options
 from vmth.errors import ExitCode
 from vmth.reuse.report import file_line, file_values, index_progress
@@ -36,11 +37,9 @@ def index(files: tuple[Path, ...], as_json: bool, **given: Any) -> None:
       vmth index --reuse-index /var/cache/vmth base.raw vm.memory
     """
 
-    def say(text: str) -> None:
-        click.echo(text, err=as_json)
-
+    tell = partial(say, err=as_json)
     choice = ReuseChoice(files, given["reuse_index"], given["reuse_memory"])
-    with choice.open(index_progress(say)) as warm:
+    with choice.open(index_progress(tell)) as warm:
         if as_json:
             answer(
                 {
@@ -52,6 +51,6 @@ def index(files: tuple[Path, ...], as_json: bool, **given: Any) -> None:
                 }
             )
         for file in warm.files:
-            say(file_line(file))
+            tell(file_line(file))
         for note in warm.notes:
-            say(f"note: {note}")
+            tell(f"note: {note}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.errors import ExitCode
 from vmth.qemu.inspect import report_lines, report_values
 from vmth.qemu.inspect_image import inspect_stored
@@ -38,5 +38,5 @@ def inspect(context: click.Context, /, files: tuple[Path, ...], as_json: bool) -
         answer({**report_values(report), "exit_code": int(code)})
     else:
         for line in report_lines(report):
-            click.echo(line)
+            say(line)
     context.exit(int(code))

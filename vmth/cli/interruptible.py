@@ -9,10 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-import click
-
 from vmth.errors import CancelledError, ExitCode, VmthError
 from vmth.interrupts import Interrupts
+from vmth.outlet import write_line
 
 __all__ = ["Line", "interruptible"]
 
@@ -43,8 +42,8 @@ class Line:
     def show(self, text: str) -> None:
         if self._on:
             self._used = True
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            write_line(f"\r\x1b[K{text}", sys.stderr, end="")
 
     def end(self) -> None:
         if self._used:
-            click.echo("\r\x1b[K", nl=False, err=True)
+            write_line("\r\x1b[K", sys.stderr, end="")

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from vmth.channel.sockets import LinkOptions
+from vmth.channel.sockets import UNMARKED, LinkOptions
 from vmth.cli.values import NAMES
+from vmth.errors import UsageError
 
-__all__ = ["link_choices", "link_options"]
+__all__ = ["dscp_choice", "link_choices", "link_options"]
 
 _OPTIONS = (
     click.option(
@@ -29,7 +30,7 @@ _OPTIONS = (
         metavar="NAME,...",
         help="Local network interfaces to use, in turns too.",
     ),
-    click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63."),
+    click.option("--dscp", type=int, help="DSCP of every packet, 0 to 63."),
 )
 
 
@@ -40,7 +41,16 @@ def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def dscp_choice(given: dict[str, Any]) -> int:
+    dscp: int | None = given["dscp"]
+    if dscp is not None and dscp < 0:
+        raise UsageError(f"dscp: received {dscp}, allowed 0 to 63")
+    return UNMARKED if dscp is None else dscp
+
+
 def link_choices(given: dict[str, Any]) -> LinkOptions:
     return LinkOptions(
-        source_addresses=given["bind"], interfaces=given["interface"], dscp=given["dscp"]
+        source_addresses=given["bind"],
+        interfaces=given["interface"],
+        dscp=dscp_choice(given),
     )

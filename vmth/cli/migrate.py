@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options
 from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE
@@ -110,10 +110,10 @@ def migrate(
     departure = depart(qmp, uri, _options(given), console)
     if as_json:
         answer(departure_values(departure))
-    if as_json and departure.error:
-        click.echo(f"vmth: error: {departure.error}", err=True)
     for line in () if as_json else departure_lines(departure):
         console.say(line)
+    if departure.error:
+        complain(departure.error)
     context.exit(int(departure.exit_code))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.host import host_lines, host_report
 
 __all__ = ["probe"]
@@ -24,4 +24,4 @@ def probe(as_json: bool) -> None:
         answer(report)
         return
     for line in host_lines(report):
-        click.echo(line)
+        say(line)

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.cli.values import DURATION_S
-from vmth.errors import ExitCode
+from vmth.errors import ExitCode, UsageError
 from vmth.qemu.source import find_guest
 from vmth.recovery import recover as recover_sessions
 
@@ -43,6 +44,8 @@ def recover(
     destination runs it, runs here again if the destination will never run it, and stays paused
     while that is not known: then the exit code is 7, and the command may be given again.
     """
+    if session_id is not None and not re.fullmatch("[0-9a-f]{32}", session_id):
+        raise UsageError(f"--session: received {session_id!r}, allowed 32 hex digits")
     sessions = recover_sessions(
         find_guest, state_dir=state_dir, session_id=session_id, timeout_s=timeout / 1e9
     )
@@ -51,7 +54,7 @@ def recover(
         answer({"sessions": [asdict(row) for row in sessions], "exit_code": int(code)})
     else:
         for row in sessions:
-            click.echo(f"{row.session_id}  {row.peer}  {row.state}  {row.note}")
+            say(f"{row.session_id}  {row.peer}  {row.state}  {row.note}")
         if not sessions:
-            click.echo("no source session is on record")
+            say("no source session is on record")
     context.exit(int(code))

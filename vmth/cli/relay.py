@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from vmth.channel.sockets import LinkOptions
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
+from vmth.cli.link import dscp_choice
 from vmth.qemu.relay import Peer, RelayOptions, report_lines, report_values, run_relay
 
 __all__ = ["relay"]
@@ -28,7 +29,7 @@ __all__ = ["relay"]
 @click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
 @click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
 @click.option("--interface", default="", help="Local network interface to use.")
-@click.option("--dscp", type=int, default=-1, help="DSCP of every packet, 0 to 63.")
+@click.option("--dscp", type=int, help="DSCP of every packet, 0 to 63.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
 )
@@ -57,14 +58,14 @@ def relay(context: click.Context, /, as_json: bool, **given: Any) -> None:
         link=LinkOptions(
             source_addresses=(given["bind"],) if given["bind"] else (),
             interfaces=(given["interface"],) if given["interface"] else (),
-            dscp=given["dscp"],
+            dscp=dscp_choice(given),
             user_timeout_ms=0,
         ),
     )
-    report = run_relay(options, lambda line: click.echo(line, err=as_json))
+    report = run_relay(options, lambda line: say(line, err=as_json))
     if as_json:
         answer(report_values(report))
     else:
         for line in report_lines(report):
-            click.echo(line)
+            say(line)
     context.exit(int(report.exit_code))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, complain, say
 from vmth.cli.interruptible import Line, interruptible
 from vmth.cli.values import DURATION_S
 from vmth.qemu.restore import RestoreOptions
@@ -28,7 +28,11 @@ __all__ = ["restore"]
     "--workers", type=click.IntRange(0, 64), default=0, help="Threads that unpack.  [one a CPU]"
 )
 @click.option(
-    "--timeout", type=DURATION_S, default="120s", show_default=True, help="For QEMU to load."
+    "--timeout",
+    type=DURATION_S,
+    default="120s",
+    show_default=True,
+    help="For QEMU to load; 0: none.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -60,7 +64,7 @@ def restore(context: click.Context, /, file: Path, qmp: str, as_json: bool, **gi
     if as_json:
         answer(restore_values(result, error, code))
     if error is not None:
-        click.echo(f"vmth: error: {error}", err=True)
+        complain(str(error))
     for text in restore_lines(result) if result is not None and not as_json else ():
-        click.echo(text)
+        say(text)
     context.exit(int(code))

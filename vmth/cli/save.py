@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, complain, say
 from vmth.cli.interruptible import Line, interruptible
 from vmth.cli.values import DURATION_MS, DURATION_S, RATE
 from vmth.qemu.image import DEFAULT_LEVEL, MAX_LEVEL
@@ -99,7 +99,7 @@ def save(
     if as_json:
         answer(save_values(result, error, code))
     if error is not None:
-        click.echo(f"vmth: error: {error}", err=True)
+        complain(str(error))
     for text in save_lines(result) if result is not None and not as_json else ():
-        click.echo(text)
+        say(text)
     context.exit(int(code))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from vmth import __version__
-from vmth.cli.answers import answer
+from vmth.cli.answers import answer, say
 from vmth.wire.messages import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
 
 __all__ = ["version"]
@@ -25,6 +25,4 @@ def version(as_json: bool) -> None:
             }
         )
     else:
-        click.echo(
-            f"vmth {__version__} (protocol versions {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION})"
-        )
+        say(f"vmth {__version__} (protocol versions {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION})")

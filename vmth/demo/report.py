@@ -172,7 +172,6 @@ def summary_lines(outcome: Outcome) -> list[str]:
     for note in outcome.notes:
         lines.append(fact_line("note", note))
     if outcome.error:
-        lines.append(fact_line("failed", outcome.error))
         lines.append(fact_line("source guest", _source_text(outcome)))
     elif outcome.verified:
         lines.append(fact_line("verified", f"yes, {_verified_scope(outcome)}"))

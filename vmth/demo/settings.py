@@ -62,6 +62,11 @@ class DemoSettings:
                 f"dirty source {self.dirty_source!r}: received for the process guest, "
                 "allowed for it: uffd-wp"
             )
+        if self.guest == "kvm" and self.dirty_source == "uffd-wp":
+            raise UsageError(
+                f"dirty source {self.dirty_source!r}: received for the kvm guest, allowed for it: "
+                "kvm-log, kvm-ring"
+            )
         if self.guest or self.vcpus != 1:
             check_vcpus(self.guest or "kvm", self.vcpus)
         _check_run_times(self.warm_up_ns, self.run_on_ns)

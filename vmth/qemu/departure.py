@@ -142,7 +142,7 @@ def departure_values(departure: Departure) -> dict[str, Any]:
 
 
 def departure_lines(departure: Departure) -> list[str]:
-    """The same for people, one fact a line."""
+    """The same for people, one fact a line; the error is not among them."""
     lines = [""]
     result = departure.result
     if result is not None:
@@ -190,7 +190,7 @@ def _end_lines(departure: Departure) -> list[str]:
             False: "does not run here",
             None: "not known: in doubt",
         }[departure.source_runs]
-        return [fact_line("failed", departure.error), fact_line("source guest", runs)]
+        return [fact_line("source guest", runs)]
     assert departure.result is not None
     kept = "was quit" if departure.options.on_success == "quit" else "is kept, paused"
     proof = (

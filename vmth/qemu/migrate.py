@@ -31,7 +31,7 @@ from vmth.guest import Guest
 from vmth.handshake import SCOPE_STREAM
 from vmth.job import MigrationJob
 from vmth.journal import default_state_dir
-from vmth.options import ALL_FORMS, MigrateOptions
+from vmth.options import ALL_FORMS, MigrateOptions, check_types
 from vmth.policy.interface import OnStall
 from vmth.qemu.check import check_source, raise_if_refused
 from vmth.qemu.dirty_limit import Throttle, ThrottleWay, choose_throttle
@@ -105,6 +105,7 @@ class QemuMigrateOptions:
     link: LinkOptions = field(default_factory=LinkOptions)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.on_success not in ON_SUCCESS:
             raise UsageError(
                 f"on success: received {self.on_success!r}, allowed {', '.join(ON_SUCCESS)}"

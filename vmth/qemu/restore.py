@@ -28,6 +28,7 @@ from vmth.errors import (
     MigrationError,
     RefusedError,
     StreamError,
+    UsageError,
     VerificationError,
     VmthError,
 )
@@ -53,17 +54,24 @@ __all__ = ["RestoreOptions", "RestoreProgress", "RestoreResult", "restore"]
 
 PROGRESS_EVERY_S = 0.5
 LOOK_S = 0.02
+#: Eleven days: poll(2) takes no more than 24.
+NO_LIMIT_S = 1e6
 QEMU_S = 30.0
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """``run``: None: as it was when it was saved. ``timeout_s``: for QEMU to take and to load."""
+    """``run``: None: as it was when it was saved. ``timeout_s``: for QEMU to take and to load; 0:
+    none. Raises UsageError for a negative one."""
 
     run: bool | None = None
     workers: int = 0  #: threads that unpack; 0: one a CPU, at most 8
     timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 0:
+            raise UsageError(f"timeout_s: received {self.timeout_s:g}, allowed 0 and more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +215,8 @@ class _Restore:
         """All of it; QEMU's run state then. A failure ends that QEMU, which has a part of a guest
         and could not take in another."""
         # QEMU before 10.0 aborts when a guest that was loaded so and never resumed moves on.
-        stream = IncomingStream(self._qmp, timeout_s=self._options.timeout_s, lock_late=running)
+        timeout_s = self._options.timeout_s or NO_LIMIT_S
+        stream = IncomingStream(self._qmp, timeout_s=timeout_s, lock_late=running)
         stream.start()
         try:
             with stream:
@@ -217,7 +226,7 @@ class _Restore:
                 for piece in self._image.state():
                     self._check_cancelled()
                     stream.send_raw(piece)
-                status = stream.await_loaded(self._options.timeout_s)
+                status = stream.await_loaded(timeout_s)
         except BaseException:
             self._quit()
             raise
