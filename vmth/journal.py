@@ -210,12 +210,19 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, fd: int, session_id: bytes, side: Side, entries: list[Entry], ops: FileOps
+        self,
+        path: Path,
+        fd: int,
+        session_id: bytes,
+        side: Side,
+        entries: list[Entry],
+        ops: FileOps,
+        write_ns: int = 0,
     ) -> None:
         self.path = path
         self.session_id = session_id
         self.side = side
-        self.write_ns = 0  #: what the last record took to become durable; 0 before the first
+        self.write_ns = write_ns  #: the least that making something durable took; 0: not known
         self._fd = fd
         self._removed = False
         self._entries = entries
@@ -268,7 +275,8 @@ class Journal:
             raise JournalError(
                 f"{self.path}: {record.name} could not be written: {error}"
             ) from error
-        self.write_ns = time.monotonic_ns() - began_ns
+        took_ns = time.monotonic_ns() - began_ns
+        self.write_ns = min(self.write_ns or took_ns, took_ns)
         self._entries.append(entry)
         return entry
 
@@ -421,13 +429,15 @@ class StateDirectory:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._ops.allocate(fd, FILE_BYTES)
+                began_ns = time.monotonic_ns()
                 self._ops.fsync(fd)
+                write_ns = time.monotonic_ns() - began_ns
                 _fsync_directory(self.path, self._ops)
             except BaseException:
                 path.unlink(missing_ok=True)
                 os.close(fd)
                 raise
-        return Journal(path, fd, session_id, side, [], self._ops)
+        return Journal(path, fd, session_id, side, [], self._ops, write_ns)
 
     def open_journal(self, session_id: bytes, side: Side) -> Journal:
         """An existing one. Raises JournalError when there is none, when another process has it open

@@ -62,7 +62,7 @@ class PreCopy:
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
     job_started_ns: int | None = None
-    journal_ns: int = 0  #: what one durable record took here
+    journal_ns: int = 0  #: what a durable record takes here
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False

@@ -48,7 +48,7 @@ class RoundTools:
     resume_guest: Callable[[], None]
     check: Callable[[], None]  #: raises when the job was cancelled or the peer is gone
     job_started_ns: int | None = None  #: on the clock; what the job's total time counts from
-    journal_ns: int = 0  #: what one durable record took here
+    journal_ns: int = 0  #: what a durable record takes here
 
 
 class RoundEngine(Protocol):

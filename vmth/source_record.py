@@ -104,7 +104,7 @@ class SourceRecord:
 
     @property
     def journal_ns(self) -> int:
-        """What the last record took to become durable; 0 before the first."""
+        """The least that making something durable took here; 0: not known."""
         return self._journal.write_ns
 
     @property

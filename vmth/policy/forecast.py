@@ -42,10 +42,10 @@ __all__ = [
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
 ROUND_NS = 1_000_000
-#: Pause, last fetch and barrier, state, seal, two journal writes with fsync and resume, beside
-#: three round trips: 8 to 11 ms on a machine of two cores with both ends on it, and twice that
-#: where the guest, as soon as it runs, takes one of them for itself.
-HANDOVER_NS = 10_000_000
+#: Pause, last fetch and barrier, state, seal and resume, beside three round trips and the journals'
+#: records: 4 to 9 ms on a machine of two cores with both ends on it, and up to twice that where the
+#: guest, as soon as it runs, takes one of them for itself.
+HANDOVER_NS = 7_000_000
 #: GRANTED at the source, STARTING and RUNNING at the destination: each durable, one after another.
 JOURNAL_RECORDS = 3
 #: Header and descriptors: a packet of some 64 pages has 64 bytes + at most 16 a page.
