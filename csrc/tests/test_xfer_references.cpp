@@ -2,6 +2,7 @@
 // dedup and delta end to end: what they save, and that torn pages, overtaken bases and damage end as equal
 // memory or as a miss that the next round repairs.
 #include "tests/xfer_fixture.hpp"
+#include "vmth/qemu_ram.h"
 
 using namespace t;
 
@@ -51,6 +52,34 @@ void copy_page(Memory &memory, uint64_t to, uint64_t from)
     memcpy(memory.page(to), memory.page(from), page_bytes);
 }
 
+// Pages of a buffer, as whoever reads a stream sends them: round after round, one run each.
+struct LentPair : FormsPair {
+    explicit LentPair(uint32_t on, vmth::SenderOptions options) : FormsPair(64, 1, on, options)
+    {
+        uint64_t state = 5;
+        for (size_t i = 0; i < content.size(); i++) {
+            content[i] = static_cast<uint8_t>(t_random(&state) >> 8);
+        }
+    }
+    explicit LentPair(uint32_t on) : LentPair(on, with_forms(on)) {}
+
+    void lend(uint64_t page, uint64_t npages, uint64_t from, unsigned kind = VMTH_QEMU_PAGE)
+    {
+        const auto nbytes = static_cast<uint32_t>(kind == VMTH_QEMU_PAGE ? page_bytes : 0);
+        const vmth_qemu_run run = {page,   npages, from * page_bytes, page_bytes,
+                                   nbytes, 0,      kind};
+        T_EQUAL(sender->send_pages(&run, 1, content.data(), content.size(), round_number).first, 1);
+        T_CHECK(sender->barrier(round_number++, 0));
+    }
+    bool holds(uint64_t page, uint64_t from)
+    {
+        return memcmp(destination.page(page), content.data() + from * page_bytes, page_bytes) == 0;
+    }
+
+    Bytes content = Bytes(64 * page_bytes);
+    uint32_t round_number = 0;
+};
+
 // ---- what they save ---------------------------------------------------------------------------------
 
 void test_contents_that_landed_are_not_sent_again()
@@ -97,6 +126,56 @@ void test_only_pages_that_stay_are_bases()
     T_CHECK(pair.same());
     T_EQUAL(pair.missed(), 0);
     pair.finish();
+}
+
+void test_pages_found_the_same_stay_bases()
+{
+    FormsPair pair(64, 2, same | dedup);
+    pair.source.randomize(1);
+    pair.round(0);
+    pair.round(1);
+    T_EQUAL(pair.count(VMTH_FORM_SAME), 64);
+    for (uint64_t page = 0; page < 16; page++) {
+        copy_page(pair.source, 32 + page, page);
+    }
+    pair.sender->send(0, 32, 16, pair.bits.data(), 1, 2);
+    T_CHECK(pair.sender->barrier(2, 0));
+    T_EQUAL(pair.count(VMTH_FORM_DEDUP), 16);
+    T_EQUAL(pair.missed(), 0);
+    T_CHECK(pair.destination.equals(pair.source));
+}
+
+// Whichever way a base was told to be something else, what it held is looked for there no more.
+void test_what_is_told_anew_is_no_base_any_more()
+{
+    for (const bool hole : {false, true}) {
+        LentPair pair(dedup);
+        pair.lend(0, 32, 0);
+        if (hole) {
+            pair.sender->send_told(VMTH_FORM_HOLE, 0, {{6, 3}}, pair.round_number);
+            T_CHECK(pair.sender->barrier(pair.round_number++, 0));
+        } else {
+            pair.lend(6, 3, 0, VMTH_QEMU_ZERO);
+        }
+        pair.lend(6, 3, 40);
+        pair.lend(50, 3, 6);
+        T_EQUAL(pair.missed(), 0);
+        T_CHECK(pair.holds(50, 6) && pair.holds(51, 7) && pair.holds(52, 8));
+        T_EQUAL(pair.count(VMTH_FORM_DEDUP), 0);
+        pair.lend(53, 1, 6);  // and now it is there
+        T_EQUAL(pair.count(VMTH_FORM_DEDUP), 1);
+        T_CHECK(pair.missed() == 0 && pair.holds(53, 6));
+    }
+}
+
+void test_forgotten_pages_are_no_bases()
+{
+    LentPair pair(dedup);
+    pair.lend(0, 32, 0);
+    pair.sender->forget(0, 7, 1);
+    pair.lend(7, 1, 40);
+    pair.lend(50, 1, 7);
+    T_CHECK(pair.missed() == 0 && pair.holds(50, 7));
 }
 
 void test_what_changed_is_all_that_goes()
@@ -290,6 +369,50 @@ void test_a_wrong_base_is_a_miss_that_is_repaired()
 }
 
 // Forms go on and off between rounds; what was remembered is checked against what landed since.
+// What was lent is gone when it is missed: the copies come back, once, and what is sent again lands.
+void test_missed_lent_pages_come_back()
+{
+    LentPair pair(dedup | zstd);
+    pair.lend(0, 32, 0);
+    memset(pair.destination.page(7), 0x11, page_bytes);  // as if another page had overtaken
+    memset(pair.destination.page(8), 0x22, page_bytes);
+    pair.lend(50, 4, 6);
+    T_EQUAL(pair.missed(), uint64_t{6} << 50);
+    const std::vector<vmth::MissedCopy> copies = pair.sender->take_missed_pages();
+    T_EQUAL(copies.size(), 2);
+    T_CHECK(pair.sender->take_missed_pages().empty());
+    for (const vmth::MissedCopy &copy : copies) {
+        T_EQUAL(copy.block, 0);
+        T_CHECK(memcmp(copy.content.data(), pair.content.data() + (copy.page - 44) * page_bytes,
+                       page_bytes) == 0);
+        pair.lend(copy.page, 1, copy.page - 44);
+    }
+    T_EQUAL(pair.missed(), 0);
+    for (uint64_t i = 0; i < 4; i++) {
+        T_CHECK(pair.holds(50 + i, 6 + i));
+    }
+    T_EQUAL(pair.count(VMTH_FORM_DEDUP), 4);
+}
+
+void test_no_more_is_kept_than_allowed()
+{
+    for (const uint64_t npages : {0u, 3u, 16u}) {
+        vmth::SenderOptions options = with_forms(dedup);
+        options.kept_copies_bytes = npages * page_bytes;
+        LentPair pair(dedup, options);
+        pair.lend(0, 32, 0);
+        for (int again = 1; again <= 2; again++) {  // what landed is given back
+            pair.lend(40, 16, again);
+            T_EQUAL(pair.count(VMTH_FORM_DEDUP), again * npages);
+        }
+        T_EQUAL(pair.missed(), 0);
+        T_CHECK(pair.sender->take_missed_pages().empty());
+        for (uint64_t i = 0; i < 16; i++) {
+            T_CHECK(pair.holds(40 + i, 2 + i));
+        }
+    }
+}
+
 void test_forms_that_come_and_go()
 {
     FormsPair pair(64, 2, all_forms);
@@ -399,6 +522,11 @@ int main()
 {
     test_contents_that_landed_are_not_sent_again();
     test_only_pages_that_stay_are_bases();
+    test_pages_found_the_same_stay_bases();
+    test_what_is_told_anew_is_no_base_any_more();
+    test_forgotten_pages_are_no_bases();
+    test_missed_lent_pages_come_back();
+    test_no_more_is_kept_than_allowed();
     test_what_changed_is_all_that_goes();
     test_a_copy_that_changes_goes_as_a_delta();
     test_long_deltas_are_packed();

@@ -104,6 +104,45 @@ void ContentPlaces::replaced(uint32_t block, uint64_t page, const vmth_u128 &has
     }
 }
 
+void ContentPlaces::replaced(uint32_t block, const vmth_run &run) noexcept
+{
+    for (uint64_t done = 0; used() && done < run.npages;) {
+        vmth_u128 hashes[entries_at_once];
+        const size_t take =
+            static_cast<size_t>(std::min<uint64_t>(entries_at_once, run.npages - done));
+        const uint64_t known = known_.known(block, run.page + done, take);
+        if (known != 0) {
+            hashes_.entries(block, run.page + done, take, hashes);
+        }
+        for (uint64_t rest = known; rest != 0; rest &= rest - 1) {
+            const auto i = static_cast<size_t>(__builtin_ctzll(rest));
+            replaced(block, run.page + done + i, hashes[i]);
+        }
+        done += take;
+    }
+}
+
+void ContentPlaces::unchanged(uint32_t block, const vmth_run &run) noexcept
+{
+    if (enabled()) {
+        queued_[block].clear_range(run.page, run.npages);
+    }
+}
+
+void ContentPlaces::missed(uint32_t block, const std::vector<vmth_run> &runs) noexcept
+{
+    for (const vmth_run &run : runs) {
+        for (uint64_t i = 0; used() && i < run.npages; i++) {
+            vmth_u128 hash;
+            ContentPlace place = {};
+            hashes_.entries(block, run.page + i, 1, &hash);
+            if (vmth_content_index_find(&index_, &hash, &place.block, &place.page)) {
+                vmth_content_index_forget(&index_, &hash, place.block, place.page);
+            }
+        }
+    }
+}
+
 std::optional<ContentPlace> ContentPlaces::find(const vmth_u128 &hash) const noexcept
 {
     ContentPlace place = {};

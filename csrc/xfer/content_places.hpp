@@ -4,6 +4,8 @@
 //   queued()    the page will change at the destination: no base until it has landed
 //   landed()    acknowledged as hashed here: its content is at this place
 //   replaced()  its content is another now
+//   unchanged() it was queued and is not sent: the destination holds it already
+//   missed()    the destination did not find a content where it should be
 //   find()      a place for a hash, of a page known landed that is not queued
 //
 // A hint: what it says may be overtaken, when the base is queued before the dedup page arrives. The
@@ -51,6 +53,12 @@ public:
     void landed(uint32_t block, const std::vector<vmth_run> &runs);
     // The page's worker: its content was `hash`, known landed, and is sent anew.
     void replaced(uint32_t block, uint64_t page, const vmth_u128 &hash) noexcept;
+    // The same for those of the run that are known landed, by the table's hashes: before these change.
+    void replaced(uint32_t block, const vmth_run &run) noexcept;
+    // The page's worker.
+    void unchanged(uint32_t block, const vmth_run &run) noexcept;
+    // A reader: these pages' contents, as the table has them, have no place any more, whichever they had.
+    void missed(uint32_t block, const std::vector<vmth_run> &runs) noexcept;
     std::optional<ContentPlace> find(const vmth_u128 &hash) const noexcept;
 
 private:

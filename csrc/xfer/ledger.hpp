@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "vmth/packet.h"
+#include "xfer/kept_copies.hpp"
 
 namespace vmth {
 
@@ -25,6 +26,7 @@ struct SentPacket {
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
     std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear
     std::vector<vmth_run> zero_runs;  // told to be zero, where it matters what is known landed
+    std::vector<KeptCopy> kept;       // of lent pages that may be missed
 };
 
 class Ledger {

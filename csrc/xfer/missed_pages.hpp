@@ -18,6 +18,7 @@
 
 #include "vmth/bitmap.h"
 #include "xfer/guest_memory.hpp"
+#include "xfer/kept_copies.hpp"
 
 namespace vmth {
 
@@ -73,6 +74,22 @@ public:
         return taken;
     }
 
+    // Any thread: of missed pages that were lent, the copies. Whoever takes them gives them back.
+    struct Kept {
+        uint32_t block;
+        KeptCopy copy;
+    };
+    void keep(uint32_t block, const KeptCopy &copy)
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        kept_.push_back({block, copy});
+    }
+    std::vector<Kept> take_kept()
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return std::exchange(kept_, {});
+    }
+
 private:
     struct Packet {
         uint32_t block;
@@ -102,6 +119,7 @@ private:
     std::mutex mutex_;
     std::vector<std::vector<uint64_t>> bitmaps_;  // empty: none missed
     std::vector<Packet> differing_;
+    std::vector<Kept> kept_;
     size_t differing_runs_ = 0;
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "vmth/zero_page.h"
 #include "xfer/thread_clock.hpp"
@@ -62,6 +63,7 @@ template <typename Body> void for_stretches(uint64_t word, size_t n, Body body)
 struct PacketBuilder::Piece {
     uint64_t page = 0;
     size_t npages = 0;
+    bool lent = false;
     LentRun content = {};  // what is hashed
     LentRun origin = {};   // what is sent if it goes raw
     uint64_t zero = 0;
@@ -104,7 +106,7 @@ void PacketBuilder::add(const Batch &batch)
             continue;
         }
         pages_read_ += run.npages;
-        context_.known.forget(block_, run.page, run.npages);
+        forget({run.page, run.npages});
         context_.hashes.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
         parts_.told(VMTH_FORM_ZERO, run.page, run.npages);
     }
@@ -116,7 +118,7 @@ void PacketBuilder::add(const Batch &batch)
                      false);
             continue;
         }
-        context_.known.forget(block_, run.page, run.npages);
+        forget(run);
         if (batch.form == VMTH_FORM_HOLE) {
             context_.hashes.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
         } else {
@@ -126,28 +128,36 @@ void PacketBuilder::add(const Batch &batch)
     }
 }
 
+// Something else is told of these pages: before the table says so too.
+void PacketBuilder::forget(const vmth_run &run)
+{
+    context_.places.replaced(block_, run);
+    context_.known.forget(block_, run.page, run.npages);
+}
+
 // ---- pieces -----------------------------------------------------------------------------------------
 
-// `stable`: nobody writes to the pages until they are sent.
-void PacketBuilder::read_run(const LentRun &run, bool stable)
+// `lent`: nobody writes to the pages until they are sent, and they are gone then.
+void PacketBuilder::read_run(const LentRun &run, bool lent)
 {
     for (uint64_t done = 0; done < run.npages;) {
         const uint64_t take = std::min<uint64_t>(piece_pages_, run.npages - done);
-        read_piece({run.page + done, take, run.at + done * run.stride, run.stride}, stable);
+        read_piece({run.page + done, take, run.at + done * run.stride, run.stride}, lent);
         done += take;
     }
     pages_read_ += run.npages;
 }
 
-void PacketBuilder::read_piece(const LentRun &run, bool stable)
+void PacketBuilder::read_piece(const LentRun &run, bool lent)
 {
     const size_t page_bytes = context_.memory.page_bytes();
     Piece piece;
     piece.page = run.page;
     piece.npages = static_cast<size_t>(run.npages);
+    piece.lent = lent;
     piece.content = run;
     piece.origin = run;
-    if (!stable && (forms_.mask & forms_of_content) != 0) {
+    if (!lent && (forms_.mask & forms_of_content) != 0) {
         staging_.resize(piece_pages_ * page_bytes);
         memcpy(staging_.data(), run.at, piece.npages * page_bytes);  // stride is a page
         piece.content.at = staging_.data();
@@ -219,6 +229,7 @@ void PacketBuilder::emit(const Piece &piece)
             FormCounters &counters = context_.counters.forms[VMTH_FORM_SAME];
             counters.pages.add(end - first);
             counters.content_bytes.add((end - first) * context_.memory.page_bytes());
+            context_.places.unchanged(block_, {piece.page + first, end - first});
             return;
         }
         for_stretches(piece.zero >> first, end - first, [&](size_t from, size_t to, bool zero) {
@@ -276,6 +287,7 @@ StagedPage PacketBuilder::staged(const Piece &piece, size_t i) const
     page.page = piece.page + i;
     page.content = piece.content.at + i * piece.content.stride;
     page.origin = piece.origin.at + i * piece.origin.stride;
+    page.lent = piece.lent;
     page.known = bit(piece.known, i);
     if (context_.hashes.enabled()) {
         page.hash = piece.hashes[i];
@@ -312,7 +324,7 @@ uint64_t PacketBuilder::reuse(const Piece &piece, uint64_t pages)
     for (uint64_t rest = pages; rest != 0; rest &= rest - 1) {
         staged_pages[n++] = staged(piece, static_cast<size_t>(__builtin_ctzll(rest)));
     }
-    const uint64_t taken = reuse_.take(staged_pages, n, parts_);
+    const uint64_t taken = reuse_.take(staged_pages, n, parts_, [this](const StagedPage &page) { return keep(page); });
     uint64_t left = pages;
     size_t k = 0;
     for (uint64_t rest = pages; rest != 0; rest &= rest - 1, k++) {
@@ -326,7 +338,7 @@ uint64_t PacketBuilder::reuse(const Piece &piece, uint64_t pages)
 bool PacketBuilder::dedup(const StagedPage &page)
 {
     const std::optional<ContentPlace> place = context_.places.find(page.hash);
-    if (!place) {
+    if (!place || !keep(page)) {
         return false;
     }
     vmth_desc desc = {};
@@ -342,6 +354,19 @@ bool PacketBuilder::dedup(const StagedPage &page)
     counters.content_bytes.add(context_.memory.page_bytes());
     counters.wire_bytes.add(VMTH_DESC_REF_BYTES);
     return true;
+}
+
+// What may be missed can be sent again. False: not now.
+bool PacketBuilder::keep(const StagedPage &page)
+{
+    if (!page.lent) {
+        return true;
+    }
+    uint8_t *copy = context_.copies.keep(page.content);
+    if (copy != nullptr) {
+        kept_.push_back({page.page, copy});
+    }
+    return copy != nullptr;
 }
 
 // ---- the packet -------------------------------------------------------------------------------------
@@ -380,6 +405,8 @@ SentPacket PacketBuilder::finish(uint64_t seq)
     sent.bytes = head_.size() + parts_.payload_bytes();
     sent.digest = fresh_.sum;
     sent.runs = parts_.content_runs();
+    sent.kept = std::move(kept_);
+    kept_.clear();
     if (context_.known.enabled()) {
         sent.zero_runs = parts_.zero_runs();
     }

@@ -23,6 +23,7 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
+#include "xfer/kept_copies.hpp"
 #include "xfer/known_landed.hpp"
 #include "xfer/ledger.hpp"
 #include "xfer/packet_parts.hpp"
@@ -42,6 +43,7 @@ struct BuilderContext {
     ContentPlaces &places;
     DeltaCache &deltas;
     const ReuseState &reuse;
+    KeptCopies &copies;
     const FormsSwitch &forms;
     Counters &counters;
     size_t packet_bytes;
@@ -74,8 +76,8 @@ private:
     struct Piece;
 
     // Pages wherever they lie: the first at `at`, one every `stride` bytes.
-    void read_run(const LentRun &run, bool stable);
-    void read_piece(const LentRun &run, bool stable);
+    void read_run(const LentRun &run, bool lent);
+    void read_piece(const LentRun &run, bool lent);
     void hash(Piece &piece) const;
     void find_same(Piece &piece) const;
     void replace_hashes(const Piece &piece);
@@ -85,6 +87,8 @@ private:
     template <typename Take>
     uint64_t take(const Piece &piece, uint64_t pages, FormCounters &counters, Take take_page);
     bool dedup(const StagedPage &page);
+    bool keep(const StagedPage &page);
+    void forget(const vmth_run &run);
     uint64_t reuse(const Piece &piece, uint64_t pages);
 
     const BuilderContext context_;
@@ -102,6 +106,7 @@ private:
     std::vector<uint8_t> staging_;  // a piece, where a form works on content
     std::vector<uint8_t> head_;
     iovec head_iov_ = {};
+    std::vector<KeptCopy> kept_;
 };
 
 }  // namespace vmth

@@ -27,6 +27,7 @@ struct StagedPage {
     const uint8_t *content;
     vmth_u128 hash;
     const uint8_t *origin;  // where it is sent from if it goes raw: there it may change
+    bool lent;              // nobody can be asked for it again
     bool known;             // the destination holds the content whose hash is `landed`
     vmth_u128 landed;
 };

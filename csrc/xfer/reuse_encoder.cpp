@@ -4,16 +4,14 @@
 
 #include "core/endian.h"
 #include "xfer/failure.hpp"
-#include "xfer/thread_clock.hpp"
 
 namespace vmth {
 
-uint64_t ReuseEncoder::take(const StagedPage *pages, size_t n, PacketParts &parts)
+uint64_t ReuseEncoder::hash(const StagedPage *pages, size_t n, vmth_u128 *hashes) const
 {
-    const uint64_t started_ns = thread_cpu_ns();
-    const uint8_t *content[most];
+    const uint8_t *content[most] = {};
     size_t index[most];
-    vmth_u128 hashes[most];
+    vmth_u128 found[most];
     size_t nhashed = 0;
     for (size_t i = 0; i < n; i++) {
         if (state_.proposable(pages[i].block, pages[i].page)) {
@@ -21,29 +19,20 @@ uint64_t ReuseEncoder::take(const StagedPage *pages, size_t n, PacketParts &part
             index[nhashed++] = i;
         }
     }
-    if (vmth_content_hash(&state_.filter.key(), content, page_bytes_, nhashed, hashes) != 0) {
+    if (vmth_content_hash(&state_.filter.key(), content, page_bytes_, nhashed, found) != 0) {
         throw TransferError(ErrorKind::usage, "content kernel refused its arguments");
     }
-    uint64_t taken = 0;
+    uint64_t asked = 0;
     for (size_t k = 0; k < nhashed; k++) {
-        if (state_.filter.has(hashes[k]) && propose(pages[index[k]], hashes[k], parts)) {
-            taken |= uint64_t{1} << index[k];
-        }
+        hashes[index[k]] = found[k];
+        asked |= uint64_t{1} << index[k];
     }
-    const auto ntaken = static_cast<uint64_t>(__builtin_popcountll(taken));
-    counters_.tried_pages.add(nhashed);
-    counters_.pages.add(ntaken);
-    counters_.content_bytes.add(ntaken * page_bytes_);
-    counters_.cpu_ns.add(thread_cpu_ns() - started_ns);
-    return taken;
+    return asked;
 }
 
-bool ReuseEncoder::propose(const StagedPage &page, const vmth_u128 &hash, PacketParts &parts)
+void ReuseEncoder::propose(const StagedPage &page, const vmth_u128 &hash, uint8_t *payload,
+                           PacketParts &parts)
 {
-    uint8_t *payload = parts.room(VMTH_REUSE_HASH_BYTES);
-    if (payload == nullptr) {
-        return false;
-    }
     store_le64(payload, hash.lo);
     store_le64(payload + 8, hash.hi);
     vmth_desc desc = {};
@@ -54,7 +43,15 @@ bool ReuseEncoder::propose(const StagedPage &page, const vmth_u128 &hash, Packet
     const size_t ndesc = parts.ndesc();
     parts.coded(desc);
     counters_.wire_bytes.add(VMTH_REUSE_HASH_BYTES + (parts.ndesc() - ndesc) * VMTH_DESC_BYTES);
-    return true;
+}
+
+void ReuseEncoder::count(uint64_t asked, uint64_t taken, uint64_t cpu_ns)
+{
+    const auto ntaken = static_cast<uint64_t>(__builtin_popcountll(taken));
+    counters_.tried_pages.add(static_cast<uint64_t>(__builtin_popcountll(asked)));
+    counters_.pages.add(ntaken);
+    counters_.content_bytes.add(ntaken * page_bytes_);
+    counters_.cpu_ns.add(cpu_ns);
 }
 
 }  // namespace vmth

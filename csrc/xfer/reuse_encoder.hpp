@@ -15,6 +15,7 @@
 #include "xfer/counters.hpp"
 #include "xfer/guest_memory.hpp"
 #include "xfer/packet_parts.hpp"
+#include "xfer/thread_clock.hpp"
 
 namespace vmth {
 
@@ -60,11 +61,35 @@ public:
     {
     }
 
-    // Of n <= most staged pages those that were taken: bit i is page i.
-    uint64_t take(const StagedPage *pages, size_t n, PacketParts &parts);
+    // Of n <= most staged pages those that were taken: bit i is page i. keep(page) is asked for each of
+    // these first, and false leaves it.
+    template <typename Keep>
+    uint64_t take(const StagedPage *pages, size_t n, PacketParts &parts, Keep keep)
+    {
+        const uint64_t started_ns = thread_cpu_ns();
+        vmth_u128 hashes[most];
+        const uint64_t asked = hash(pages, n, hashes);
+        uint64_t taken = 0;
+        for (uint64_t rest = asked; rest != 0; rest &= rest - 1) {
+            const auto i = static_cast<size_t>(__builtin_ctzll(rest));
+            if (!state_.filter.has(hashes[i])) {
+                continue;
+            }
+            uint8_t *payload = parts.room(VMTH_REUSE_HASH_BYTES);
+            if (payload != nullptr && keep(pages[i])) {
+                propose(pages[i], hashes[i], payload, parts);
+                taken |= uint64_t{1} << i;
+            }
+        }
+        count(asked, taken, thread_cpu_ns() - started_ns);
+        return taken;
+    }
 
 private:
-    bool propose(const StagedPage &page, const vmth_u128 &hash, PacketParts &parts);
+    // Of those that may be proposed, as bits.
+    uint64_t hash(const StagedPage *pages, size_t n, vmth_u128 *hashes) const;
+    void propose(const StagedPage &page, const vmth_u128 &hash, uint8_t *payload, PacketParts &parts);
+    void count(uint64_t asked, uint64_t taken, uint64_t cpu_ns);
 
     const ReuseState &state_;
     FormCounters &counters_;

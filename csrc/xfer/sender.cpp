@@ -37,6 +37,20 @@ TransferError sent_twice(uint32_t block)
                                                ": a page was already sent since the last barrier");
 }
 
+bool overlap(std::vector<vmth_run> runs)
+{
+    std::sort(runs.begin(), runs.end(),
+              [](const vmth_run &a, const vmth_run &b) { return a.page < b.page; });
+    uint64_t end = 0;
+    for (const vmth_run &run : runs) {
+        if (run.npages > 0 && run.page < end) {
+            return true;
+        }
+        end = std::max(end, run.page + run.npages);
+    }
+    return false;
+}
+
 }  // namespace
 
 // ---- shared -----------------------------------------------------------------------------------------
@@ -49,7 +63,8 @@ SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
       places(memory, hashes, known, forms.usable(VMTH_FORM_DEDUP) ? options.dedup_index_bytes : 0),
       deltas(page_bytes, forms.usable(VMTH_FORM_DELTA) ? options.delta_cache_bytes : 0,
              memory.total_pages()),
-      reuse(memory, forms.usable(VMTH_FORM_REUSE)), prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
+      reuse(memory, forms.usable(VMTH_FORM_REUSE)), copies(page_bytes, options.kept_copies_bytes),
+      prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }
@@ -140,6 +155,10 @@ void Sender::add_channel(int fd, unsigned index)
     }
     auto channel = std::make_unique<SenderChannel>(shared_, fd, index, shared_.channels.size());
     SenderChannel &added = *channel;
+    // First: whoever sees the channel may ask the queue for its rate.
+    const size_t place = shared_.queue.add_worker();
+    assert(place == added.place());
+    (void)place;
     {
         std::lock_guard<std::mutex> lock(shared_.mutex);
         shared_.channels.push_back(std::move(channel));
@@ -147,9 +166,6 @@ void Sender::add_channel(int fd, unsigned index)
             added.channel().shutdown();
         }
     }
-    const size_t place = shared_.queue.add_worker();
-    assert(place == added.place());
-    (void)place;
     try {
         added.start();
     } catch (const std::exception &error) {
@@ -219,6 +235,7 @@ void Sender::send(uint32_t block, uint64_t page, uint64_t npages, const uint64_t
                                 std::to_string(VMTH_BITMAP_WORDS(shared_.memory.npages(block))));
     }
     check_no_barrier();
+    check_channels();
     if (npages == 0) {
         return;
     }
@@ -302,6 +319,7 @@ void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run
 {
     check_open();
     check_no_barrier();
+    check_channels();
     Job job;
     job.form = form;
     job.block = block;
@@ -313,13 +331,12 @@ void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run
         }
         job.remaining += run.npages;
     }
-    bool free = true;
-    for (const vmth_run &run : runs) {
-        free = claims_[block].claim_range(run.page, run.npages) && free;
-        shared_.places.queued(block, run);
+    if (overlap(runs)) {
+        throw sent_twice(block);
     }
-    if (!free) {
-        throw sent_twice(block);  // the runs overlap one another
+    for (const vmth_run &run : runs) {
+        claims_[block].set_range(run.page, run.npages);
+        shared_.places.queued(block, run);
     }
     job.runs = std::move(runs);
     push(std::move(job));
@@ -432,9 +449,22 @@ uint64_t Sender::take_missed(const std::vector<uint64_t *> &bitmaps,
     return taken;
 }
 
+std::vector<MissedCopy> Sender::take_missed_pages()
+{
+    std::vector<MissedCopy> pages;
+    for (const MissedPages::Kept &kept : shared_.missed.take_kept()) {
+        const uint8_t *content = kept.copy.content;
+        pages.push_back({kept.block, kept.copy.page,
+                         std::vector<uint8_t>(content, content + shared_.memory.page_bytes())});
+        shared_.copies.give_back(kept.copy.content);
+    }
+    return pages;
+}
+
 void Sender::forget(uint32_t block, uint64_t page, uint64_t npages)
 {
     shared_.memory.check_range(block, page, npages);
+    shared_.places.replaced(block, {page, npages});
     shared_.known.forget(block, page, npages);
 }
 

@@ -28,6 +28,7 @@
 #include "xfer/guest_memory.hpp"
 #include "xfer/hash_table.hpp"
 #include "xfer/job_queue.hpp"
+#include "xfer/kept_copies.hpp"
 #include "xfer/known_landed.hpp"
 #include "xfer/lent_pages.hpp"
 #include "xfer/missed_pages.hpp"
@@ -44,6 +45,7 @@ struct SenderOptions {
     bool digest = true;
     bool zerocopy = true;
     uint32_t forms = 0;                      // bits of the cheaper forms that both ends agreed on
+    uint64_t kept_copies_bytes = 64u << 20;  // at most, of lent pages on their way as a reference
     uint64_t dedup_index_bytes = 64u << 20;  // at most; 32 bytes a page of the guest are enough
     uint64_t delta_cache_bytes = 256u << 20;  // at most; it pays up to the size of what is rewritten
     uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
@@ -51,6 +53,12 @@ struct SenderOptions {
     uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's
     const vmth_populate_ops *populate = nullptr;  // nullptr: the kernel's
+};
+
+struct MissedCopy {
+    uint32_t block;
+    uint64_t page;
+    std::vector<uint8_t> content;
 };
 
 // What the channels' threads share; each member says who may touch it.
@@ -75,6 +83,7 @@ public:
     ContentPlaces places;  // of dedup, if that was agreed on
     DeltaCache deltas;     // of delta, if that was agreed on
     ReuseState reuse;      // of reuse, if that was agreed on
+    KeptCopies copies;     // of lent pages
     Prefault prefault;
     FlowControl flow;
     JobQueue queue;
@@ -134,6 +143,9 @@ public:
     // packet that landed with another digest is explained by a dirty page in it, and not sent again.
     // `nwords[i]` are checked against the blocks.
     uint64_t take_missed(const std::vector<uint64_t *> &bitmaps, const std::vector<size_t> &nwords);
+    // Of the pages that were missed those that came by send_pages() and can be sent again by it: what was
+    // lent is gone. Taken after take_missed(), which has them among the others.
+    std::vector<MissedCopy> take_missed_pages();
     const HashTable &hashes() const noexcept { return shared_.hashes; }
     const Counters &counters() const noexcept { return shared_.counters; }
     PathInfo path_info() const;

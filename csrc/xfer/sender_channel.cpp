@@ -45,7 +45,7 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place)
     : shared_(shared), place_(place), channel_(fd, index, shared.options.ops),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
-                shared.deltas, shared.reuse, shared.forms, shared.counters, shared.options.packet_bytes},
+                shared.deltas, shared.reuse, shared.copies, shared.forms, shared.counters, shared.options.packet_bytes},
                index)
 {
     if (!shared.options.zerocopy) {
@@ -446,6 +446,9 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     if (ack.status == VMTH_ACK_MISSED) {
         take_missed(*sent, ack, missed);
     }
+    for (const KeptCopy &copy : sent->kept) {
+        shared_.copies.give_back(copy.content);
+    }
     if (ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi) {
         shared_.known.landed(sent->block, sent->runs);
         if (shared_.forms.get().on(VMTH_FORM_DEDUP)) {
@@ -468,7 +471,18 @@ void SenderChannel::take_missed(SentPacket &sent, const vmth_ack &ack,
     if (!remove_runs(sent.runs, missed)) {
         throw packet_error(channel_.name(), {"missed pages", missed.size(), sent.runs.size()});
     }
+    const auto is_missed = [&](const KeptCopy &copy) {
+        return std::any_of(missed.begin(), missed.end(), [&](const vmth_run &run) {
+            return copy.page - run.page < run.npages;
+        });
+    };
+    const auto left = std::partition(sent.kept.begin(), sent.kept.end(),
+                                     [&](const KeptCopy &copy) { return !is_missed(copy); });
+    std::for_each(left, sent.kept.end(),
+                  [&](const KeptCopy &copy) { shared_.missed.keep(sent.block, copy); });
+    sent.kept.erase(left, sent.kept.end());
     shared_.missed.add(sent.block, missed);
+    shared_.places.missed(sent.block, missed);
     shared_.reuse.missed(sent.block, missed);
     if (shared_.hashes.enabled()) {
         const vmth_u128 sum = shared_.hashes.sum(sent.block, missed);

@@ -330,6 +330,16 @@ uint64_t take_missed(vmth::Sender &sender, const py::sequence &bitmaps)
     return sender.take_missed(words, nwords);
 }
 
+py::list take_missed_pages(vmth::Sender &sender)
+{
+    py::list pages;
+    for (const vmth::MissedCopy &page : sender.take_missed_pages()) {
+        const auto *content = reinterpret_cast<const char *>(page.content.data());
+        pages.append(py::make_tuple(page.block, page.page, py::bytes(content, page.content.size())));
+    }
+    return pages;
+}
+
 void send_told(vmth::Sender &sender, vmth_page_form form, uint32_t block, const py::handle &runs,
                uint32_t round)
 {
@@ -460,6 +470,7 @@ void bind_sender(py::module_ &module)
             py::arg("block"), py::arg("runs"), py::arg("round_"))
         .def("barrier", &Sender::barrier, py::arg("round_"), py::arg("timeout_ns"), Release())
         .def("take_missed", &take_missed, py::arg("bitmaps"))
+        .def("take_missed_pages", &take_missed_pages)
         .def("digest", [](const Sender &self) { return digest_of(self.hashes()); })
         .def(
             "hashes",

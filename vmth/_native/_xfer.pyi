@@ -74,6 +74,7 @@ class Sender:
         """End the round on every channel; True when everything before it has landed. False when the
         timeout (0: none) came first: call again with the same round to go on waiting."""
 
+    def take_missed_pages(self) -> list[tuple[int, int, bytes]]: ...
     def take_missed(self, bitmaps: Sequence[U64]) -> int:
         """OR in the pages to send again: missed by the peer, or of a packet that landed with
         another digest than was read, unless a page of it is set in ``bitmaps`` already: those hold

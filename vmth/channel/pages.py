@@ -190,7 +190,9 @@ class NativeSender(_NativeEnd):
 
     def counters(self) -> TransferCounters:
         counters = super().counters()
-        channels = (replace(one, local=self._local[one.index]) for one in counters.channels)
+        # One that another thread is adding is not named yet.
+        local = self._local
+        channels = (replace(one, local=local.get(one.index, "")) for one in counters.channels)
         return replace(counters, channels=tuple(channels))
 
     def send(self, block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None:
@@ -249,6 +251,13 @@ class NativeSender(_NativeEnd):
     def take_missed(self, bitmaps: Bitmaps) -> int:
         with _translate:
             return self._native.take_missed(bitmaps)
+
+    def take_missed_pages(self) -> list[tuple[int, int, bytes]]:
+        """Of the pages that ``take_missed()`` told those that came by ``send_pages()`` and were
+        missed for what they refer to: (block, page, content), to be sent again behind a barrier.
+        At most 64 MiB are kept for that; beyond it such pages go in forms that cannot be missed."""
+        with _translate:
+            return self._native.take_missed_pages()
 
     def set_bandwidth(self, bytes_per_second: int) -> None:
         with _translate:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that multifd brought twice in one round: they wait until the first copies have landed.
+"""Pages that go out once more: they wait until what went before has landed.
+
+Those that multifd brought twice in one round:
 
     packet n    1024 ... 1151        QEMU before 8.0 looks at a packet that it has handed over, and
     packet n+1  1151 ... 1278        may put the last page of one into the next as well (a race);
@@ -7,15 +9,28 @@
 
 The page channels keep an order across barriers only, so no page goes twice between two. A barrier
 for each such page would be one for each 512 KiB; kept here, one serves them all.
+
+And those that the destination missed: it did not have what a page was said to be the same as. QEMU
+cannot be asked for them again, but the page channels have kept their content.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 
+from vmth.channel.interface import PageSender
+from vmth.errors import VerificationError
 from vmth.qemu.ram import RUN, PageKind, Runs
+from vmth.types import RamBlock, new_bitmaps
 
 __all__ = ["PagesAgain", "without_ends"]
+
+
+#: How often one page may be missed.
+MAX_REPAIRS = 8
 
 
 class PagesAgain:
@@ -23,6 +38,7 @@ class PagesAgain:
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
+        self._times_missed: Counter[tuple[int, int]] = Counter()
         self._kept: dict[tuple[int, int], bytes] = {}  #: by block and page; empty: zeros
 
     def __len__(self) -> int:
@@ -35,6 +51,26 @@ class PagesAgain:
             begin = int(run["at"]) + at * int(run["stride"])
             content = bytes(data[begin : begin + self._page_bytes])
         self._kept[int(run["block"]), int(run["page"]) + at] = content
+
+    def keep_missed(self, sender: PageSender, blocks: Sequence[RamBlock]) -> None:
+        """Behind a barrier: what was missed, unless a newer copy is here. Raises VerificationError
+        for what was damaged on the way, and for pages that are missed time and again."""
+        missed = sender.take_missed(new_bitmaps(blocks))
+        if not missed:
+            return
+        pages = sender.take_missed_pages()
+        if len(pages) < missed:
+            raise VerificationError(
+                f"{missed - len(pages)} pages arrived damaged: QEMU cannot be asked for them again"
+            )
+        for block, page, content in pages:
+            self._times_missed[block, page] += 1
+            if self._times_missed[block, page] > MAX_REPAIRS:
+                raise VerificationError(
+                    f"page {page} of ramblock {blocks[block].idstr!r} still arrives damaged after "
+                    f"{MAX_REPAIRS} repairs"
+                )
+            self._kept.setdefault((block, page), content)
 
     def take(self) -> tuple[Runs, bytes]:
         """All of them, and forget them: runs of one page each, and the data that they refer to."""

@@ -44,7 +44,6 @@ from vmth.qemu.unsent import send_unsent_as_holes
 from vmth.rounds import FinalPass, RoundTools
 from vmth.state_streams import STATE_MAX_BYTES
 from vmth.stats import RoundStats, TransferCounters, round_stats
-from vmth.types import new_bitmaps
 from vmth.units import format_duration
 
 __all__ = ["PageStream", "StreamPass"]
@@ -153,7 +152,7 @@ class StreamPass:
             self._look()
         self.was_running = self.tools.pause_guest()
         self._finish_round()
-        if len(self._again):
+        while len(self._again):
             self._begin_round(len(self._again))
             self._finish_round()
         self._fill_unsent()
@@ -387,7 +386,7 @@ class StreamPass:
     def _landed(self) -> None:
         self._ahead.clear()
         self._ahead_bytes = 0
-        self._check_damage()
+        self._again.keep_missed(self.tools.sender, self.guest.blocks)
 
     def _finish_round(self) -> None:
         if self._landing is not _Landing.DONE:
@@ -429,13 +428,6 @@ class StreamPass:
     def _remaining_pages(self) -> int:
         """That QEMU has not sent yet."""
         return self.helm.remaining_bytes // self.tools.page_bytes
-
-    def _check_damage(self) -> None:
-        missed = self.tools.sender.take_missed(new_bitmaps(self.guest.blocks))
-        if missed:
-            raise VerificationError(
-                f"{missed} pages arrived damaged: QEMU cannot be asked for them again"
-            )
 
     def _steer(self, decision: Decision, view: RoundView) -> None:
         """What the policy decided, in QEMU's terms. Auto-converge throttles by itself."""
