@@ -4,6 +4,9 @@
 
 #include <csignal>
 
+#include <atomic>
+#include <thread>
+
 #include "tests/xfer_fixture.hpp"
 
 using namespace t;
@@ -269,10 +272,47 @@ void test_subdigests_find_a_page()
             ErrorKind::usage);
 }
 
+// Refused for want of a channel, or because its runs overlap: then the pages may be sent.
+void test_a_refused_send_claims_nothing()
+{
+    Pair pair(128, 1, nullptr);
+    pair.source.randomize(1);
+    expect_error([&] { pair.sender->send(0, 0, 64, pair.bits.data(), pair.bits.size(), 0); });
+    expect_error([&] { pair.sender->send_told(VMTH_FORM_HOLE, 0, {{64, 32}}, 0); });
+    pair.connect_channels(1, unix_pair);
+    const TransferError error = expect_error(
+        [&] { pair.sender->send_told(VMTH_FORM_HOLE, 0, {{96, 16}, {64, 33}}, 0); });
+    T_CHECK(error.kind() == ErrorKind::usage && strstr(error.what(), "already sent") != nullptr);
+    pair.send_all(0);
+    T_CHECK(pair.sender->barrier(0, 0));
+    T_CHECK(pair.destination.equals(pair.source));
+}
+
+// By another thread, from the first on.
+void test_channels_are_counted_while_they_are_added()
+{
+    constexpr unsigned most = 32;
+    for (int turn = 0; turn < 10; turn++) {
+        Pair pair(64, most, nullptr);
+        std::atomic<bool> done{false};
+        std::thread counting([&] {
+            while (!done.load()) {
+                T_CHECK(pair.sender->channel_infos().size() <= most);
+            }
+        });
+        pair.connect_channels(most, unix_pair);
+        done.store(true);
+        counting.join();
+        T_EQUAL(pair.sender->channel_infos().size(), most);
+    }
+}
+
 }  // namespace
 
 int main()
 {
+    test_a_refused_send_claims_nothing();
+    test_channels_are_counted_while_they_are_added();
     test_rounds_over_every_kind_of_socket();
     test_digest_off();
     test_small_packets_window_and_bandwidth_that_change();
