@@ -56,6 +56,10 @@ class FakeSource:
                     self.answered.set()
                     return
 
+    def send_more(self, data: bytes) -> None:
+        """Of the main stream, behind what was sent."""
+        self._sockets[0].sendall(data)
+
     def wait_over(self) -> None:
         """Until SHUT was read or the stream was lost."""
         for thread in self._threads:

@@ -96,16 +96,23 @@ def timer_of(timer: threading.Timer, wanted: bool) -> Iterator[None]:
 
 def test_qemu_is_told_to_stay_paused_and_settings_come_back(tmp_path: Path) -> None:
     with IncomingWorld(tmp_path) as world:
-        world.fake.capabilities |= {"multifd": True, "events": True}
+        site = dict.fromkeys(
+            ("multifd", "zero-copy-send", "postcopy-ram", "postcopy-preempt"), True
+        )
+        world.fake.capabilities |= {**site, "events": True}
+        world.fake.parameters["tls-creds"] = "tls0"
+        before = dict(world.fake.capabilities), dict(world.fake.parameters)
         stream = world.started()
         commands = world.fake.commands()
         assert commands.index("stop") < commands.index("migrate-incoming")
         assert world.switched_on() == {"late-block-activate", "events"}
+        assert world.fake.parameters["tls-creds"] == ""
         world.completes("prelaunch")
         stream.await_loaded(5)
         assert world.switched_on() == {"late-block-activate", "events"}
         stream.close()  # when the guest runs already, for those who wait for it
-        assert world.switched_on() == {"multifd", "events"}
+        assert world.switched_on() == {*site, "events"}
+        assert (world.fake.capabilities, world.fake.parameters) == before
         assert stream.notes == []
 
 

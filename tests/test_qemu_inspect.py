@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from qemu_streams import (
 from vmth.cli import cli
 from vmth.errors import UsageError
 from vmth.qemu.inspect import inspect_files, report_lines
+from vmth.qemu.inspect_image import inspect_stored
 
 
 def inspect(tmp_path: Path, *contents: bytes) -> tuple[dict[str, Any], int, list[str]]:
@@ -145,3 +147,15 @@ def test_one_main_stream_is_needed(tmp_path: Path) -> None:
     report = inspect_files([empty])
     assert "ends before the end of state" in report.faults[0]
     assert list(report_lines(report))[-1].startswith("  FAULT")
+
+
+def test_a_pipe_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    stream = tmp_path / "stream"
+    stream.write_bytes(plain())
+    for paths in ([pipe], [stream, link], [Path("/dev/null")]):
+        with pytest.raises(UsageError, match=f"{paths[-1]} is no file, allowed is one"):
+            inspect_stored(paths)
+    assert not inspect_stored([stream]).faults

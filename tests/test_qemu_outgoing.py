@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,37 @@ def test_nothing_is_complete_before_its_last_byte(monkeypatch: pytest.MonkeyPatc
         while stream.next_event(0.05) is not None:
             assert not stream.finished
         assert stream.next_event(0.05) is None
+
+
+@pytest.mark.parametrize("times", [1, 3, 20])
+def test_state_that_is_longer_than_what_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Of any length: whole pieces that end as a description does are among it."""
+    monkeypatch.setattr(outgoing, "TAIL_BYTES", 8 << 10)
+    monkeypatch.setattr(outgoing, "QUIET_S", 60)
+    state = s.full(8, "gpu", (b"{" + os.urandom((8 << 10) - 2) + b"}") * times)
+    whole = s.plain()
+    at = whole.rindex(b"\x00\x06")
+    with started(FakeSource(whole[:at] + state + whole[at:])) as stream:
+        events = drain(stream.next_event)
+        assert stream.finished
+    assert opaque(events).endswith(state + whole[at:])
+
+
+def test_silence_is_none_while_bytes_wait_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes the events may be held up for long, by a disk for instance."""
+    monkeypatch.setattr(outgoing, "QUIET_S", 60)
+    whole = s.plain()
+    at = whole.rindex(b"\x00\x06") + 1
+    source = FakeSource(whole[:at])
+    with started(source) as stream:
+        wait_until(lambda: stream.next_event(0) is None and stream.given_out_bytes == at)
+        source.send_more(whole[at:])
+        wait_until(lambda: stream.unread_bytes == len(whole) - at)
+        monkeypatch.setattr(outgoing, "QUIET_S", 0)
+        assert drain(stream.next_event) and stream.finished
+        assert stream.given_out_bytes == len(whole)
 
 
 @pytest.mark.parametrize(

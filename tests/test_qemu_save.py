@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_qmp import FakeError, FakeQmp, HangUp
+from migrating_qemu import stream_of
 from qemu_streams import plain
 
 import vmth.qemu.save as save_module
@@ -43,6 +44,7 @@ class Vm:
         self.migration = ""
         self.stream = plain()
         self.closes_early = False
+        self.ends_as = ""  #: its state after a migration that failed, if another
         self.fails_after_shut = False
         self.files_at_shut: list[str] = []
         self.files_at_quit: list[str] = []
@@ -119,6 +121,7 @@ class Vm:
         self.status = "postmigrate" if told or before != "running" else "running"
         if not told and before == "paused" and self.closes_early:
             self.status = "paused"
+        self.status = self.ends_as if self.ends_as and not told else self.status
         self.migration = "completed" if told else "failed"
 
     def close(self) -> None:
@@ -193,6 +196,40 @@ def test_a_live_save_leaves_the_stop_to_qemu(vm: Vm) -> None:
     assert vm.commands() == ["migrate"] and result.live
     with Image.open(vm.path) as image:
         assert image.meta.live and image.meta.running
+
+
+@pytest.mark.parametrize("choice", OnSuccess)
+@pytest.mark.parametrize("state", ["paused", "io-error"])
+def test_a_guest_that_was_stopped_meanwhile_is_not_saved_and_left_so(
+    vm: Vm, choice: OnSuccess, state: str
+) -> None:
+    """The file's head says that it ran: it would run again where it is restored."""
+    vm.stream = stream_of(state)
+    with pytest.raises(MigrationError, match=rf"stopped meanwhile \({state}\), not by this save"):
+        vm.save(SaveOptions(live=True, on_success=choice))
+    assert vm.commands() == ["migrate"] and not vm.path.exists()
+    vm.stream = stream_of("running")
+    assert vm.save(SaveOptions(live=True, on_success=OnSuccess.KEEP)).live
+
+
+def test_a_failed_live_save_leaves_a_guest_that_was_stopped_meanwhile(vm: Vm) -> None:
+    vm.ends_as = "paused"
+    vm.closes_early = True
+    with pytest.raises(MigrationError, match="the reason"):
+        vm.save(SaveOptions(live=True))
+    assert vm.commands() == ["migrate"] and vm.status == "paused"
+
+
+def test_a_site_that_migrates_in_other_ways_is_saved_all_the_same(vm: Vm) -> None:
+    on = ("zero-copy-send", "multifd", "postcopy-ram", "postcopy-preempt")
+    vm.fake.capabilities |= dict.fromkeys(on, True)
+    vm.fake.parameters["tls-creds"] = "tls0"
+    seen: dict[str, Any] = {}
+    vm.at_shut = lambda: seen.update(vm.fake.capabilities | vm.fake.parameters)
+    vm.save()
+    assert not any(seen[name] for name in on) and seen["tls-creds"] == ""
+    assert all(vm.fake.capabilities[name] for name in on)
+    assert vm.fake.parameters["tls-creds"] == "tls0"
 
 
 def test_a_live_save_that_takes_too_long_stops_the_guest(vm: Vm) -> None:

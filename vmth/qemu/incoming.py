@@ -38,10 +38,14 @@ CAPABILITIES = {
     "late-block-activate": True,
     "mapped-ram": False,
     "multifd": False,
+    "postcopy-preempt": False,
     "postcopy-ram": False,
     "x-colo": False,
     "x-ignore-shared": False,
+    "zero-copy-send": False,
 }
+#: As for a migration of its own QEMU would take TLS on our socket too.
+PARAMETERS = {"tls-creds": ""}
 #: Written and not read by QEMU yet, at most, as the kernel counts. With the usual 208 KiB QEMU
 #: and who writes wait for each other; this much QEMU loads in a millisecond.
 _AHEAD_BYTES = 2 << 20
@@ -93,7 +97,7 @@ class IncomingStream:
         self._execute("stop", {})  # it shall not run by itself once loaded, even without -S
         try:
             late = {"late-block-activate": self._lock_late}
-            unknown = self._settings.apply({**CAPABILITIES, **late}, {})
+            unknown = self._settings.apply({**CAPABILITIES, **late}, PARAMETERS)
             if "late-block-activate" in unknown and self._lock_late:
                 self.notes.append(
                     "this QEMU has no late-block-activate: it takes the locks of its disk images "

@@ -22,6 +22,9 @@ __all__ = ["inspect_image", "inspect_stored"]
 
 def inspect_stored(paths: Sequence[Path]) -> Report:
     """Inspect one image, or one stream with its multifd channels. Raises as ``inspect_files``."""
+    for path in paths:
+        if path.is_fifo() or path.is_socket() or path.is_char_device():
+            raise UsageError(f"{path} is no file, allowed is one: it is read more than once")
     images = [path for path in paths if _is_image(path)]
     if not images:
         return inspect_files(paths)
@@ -32,7 +35,7 @@ def inspect_stored(paths: Sequence[Path]) -> Report:
 
 def _is_image(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.seekable() and is_image(file.read(8))
+        return is_image(file.read(8))
 
 
 def inspect_image(path: Path) -> Report:

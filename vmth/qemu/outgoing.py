@@ -187,7 +187,7 @@ class OutgoingStream:
         self._channels: list[_Connection] = []
         self._tail = bytearray()
         self._passing = False
-        self._checked_bytes = 0
+        self._raw_bytes = self._checked_bytes = 0  #: of the state; at the last look for its end
         self._last_read_s = 0.0
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
@@ -345,6 +345,7 @@ class OutgoingStream:
     def _seen(self, event: Event) -> Event:
         if isinstance(event, RawBytes):
             self._tail += event.data
+            self._raw_bytes += len(event.data)
             del self._tail[: max(0, len(self._tail) - 2 * TAIL_BYTES)]
         elif isinstance(event, PassThrough):
             self._passing = True
@@ -361,8 +362,11 @@ class OutgoingStream:
         by the state's end mark with silence behind it."""
         if not self._passing or self.finished:
             return self.finished
-        if len(self._tail) != self._checked_bytes:
-            self._checked_bytes = len(self._tail)
+        if self._main is None or self._main.unread_bytes():
+            return False
+        # Each look takes time for the size of the tail, and the guest stands still.
+        if self._tail.endswith(b"}") and self._raw_bytes != self._checked_bytes:
+            self._checked_bytes = self._raw_bytes
             said = description_at_end(bytes(self._tail[-TAIL_BYTES:]))
             if said is not None and _is_description(said):
                 return True

@@ -72,13 +72,16 @@ CAPABILITIES = {
     "mapped-ram": False,
     "multifd": False,
     "pause-before-switchover": False,
+    "postcopy-preempt": False,
     "postcopy-ram": False,
     "release-ram": False,
     "x-colo": False,
     "x-ignore-shared": False,
     "xbzrle": False,
+    "zero-copy-send": False,
 }
 UNBOUNDED_BPS = 1 << 40
+RUNS = ("running", "suspended")
 MAY_BE_SAVED = ("running", "paused", "prelaunch")
 #: A live pass must have fewer than this share of the pages of the one before, or the guest stops.
 SHRINKS = 0.75
@@ -201,6 +204,7 @@ class _Save:
         self._settings = MigrationSettings(qmp)
         self._notes: list[str] = []
         self._ran = False
+        self._ordered = False  #: the stop of its guest
         self._facts: Facts
         self._passes = _Passes()
         self._meta: Meta | None = None
@@ -267,6 +271,7 @@ class _Save:
         self._apply_settings(guard)
         stack.callback(self._qmp.on_event(self._passes.take))
         if self._ran and not options.live:
+            self._ordered = True
             self._qmp.execute("stop")
         stream = stack.enter_context(OutgoingStream(self._qmp))
         stream.start(_uid_of(self._qmp.pid))
@@ -290,6 +295,7 @@ class _Save:
         wanted = {
             "max-bandwidth": options.bandwidth_bps or UNBOUNDED_BPS,
             "downtime-limit": max(1, options.downtime_limit_ns // 1_000_000),
+            "tls-creds": "",  # or QEMU speaks TLS on our own socket too
         }
         have, values = capabilities_of(self._qmp), parameters_of(self._qmp)
         guard.begin(
@@ -311,6 +317,7 @@ class _Save:
             self._check_cancelled()
             event = stream.next_event(EVENT_WAIT_S)
             if isinstance(event, StreamFinished):
+                self._check_who_stopped(intake.run_state)
                 return
             if event is not None:
                 intake.take(event)
@@ -320,7 +327,23 @@ class _Save:
                 if late or not self._passes.shrink(self._stored_pages()):
                     self._stop_live("the timeout came" if late else "passes did not get shorter")
 
+    def _check_who_stopped(self, run_state: str | None) -> None:
+        """A guest that somebody else has stopped meanwhile, or that an error of its disk has, stays
+        so. The file's head says that it ran."""
+        if self._ran and not self._ordered and run_state is not None and run_state not in RUNS:
+            self._ran = False
+            raise MigrationError(
+                f"the guest was stopped meanwhile ({run_state}), not by this save: it is left so, "
+                "and was not saved"
+            )
+
+    def _stopped_by_another(self) -> bool:
+        """QEMU calls those that it stopped itself by other names."""
+        own = ("finish-migrate", "postmigrate", *RUNS)
+        return not self._ordered and self._qmp.status() not in own
+
     def _stop_live(self, why: str) -> None:
+        self._ordered = True
         self._qmp.execute("stop")
         self._passes.stopped()
         self._notes.append(f"the guest was stopped before the last pages: {why}")
@@ -384,7 +407,12 @@ class _Save:
                 "here: give the monitor quit, or remove the file and give cont"
             ) from failure
         try:
-            self._notes += put_vm_back(self._qmp, self._settings.saved(), run=self._ran)
+            self._notes += put_vm_back(
+                self._qmp,
+                self._settings.saved(),
+                run=self._ran,
+                unless=self._stopped_by_another,
+            )
         except ChannelError as error:
             gone = MigrationError(f"{error}; the VM was not saved")
             gone.source_runs = False

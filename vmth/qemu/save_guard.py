@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmth.child import module_command
@@ -35,9 +35,16 @@ DONE = b"done\n"
 READY = b"ready\n"
 
 
-def put_vm_back(qmp: Qmp, saved: Mapping[str, Any], *, run: bool) -> list[str]:
+def put_vm_back(
+    qmp: Qmp,
+    saved: Mapping[str, Any],
+    *,
+    run: bool,
+    unless: Callable[[], bool] = lambda: False,
+) -> list[str]:
     """End a migration whose stream is gone, put settings back, and with ``run`` see that the guest
-    runs. Returns a sentence for each setting that could not be put back.
+    runs, ``unless`` says otherwise then. Returns a sentence for each setting that could not be put
+    back.
 
     Raises ChannelError when QEMU is gone, NotResumedError when the guest does not run.
     """
@@ -55,7 +62,7 @@ def put_vm_back(qmp: Qmp, saved: Mapping[str, Any], *, run: bool) -> list[str]:
             )
         time.sleep(LOOK_S)
     notes = put_back(qmp, saved)
-    if run:
+    if run and not unless():
         _run(qmp, began)
     return notes
 

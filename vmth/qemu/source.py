@@ -229,7 +229,9 @@ class QemuSource(StoppedQemu):
         """QEMU has stopped its guest and sent all; was it running until then?"""
         assert self._pass is not None
         state = run_state_in(bytes(self._pass.state))
-        return self.was_running if state is None else state in RUNS
+        if state is not None:  # somebody may have stopped it meanwhile: it is not to run again
+            self.was_running = state in RUNS
+        return self.was_running
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         assert self._pass is not None

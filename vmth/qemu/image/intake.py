@@ -31,9 +31,14 @@ from vmth.qemu.stream import (
     SectionKind,
     SectionStarted,
     StreamWriter,
+    run_state_in,
 )
 
 __all__ = ["Intake", "StreamHead"]
+
+
+#: Of the state: QEMU's own sections come before those of devices that may have hundreds of MiB.
+SEEN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,15 @@ class Intake:
         self._page_bytes = 4096
         self._blocks: list[SavedBlock] = []
         self._head = bytearray()
+        self._seen = bytearray()  #: the first of the state
         self._tail = bytearray()
         self._ending = self._ended = False
+
+    @property
+    def run_state(self) -> str | None:
+        """Of the guest before QEMU stopped it, once all was taken; None where the stream does not
+        tell."""
+        return run_state_in(bytes(self._seen))
 
     def take(self, event: Event) -> None:
         """The next event; what its buffers refer to is copied before this returns."""
@@ -67,6 +79,7 @@ class Intake:
             case RamPages():
                 self._begun().pages(event.runs, event.data)
             case RawBytes() if self._ended:
+                self._seen += event.data[: SEEN_BYTES - len(self._seen)]
                 self._begun().state(event.data)
             case PassThrough():
                 if not self._ended:
