@@ -120,6 +120,7 @@ def test_no_stream_is_written_to() -> None:
 SIGNALLED = """
 import os, signal, sys
 from vmth import __main__ as entry
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 hold_back = signal.pthread_sigmask
 def then_signal(how, signals):
     before = hold_back(how, signals)
