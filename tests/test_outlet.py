@@ -140,16 +140,12 @@ def test_a_signal_while_the_commands_are_imported(number: int, code: int, said: 
     assert json.loads(ended.stdout)["exit_code"] == code
 
 
-def test_a_name_that_the_encoding_has_not_is_shown_all_the_same() -> None:
+def test_a_name_that_the_encoding_has_not_is_shown_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "t\u00fcr"
+    path.write_bytes(b"no stream")
     ended = run(
-        *VMTH,
-        "migrate",
-        "--qmp",
-        "/t\u00fcr",
-        "tcp:127.0.0.1:9",
-        "--json",
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        *(*VMTH, "inspect", str(path)), env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     )
-    assert ended.returncode == 2
-    assert "t\\xfcr" in ended.stderr
+    assert ended.returncode == 6
+    assert "t\\xfcr" in ended.stdout
     assert "Traceback" not in ended.stderr

@@ -204,11 +204,11 @@ def test_a_guest_that_was_stopped_meanwhile_is_not_saved_and_left_so(
     vm: Vm, choice: OnSuccess, state: str
 ) -> None:
     """The file's head says that it ran: it would run again where it is restored."""
-    vm.stream = stream_of(state)
+    vm.stream, vm.ends_as = stream_of(state), "postmigrate"
     with pytest.raises(MigrationError, match=rf"stopped meanwhile \({state}\), not by this save"):
         vm.save(SaveOptions(live=True, on_success=choice))
     assert vm.commands() == ["migrate"] and not vm.path.exists()
-    vm.stream = stream_of("running")
+    vm.stream, vm.status = stream_of("running"), "running"
     assert vm.save(SaveOptions(live=True, on_success=OnSuccess.KEEP)).live
 
 
@@ -218,6 +218,14 @@ def test_a_failed_live_save_leaves_a_guest_that_was_stopped_meanwhile(vm: Vm) ->
     with pytest.raises(MigrationError, match="the reason"):
         vm.save(SaveOptions(live=True))
     assert vm.commands() == ["migrate"] and vm.status == "paused"
+
+
+def test_a_guest_that_the_save_has_stopped_runs_on_after_a_failure(vm: Vm) -> None:
+    vm.stream, vm.fails_after_shut, vm.ends_as = stream_of("paused"), True, "paused"
+    with pytest.raises(MigrationError, match="after all was saved"):
+        vm.save(SaveOptions(live=True, timeout_ns=1))
+    assert vm.commands() == ["migrate", "stop", "cont"]
+    vm.as_it_was()
 
 
 def test_a_site_that_migrates_in_other_ways_is_saved_all_the_same(vm: Vm) -> None:

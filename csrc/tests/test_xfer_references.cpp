@@ -372,7 +372,9 @@ void test_a_wrong_base_is_a_miss_that_is_repaired()
 // What was lent is gone when it is missed: the copies come back, once, and what is sent again lands.
 void test_missed_lent_pages_come_back()
 {
-    LentPair pair(dedup | zstd);
+    vmth::SenderOptions options = with_forms(dedup | zstd);
+    options.kept_copies_bytes = 4 * page_bytes;
+    LentPair pair(dedup | zstd, options);
     pair.lend(0, 32, 0);
     memset(pair.destination.page(7), 0x11, page_bytes);  // as if another page had overtaken
     memset(pair.destination.page(8), 0x22, page_bytes);
@@ -392,6 +394,8 @@ void test_missed_lent_pages_come_back()
         T_CHECK(pair.holds(50 + i, 6 + i));
     }
     T_EQUAL(pair.count(VMTH_FORM_DEDUP), 4);
+    pair.lend(56, 4, 9);  // all that may be kept is free again
+    T_EQUAL(pair.count(VMTH_FORM_DEDUP), 8);
 }
 
 void test_no_more_is_kept_than_allowed()

@@ -5,8 +5,8 @@
 //   keep()        a slot of the pool, with the page's content   (worker, before the packet is sent)
 //   give_back()   it landed, or the copy was taken              (reader, or the sender's caller)
 //
-// A buffer that was lent is the caller's again once it was sent, and what it lay in may be gone: who reads a
-// stream cannot ask for a page again. Nothing is kept of pages that are read from the guest's memory.
+// A buffer that was lent is the caller's again once it was sent: who reads a stream has nothing to read
+// a page from once more. Nothing is kept of pages that are read from the guest's memory.
 #ifndef VMTH_XFER_KEPT_COPIES_HPP
 #define VMTH_XFER_KEPT_COPIES_HPP
 
@@ -28,7 +28,8 @@ struct KeptCopy {
 class KeptCopies {
 public:
     // At most `nbytes`.
-    KeptCopies(size_t page_bytes, uint64_t nbytes) : page_bytes_(page_bytes), slots_left_(nbytes / page_bytes)
+    KeptCopies(size_t page_bytes, uint64_t nbytes)
+        : page_bytes_(page_bytes), slots_left_(nbytes / page_bytes)
     {
     }
 

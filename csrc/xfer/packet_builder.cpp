@@ -324,7 +324,8 @@ uint64_t PacketBuilder::reuse(const Piece &piece, uint64_t pages)
     for (uint64_t rest = pages; rest != 0; rest &= rest - 1) {
         staged_pages[n++] = staged(piece, static_cast<size_t>(__builtin_ctzll(rest)));
     }
-    const uint64_t taken = reuse_.take(staged_pages, n, parts_, [this](const StagedPage &page) { return keep(page); });
+    const uint64_t taken = reuse_.take(staged_pages, n, parts_,
+                                       [this](const StagedPage &page) { return keep(page); });
     uint64_t left = pages;
     size_t k = 0;
     for (uint64_t rest = pages; rest != 0; rest &= rest - 1, k++) {
@@ -405,8 +406,7 @@ SentPacket PacketBuilder::finish(uint64_t seq)
     sent.bytes = head_.size() + parts_.payload_bytes();
     sent.digest = fresh_.sum;
     sent.runs = parts_.content_runs();
-    sent.kept = std::move(kept_);
-    kept_.clear();
+    sent.kept = std::exchange(kept_, {});
     if (context_.known.enabled()) {
         sent.zero_runs = parts_.zero_runs();
     }

@@ -45,7 +45,8 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place)
     : shared_(shared), place_(place), channel_(fd, index, shared.options.ops),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
-                shared.deltas, shared.reuse, shared.copies, shared.forms, shared.counters, shared.options.packet_bytes},
+                shared.deltas, shared.reuse, shared.copies, shared.forms, shared.counters,
+                shared.options.packet_bytes},
                index)
 {
     if (!shared.options.zerocopy) {

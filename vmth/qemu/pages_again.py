@@ -30,7 +30,7 @@ __all__ = ["PagesAgain", "without_ends"]
 
 
 #: How often one page may be missed.
-MAX_REPAIRS = 8
+MOST_MISSES = 8
 
 
 class PagesAgain:
@@ -65,10 +65,10 @@ class PagesAgain:
             )
         for block, page, content in pages:
             self._times_missed[block, page] += 1
-            if self._times_missed[block, page] > MAX_REPAIRS:
+            if self._times_missed[block, page] > MOST_MISSES:
                 raise VerificationError(
-                    f"page {page} of ramblock {blocks[block].idstr!r} still arrives damaged after "
-                    f"{MAX_REPAIRS} repairs"
+                    f"page {page} of ramblock {blocks[block].idstr!r} was missed more than "
+                    f"{MOST_MISSES} times"
                 )
             self._kept.setdefault((block, page), content)
 

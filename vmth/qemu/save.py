@@ -58,6 +58,7 @@ from vmth.qemu.settings import (
     migration_status,
     parameters_of,
 )
+from vmth.qemu.source import RUNS
 from vmth.qemu.stream import StreamFinished
 
 __all__ = ["OnSuccess", "SaveOptions", "SaveProgress", "SaveResult", "save"]
@@ -81,7 +82,6 @@ CAPABILITIES = {
     "zero-copy-send": False,
 }
 UNBOUNDED_BPS = 1 << 40
-RUNS = ("running", "suspended")
 MAY_BE_SAVED = ("running", "paused", "prelaunch")
 #: A live pass must have fewer than this share of the pages of the one before, or the guest stops.
 SHRINKS = 0.75
