@@ -38,7 +38,11 @@ class Ends:
     """Channels between ``world``'s pass and memory, which ``views`` shows."""
 
     def __init__(
-        self, world: World, forms: Sequence[str], reuse: Sequence[ReuseSource] = ()
+        self,
+        world: World,
+        forms: Sequence[str],
+        reuse: Sequence[ReuseSource] = (),
+        kept_copies_bytes: int = 64 << 20,
     ) -> None:
         self._stack = contextlib.ExitStack()
         blocks = world.guest.blocks
@@ -48,7 +52,9 @@ class Ends:
         self.views = [area.view for area in mapped]
         mask = forms_mask(forms)
         self.sender = self._stack.enter_context(
-            NativeSender(here, s.PAGE, hash_seed=SEED, forms=mask)
+            NativeSender(
+                here, s.PAGE, hash_seed=SEED, forms=mask, kept_copies_bytes=kept_copies_bytes
+            )
         )
         self.receiver = self._stack.enter_context(
             NativeReceiver(
@@ -157,6 +163,17 @@ def test_a_page_that_is_no_more_what_others_equal_is_missed_and_lands() -> None:
         assert (counters.forms["dedup"].pages, counters.missed_pages) == (2, 1)
         assert ends.page(0, 50) == s.page_of(7) and ends.page(0, 51) == s.page_of(8)
         assert ends.page(0, 7) == s.page_of(5555)
+
+
+def test_no_more_copies_are_kept_than_allowed() -> None:
+    """The others go whole, and nothing is missed."""
+    copies = s.part(s.normal(50, "pc.ram", 7) + s.normal(51, None, 8) + s.eos())
+    world = World([every_page(), copies, END, DEVICES])
+    with Ends(world, ["dedup"], kept_copies_bytes=s.PAGE) as ends:
+        world.engine.run()
+        counters = ends.sender.counters()
+        assert (counters.forms["dedup"].pages, counters.missed_pages) == (1, 0)
+        assert ends.page(0, 50) == s.page_of(7) and ends.page(0, 51) == s.page_of(8)
 
 
 def test_a_page_that_was_zero_in_between_is_no_base() -> None:

@@ -76,6 +76,7 @@ class MigrateOptions:
     zstd_level: int = 0  #: with fixed forms; 0: 1
     dedup_index_bytes: int = 64 << 20  #: memory of the source, at most
     delta_cache_bytes: int = 256 << 20  #: the same; pays up to the size of what is rewritten
+    kept_copies_bytes: int = 64 << 20  #: the same; of pages that cannot be read again (a QEMU's)
     zerocopy: bool = True
     insecure: bool = False  #: plaintext beyond loopback and unix sockets is allowed
     peer_timeout_s: float = 10.0
@@ -102,6 +103,7 @@ class MigrateOptions:
             "timeout_ns",
             "dedup_index_bytes",
             "delta_cache_bytes",
+            "kept_copies_bytes",
         ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 and more")

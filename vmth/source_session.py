@@ -220,6 +220,7 @@ class SourceSession:
             forms=agreed_forms(set(accept.features) & set(self._options.forms)),
             dedup_index_bytes=self._options.dedup_index_bytes,
             delta_cache_bytes=self._options.delta_cache_bytes,
+            kept_copies_bytes=self._options.kept_copies_bytes,
             handed_on=hear_handed_on(hear, accept, len(self._guest.blocks)),
         )
         self._resources.callback(self._close_sender)

@@ -196,7 +196,8 @@ py::list channels_of(const std::vector<vmth::ChannelInfo> &infos)
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
             uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms, uint64_t dedup_index_bytes,
-            uint64_t delta_cache_bytes, const std::vector<size_t> &handed_on)
+            uint64_t delta_cache_bytes, uint64_t kept_copies_bytes,
+            const std::vector<size_t> &handed_on)
 {
     vmth::SenderOptions options;
     options.hash_seed = hash_seed;
@@ -207,6 +208,7 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     options.forms = forms;
     options.dedup_index_bytes = dedup_index_bytes;
     options.delta_cache_bytes = delta_cache_bytes;
+    options.kept_copies_bytes = kept_copies_bytes;
     std::vector<vmth::MemoryBlock> memory = memory_blocks(blocks);
     for (const size_t block : handed_on) {
         if (block >= memory.size()) {
@@ -424,6 +426,7 @@ void bind_sender(py::module_ &module)
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
              py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0,
              py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20,
+             py::arg("kept_copies_bytes") = 64u << 20,
              py::arg("handed_on") = std::vector<size_t>())
         .def(
             "begin_reuse",

@@ -38,6 +38,7 @@ class Sender:
         forms: int = 0,  # bit f: both ends agreed on form f; none of them is on at first
         dedup_index_bytes: int = 64 << 20,  # at most; 32 bytes a page of the guest are enough
         delta_cache_bytes: int = 256 << 20,  # at most; taken as pages are sent
+        kept_copies_bytes: int = 64 << 20,  # at most; of lent pages on their way as a reference
         handed_on: Sequence[int] = (),  # blocks whose pages the destination does not keep
     ) -> None: ...
     def begin_reuse(self, key: bytes, entries: int) -> None:

@@ -147,10 +147,12 @@ class NativeSender(_NativeEnd):
         forms: int = 0,
         dedup_index_bytes: int = 64 << 20,
         delta_cache_bytes: int = 256 << 20,
+        kept_copies_bytes: int = 64 << 20,
         handed_on: Sequence[int] = (),
     ) -> None:
         """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first. The
-        two bounds are of what dedup and delta remember, each beside 16 bytes a page of hashes.
+        first two bounds are of what dedup and delta remember, each beside 16 bytes a page of
+        hashes; the third is of copies of lent pages that went as a reference, until they landed.
         ``handed_on``: blocks whose pages the destination does not keep: none is based on those."""
         with _translate:
             native = _xfer.Sender(
@@ -164,6 +166,7 @@ class NativeSender(_NativeEnd):
                 forms=forms,
                 dedup_index_bytes=dedup_index_bytes,
                 delta_cache_bytes=delta_cache_bytes,
+                kept_copies_bytes=kept_copies_bytes,
                 handed_on=handed_on,
             )
         # What native threads may read is dropped after the sender that joins them.

@@ -12,7 +12,7 @@ import click
 from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options
-from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE
+from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE, SIZE
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall
 from vmth.progress import Console
@@ -76,6 +76,13 @@ __all__ = ["migrate"]
 )
 @form_options
 @click.option(
+    "--kept-copies",
+    type=SIZE,
+    default="64MiB",
+    show_default=True,
+    help="Memory for copies of pages on their way as dedup or reuse, at most.",
+)
+@click.option(
     "--keep-image",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -130,6 +137,7 @@ def _options(given: dict[str, Any]) -> QemuMigrateOptions:
         on_success=given["on_success"],
         digest=given["digest"],
         **form_choices(given),
+        kept_copies_bytes=given["kept_copies"],
         insecure=given["insecure"],
         state_dir=given["state_dir"],
         keep_image=given["keep_image"],

@@ -96,6 +96,7 @@ class QemuMigrateOptions:
     zstd_level: int = 0
     dedup_index_bytes: int = 64 << 20
     delta_cache_bytes: int = 256 << 20
+    kept_copies_bytes: int = 64 << 20  #: of pages sent as dedup or reuse, until they have landed
     zerocopy: bool = True
     insecure: bool = False
     peer_timeout_s: float = 10.0
@@ -130,6 +131,7 @@ class QemuMigrateOptions:
             zstd_level=self.zstd_level,
             dedup_index_bytes=self.dedup_index_bytes,
             delta_cache_bytes=self.delta_cache_bytes,
+            kept_copies_bytes=self.kept_copies_bytes,
             zerocopy=self.zerocopy,
             insecure=self.insecure,
             peer_timeout_s=self.peer_timeout_s,
