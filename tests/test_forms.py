@@ -190,5 +190,6 @@ def test_a_source_that_offers_none_gets_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(handshake, "FEATURES", ())
     offer = handshake.make_offer(b"0" * 16, 1, [block], MigrateOptions(), {}, ["scope-stream"])
     monkeypatch.undo()
-    assert offer.features == [handshake.HANDED_ON, "scope-stream"]  # no form among them
+    others = [handshake.SEAL_AHEAD, handshake.HANDED_ON, "scope-stream"]
+    assert offer.features == others  # no form among them
     assert handshake.common_features(offer) == []

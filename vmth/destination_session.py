@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmth import __version__
-from vmth.audit import REQUEST_PAGES, Area, MemoryDigests, pack_digests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import BASED_FORMS, agreed_forms
 from vmth.channel.pages import NativeReceiver
 from vmth.channel.reuse import REUSE, ReusedFile, filter_messages
 from vmth.channel.watch import IdleRule
 from vmth.destination_record import DestinationRecord
+from vmth.digest_replies import DigestReplies
 from vmth.dirty.populated import populated_bits
 from vmth.errors import (
     CancelledError,
@@ -42,6 +42,7 @@ from vmth.guest import CanAnnounce, CanNote, CanReportPopulated, CanTakePages, G
 from vmth.handshake import (
     HANDED_ON,
     SCOPE_STREAM,
+    SEAL_AHEAD,
     WIRE_PAGE_BYTES,
     Incoming,
     OfferRefused,
@@ -60,12 +61,11 @@ from vmth.wire.messages import (
     Abort,
     AbortCode,
     Accept,
-    DigestReply,
     DigestRequest,
-    DigestSource,
     Grant,
     HandedOn,
     HashAlgorithm,
+    LastRound,
     Message,
     Mismatch,
     Offer,
@@ -84,10 +84,14 @@ log = logging.getLogger(__name__)
 
 #: How long the source's answer to Aborted is waited for; it only lets the record go.
 ABORT_TIMEOUT_S = 2.0
+#: How long last pages are waited for before it is looked whether the source says something.
+LANDING_LOOK_NS = 20_000_000
 
 _LOOKS_PER_TIMEOUT = 4
 
 MakeGuest = Callable[[Incoming], Guest]
+#: Messages that belong before the seal is answered.
+_WHILE_RECEIVING = (Paused, State, DigestRequest, LastRound, Seal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +147,14 @@ class DestinationSession:
         self._scope = "memory"
         self._announce_note: tuple[str, ...] = ()
         self._paused = False
+        self._last_round: int | None = None  #: whose pages the next seal waits for
+        self._ahead: Seal | None = None  #: the seal that waits
         self._arrived = False  #: the guest runs here, or stays paused as it was: the outcome
         self._record: DestinationRecord | None = None
         self._guest: Guest | None = None
         self._offer: Offer | None = None
         self._receiver: NativeReceiver | None = None
+        self._replies: DigestReplies | None = None
         self._memory: list[MappedBlock] = []
 
     # -- called by the listener's threads ----------------------------------------------------------
@@ -215,6 +222,8 @@ class DestinationSession:
             self._scope = _agreed_scope(guest, offer)
             self._memory = self._resources.enter_context(map_blocks(guest.blocks, writable=True))
             receiver = self._receiver = self._make_receiver(guest, offer)
+            seed, audit = offer.hash_seed, offer.audit
+            self._replies = DigestReplies(guest, receiver, self._memory, seed, audit)
             record = self._open_record()
         except OfferRefused as refusal:
             self._control.send(refusal.message)
@@ -346,6 +355,7 @@ class DestinationSession:
         ending connection is no failure: queries are answered from the record."""
         while True:
             try:
+                self._seal_when_landed()
                 message = self._control.receive()
                 self._handled, self._handling = self._handled + 1, True
                 try:
@@ -367,7 +377,7 @@ class DestinationSession:
         receiving = self._record.state is DestinationState.RECEIVING
         if isinstance(message, RoundDone):
             self.progress = message
-        elif isinstance(message, Paused | State | DigestRequest | Seal) and not receiving:
+        elif isinstance(message, _WHILE_RECEIVING) and not receiving:
             raise StreamError(
                 f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
                 "Grant, Released or Abort"
@@ -377,10 +387,18 @@ class DestinationSession:
             self._paused = True
         elif isinstance(message, State):
             self._state.feed(message)
+        elif isinstance(message, LastRound):
+            self._expect_seal_ahead(message)
         elif isinstance(message, DigestRequest):
-            self._control.send(self._digests(message))
+            assert self._replies is not None
+            self._control.send(self._replies.reply(message, self._paused))
         elif isinstance(message, Seal):
-            self._seal(message)
+            if self._ahead is not None:
+                raise StreamError("received Seal while another waits, allowed: after its answer")
+            if self._last_round is None:
+                self._seal(message)
+            else:
+                self._ahead = message
         elif isinstance(message, Grant):
             self._granted(message)
         elif isinstance(message, Released):
@@ -395,43 +413,30 @@ class DestinationSession:
                 "what a source sends"
             )
 
-    def _digests(self, request: DigestRequest) -> DigestReply:
-        assert self._guest is not None and self._receiver is not None and self._offer is not None
-        blocks = self._guest.blocks
-        if request.block >= len(blocks):
-            raise StreamError(
-                f"DigestRequest: block {request.block}, allowed 0 to {len(blocks) - 1}"
-            )
-        npages = blocks[request.block].npages
-        end = request.page + request.npages
-        if end > npages:
-            raise StreamError(f"DigestRequest: pages up to {end}, allowed up to {npages}")
-        area = Area(request.block, request.page, request.npages)
-        if request.source == DigestSource.MEMORY:
-            self._check_audit(request)
-            views = [mapped.view for mapped in self._memory]
-            memory = MemoryDigests(self._guest, views, WIRE_PAGE_BYTES, self._offer.hash_seed)
-            digests = memory.subdigests(area, request.step)
-        elif request.step == 1:
-            digests = self._receiver.hashes(area.block, area.page, area.npages)
-        else:
-            digests = self._receiver.subdigests(area.block, area.page, area.npages, request.step)
-        return DigestReply(
-            request.source, area.block, area.page, area.npages, request.step, pack_digests(digests)
-        )
-
-    def _check_audit(self, request: DigestRequest) -> None:
-        """Hashing memory anew costs: only what was offered, while paused, in bounded pieces."""
+    def _expect_seal_ahead(self, message: LastRound) -> None:
         assert self._offer is not None
-        if not self._offer.audit or not self._paused:
+        if SEAL_AHEAD not in self._features(self._offer) or self._ahead is not None:
             raise StreamError(
-                f"DigestRequest of memory: audit offered {self._offer.audit}, "
-                f"paused {self._paused}, allowed when both are true"
+                f"received LastRound of round {message.round}, allowed with {SEAL_AHEAD!r} offered "
+                "and no seal that waits"
             )
-        if request.npages > REQUEST_PAGES:
-            raise StreamError(
-                f"DigestRequest of memory: {request.npages} pages, allowed {REQUEST_PAGES}"
-            )
+        self._last_round = message.round
+
+    def _seal_when_landed(self) -> None:
+        """A seal that came ahead of the last pages: judged when they have landed, unless the source
+        says something first. Whether pages come at all is watched as in every round."""
+        if self._ahead is None:
+            return
+        assert self._receiver is not None and self._last_round is not None
+        while not self._receiver.wait_round(self._last_round, LANDING_LOOK_NS):
+            if self._control.waits:
+                return
+        seal, self._ahead, self._last_round = self._ahead, None, None
+        self._handling = True
+        try:
+            self._seal(seal)
+        finally:
+            self._handling = False
 
     def _seal(self, seal: Seal) -> None:
         assert self._guest is not None and self._receiver is not None and self._record is not None

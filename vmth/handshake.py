@@ -39,6 +39,7 @@ __all__ = [
     "FEATURES",
     "HANDED_ON",
     "SCOPE_STREAM",
+    "SEAL_AHEAD",
     "WIRE_PAGE_BYTES",
     "Incoming",
     "OfferRefused",
@@ -63,6 +64,9 @@ SCOPE_STREAM = "scope-stream"
 #: Offered: the source keeps dedup and delta away from blocks that the destination hands on.
 #: Accepted: HandedOn follows and names them. Without it such a destination takes neither form.
 HANDED_ON = "handed-on"
+#: Offered: Seal may come, behind LastRound, before the last pages have landed. Accepted: it waits
+#: for them there, which saves a round trip of downtime.
+SEAL_AHEAD = "seal-ahead"
 #: Bits of BlockFlags that a peer must know.
 _CRITICAL_FLAGS = 0xFFFF0000
 _KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
@@ -224,8 +228,10 @@ def make_offer(
 
 def _offered(options: MigrateOptions) -> list[str]:
     """A destination tells what it has where reuse is offered: not for a source that will not use
-    it."""
-    return [name for name in FEATURES if name != REUSE or name in options.forms]
+    it. Without the digest nothing would tell that a page was missed, and an audit comes before its
+    seal: then the seal waits here."""
+    forms = [name for name in FEATURES if name != REUSE or name in options.forms]
+    return [*forms, SEAL_AHEAD] if options.digest and not options.audit else forms
 
 
 def accepted_scope(offer: Offer, accept: Accept) -> str:
@@ -257,7 +263,7 @@ def hear_handed_on(receive: Callable[[], Message], accept: Accept, nblocks: int)
 
 def common_features(offer: Offer) -> list[str]:
     """Of what is offered, what this release speaks: a destination's answer."""
-    return [name for name in FEATURES if name in offer.features]
+    return [name for name in (*FEATURES, SEAL_AHEAD) if name in offer.features]
 
 
 def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: str) -> Incoming:

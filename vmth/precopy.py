@@ -28,7 +28,7 @@ from vmth.guest import CanNote, Guest, expected_state_bytes
 from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
-from vmth.rounds import FinalPass, RoundTools
+from vmth.rounds import FinalPass, RoundTools, SealAhead
 from vmth.stats import RoundStats, round_stats
 from vmth.tuning import Tuning
 from vmth.types import Bitmap, new_bitmaps
@@ -63,6 +63,7 @@ class PreCopy:
     resume_guest: Callable[[], None]
     job_started_ns: int | None = None
     journal_ns: int = 0  #: what a durable record takes here
+    seal_ahead: SealAhead | None = None
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
@@ -122,8 +123,7 @@ class PreCopy:
         pause_started_ns = self._pause()
         paused_ns = self.clock()
         self._everything()
-        self._send_round()
-        self._send_missed()
+        self._send_last()
         return self._final(pause_started_ns, paused_ns)
 
     def _run_live(self) -> FinalPass:
@@ -160,8 +160,7 @@ class PreCopy:
         self._pause_limit_ns = max(
             LATE_FACTOR * self.tuning.downtime_limit_ns, LATE_FACTOR * verdict.forecast.total_ns
         )
-        self._send_round()
-        self._send_missed()
+        self._send_last()
         return self._final(pause_started_ns, paused_ns)
 
     def _final(self, pause_started_ns: int, paused_ns: int) -> FinalPass:
@@ -171,7 +170,15 @@ class PreCopy:
 
     # -- one round -------------------------------------------------------------------------------
 
-    def _send_round(self) -> Decision | None:
+    def _send_last(self) -> None:
+        """While paused: the seal goes out behind the last pages where it may."""
+        ahead = self.seal_ahead
+        self._send_round(ahead)
+        if ahead is not None and self._dirty_pages:
+            ahead.pages_missed()
+        self._send_missed()
+
+    def _send_round(self, ahead: SealAhead | None = None) -> Decision | None:
         """Send ``_todo``, wait until it has landed, fetch what was dirtied meanwhile. Returns the
         policy's decision while the guest runs."""
         number = self._next_round
@@ -181,6 +188,10 @@ class PreCopy:
         self.emit(RoundStarted(started_ns, number, self._dirty_pages))
         self._pass.rearm = self.live and not self.paused
         self._pass.send(self._todo, number)
+        if ahead is not None:
+            while not self.sender.sent(number, LOOK_EVERY_NS):
+                self._check_late()
+            ahead.last_pages_sent(number)
         while not self.sender.barrier(number, LOOK_EVERY_NS):
             self._check_late()
         landed_ns = self.clock()
@@ -336,6 +347,7 @@ class PreCopy:
             job_started_ns=self.job_started_ns,
             journal_ns=self.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
+            handover_trips=3 if self.seal_ahead is None else 2,
         )
 
 
@@ -354,4 +366,5 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         resume_guest=tools.resume_guest,
         job_started_ns=tools.job_started_ns,
         journal_ns=tools.journal_ns,
+        seal_ahead=tools.seal_ahead,
     )

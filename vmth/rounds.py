@@ -19,7 +19,7 @@ from vmth.policy.interface import Policy
 from vmth.stats import RoundStats
 from vmth.tuning import Tuning
 
-__all__ = ["FinalPass", "MakeEngine", "RoundEngine", "RoundTools"]
+__all__ = ["FinalPass", "MakeEngine", "RoundEngine", "RoundTools", "SealAhead"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,18 @@ class FinalPass:
     pause_started_ns: int
     paused_ns: int  #: pause() had returned and the last set was known
     landed_ns: int
+
+
+class SealAhead(Protocol):
+    """Says the seal behind the last pages, without waiting for them to land."""
+
+    def last_pages_sent(self, round_: int) -> None:
+        """The guest is paused and no page waits: the digest is that of all memory. Raises what a
+        guest that cannot save its state raises."""
+
+    def pages_missed(self) -> None:
+        """Some of those pages have not landed, so the seal cannot have been equal: it is taken
+        back, and rounds may follow. Once after each ``last_pages_sent()`` at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class RoundTools:
     check: Callable[[], None]  #: raises when the job was cancelled or the peer is gone
     job_started_ns: int | None = None  #: on the clock; what the job's total time counts from
     journal_ns: int = 0  #: what a durable record takes here
+    seal_ahead: SealAhead | None = None  #: None: everything lands first
 
 
 class RoundEngine(Protocol):

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seal at the source: both digests are compared, differing pages are found and sent again.
 
-Called with the guest paused and every page landed; talks over the control connection. Nothing here
-decides to run a guest.
+Called with the guest paused; talks over the control connection. Nothing here decides to run a
+guest. A seal may be said behind the last pages, ahead of their landing:
+
+    source        pages, barrier   state, seal     <- a round trip ->   Sealed
+    destination                 pages land ... barrier passed: digests compared
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from vmth.wire.messages import (
     DigestReply,
     DigestRequest,
     DigestSource,
+    LastRound,
     Mismatch,
     Seal,
     Sealed,
@@ -50,27 +54,41 @@ def digest_text(digest: Digest) -> str:
 
 @dataclass(slots=True)
 class Sealer:
-    """One seal of one session. ``answer_timeout_s`` bounds the wait for the answer to a
-    seal, during which the destination loads the guest's state."""
+    """One seal of one session; ``SealAhead`` of the engine. ``answer_timeout_s`` bounds the wait
+    for the answer to a seal, during which the destination loads the guest's state."""
 
     control: ControlConnection
     sender: PageSender
-    engine: RoundEngine
     blocks: Sequence[RamBlock]
     digest_on: bool
+    say_state: Callable[[], StateSummary]  #: Paused and the guest's state, once
     send_seal: Callable[[Seal], None]
     mismatched: Callable[[], None]  #: told before the repair begins
     check_time: Callable[[], None]  #: raises VerificationError when no time is left to repair
+    engine: RoundEngine | None = None  #: known when the first seal is said
     answer_timeout_s: float = 30.0
+    _state: StateSummary | None = None
+    _said: Digest | None = None  #: in a seal that was not answered yet
 
-    def run(self, state: StateSummary, rehash: Callable[[], MemoryDigests] | None) -> Digest:
+    def last_pages_sent(self, round_: int) -> None:
+        self.control.send(LastRound(round_))
+        self._say()
+
+    def pages_missed(self) -> None:
+        reply = self._answer()
+        if not isinstance(reply, Mismatch):
+            raise StreamError("received Sealed for pages that were missed, allowed Mismatch")
+        self.mismatched()
+
+    def run(self, rehash: Callable[[], MemoryDigests] | None) -> Digest:
         """Returns the destination's digest, equal to ours when the digest is on. With ``rehash``
         both ends hash all memory anew first (audit). Raises VerificationError."""
         if rehash is not None:
+            self._state = self._state or self.say_state()
             self._audit(rehash())
         for _ in range(MAX_SEAL_REPAIRS + 1):
-            ours = self.sender.digest() if self.digest_on else (0, 0, 0)
-            reply = self._seal(ours, state)
+            ours = self._said or self._say()
+            reply = self._answer()
             theirs = (reply.digest_lo, reply.digest_hi, reply.pages)
             if isinstance(reply, Sealed):
                 if theirs != ours:
@@ -87,11 +105,17 @@ class Sealer:
             f"{ours[2]} pages, destination {digest_text(theirs)} of {theirs[2]} pages"
         )
 
-    def _seal(self, ours: Digest, state: StateSummary) -> Sealed | Mismatch:
+    def _say(self) -> Digest:
+        state = self._state = self._state or self.say_state()
+        ours = self._said = self.sender.digest() if self.digest_on else (0, 0, 0)
         self.send_seal(Seal(*ours, state.streams, state.total_bytes, state.crc32))
+        return ours
+
+    def _answer(self) -> Sealed | Mismatch:
         reply = self.control.receive(self.answer_timeout_s)
         if not isinstance(reply, (Sealed, Mismatch)):
             raise StreamError(f"received {type(reply).__name__}, allowed Sealed or Mismatch")
+        self._said = None
         return reply
 
     def _repair(self) -> None:
@@ -110,6 +134,7 @@ class Sealer:
         if found >= MAX_REPAIR_PAGES:
             raise VerificationError(f"{found} pages and more differ: too many to repair")
         for block, pages in by_block.items():
+            assert self.engine is not None
             self.engine.resend(block, pages)
 
     def _audit(self, memory: MemoryDigests) -> None:

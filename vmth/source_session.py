@@ -50,6 +50,7 @@ from vmth.events import (
 from vmth.form_tuner import FormTuner, tuner_for
 from vmth.guest import CanTell, Guest
 from vmth.handshake import (
+    SEAL_AHEAD,
     WIRE_PAGE_BYTES,
     accepted_scope,
     check_blocks,
@@ -67,8 +68,8 @@ from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord, abort_code, abort_error
-from vmth.source_stats import job_stats
-from vmth.state_streams import StateSender
+from vmth.source_stats import downtime_parts, job_stats
+from vmth.state_streams import StateSummary, tell_state
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
 from vmth.units import format_duration
@@ -81,7 +82,6 @@ from vmth.wire.messages import (
     Accept,
     Message,
     Mode,
-    Paused,
     Refuse,
     ReleasedSeen,
     Role,
@@ -137,7 +137,11 @@ class SourceSession:
         self._sender: NativeSender | None = None
         self._tuner: FormTuner | None = None
         self._engine: RoundEngine | None = None
+        self._sealer: Sealer | None = None
+        self._final: FinalPass | None = None
         self._scope = "memory"
+        self._seals_ahead = False
+        self._state_ns = (0, 0)  #: when the guest's state was saved: from, to
         self._record: SourceRecord | None = None
         self._memory: list[MappedBlock] = []
         self._kept = KeptImage(options.keep_image)
@@ -290,11 +294,22 @@ class SourceSession:
         if not isinstance(reply, Accept):
             raise StreamError(f"received {type(reply).__name__}, allowed Accept or Refuse")
         self._scope = accepted_scope(offer, reply)
+        self._seals_ahead = SEAL_AHEAD in reply.features
         return reply
 
     def _send_rounds(self) -> FinalPass:
-        assert self._sender is not None and self._record is not None
-        record = self._record
+        record, control = self._record, self._control
+        assert self._sender is not None and record is not None and control is not None
+        self._sealer = Sealer(
+            control=control,
+            sender=self._sender,
+            blocks=self._guest.blocks,
+            digest_on=self._options.digest,
+            say_state=self._say_state,
+            send_seal=self._send_seal,
+            mismatched=partial(record.apply, SourceEvent.MISMATCH),
+            check_time=self._check_repair,
+        )
         tools = RoundTools(
             sender=self._sender,
             policy=self._options.policy or StandardPolicy(),
@@ -308,8 +323,9 @@ class SourceSession:
             check=self._check_wake,
             job_started_ns=self._started_ns,
             journal_ns=record.journal_ns,
+            seal_ahead=self._sealer if self._seals_ahead else None,
         )
-        self._engine = self._make_engine(self._guest, tools)
+        self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
         return self._engine.run()
 
@@ -320,32 +336,12 @@ class SourceSession:
         return self._record.was_running
 
     def _hand_over(self, final: FinalPass) -> MigrationResult:
-        """From the last page to the guest running there. The guest is paused, every step is
-        downtime."""
-        record, control, engine = self._record, self._control, self._engine
-        assert record is not None and control is not None and engine is not None
-        assert self._sender is not None
+        """From the last page to the guest running there: every step is downtime."""
+        record, engine = self._record, self._engine
+        assert record is not None and engine is not None and self._sealer is not None
         self._status = "switchover"
-        control.send(Paused(time.time_ns(), final.was_running))
-        state = StateSender(control.send)
-        try:
-            self._guest.save_state(state.write)
-        except VmthError:
-            raise
-        except Exception as error:
-            raise GuestError(f"the source guest could not save its state: {error}") from error
-        state_ns = self._clock()
-        sealer = Sealer(
-            control,
-            self._sender,
-            engine,
-            self._guest.blocks,
-            self._options.digest,
-            self._send_seal,
-            lambda: record.apply(SourceEvent.MISMATCH),
-            lambda: self._check_repair(final),
-        )
-        theirs = sealer.run(state.summary, self._rehash if self._options.audit else None)
+        self._final = final
+        theirs = self._sealer.run(self._rehash if self._options.audit else None)
         record.apply(SourceEvent.SEALED)
         self._emit(SealMatched(self._clock(), digest_text(theirs)))
         sealed_ns = self._clock()
@@ -355,14 +351,7 @@ class SourceSession:
         granted_ns = self._clock()
         self._emit(Granted(granted_ns))
         self._await_running()
-        parts = DowntimeParts(
-            pause_ns=final.paused_ns - final.pause_started_ns,
-            last_pages_ns=final.landed_ns - final.paused_ns,
-            state_ns=state_ns - final.landed_ns,
-            seal_ns=sealed_ns - state_ns,
-            grant_ns=granted_ns - sealed_ns,
-            resume_ns=self._running_ns - granted_ns,
-        )
+        parts = downtime_parts(final, self._state_ns, sealed_ns, granted_ns, self._running_ns)
         self._status = "completed"
         self._let_records_go()
         return replace(
@@ -375,15 +364,23 @@ class SourceSession:
             fallbacks=(*draft.fallbacks, *self._kept.notes),
         )
 
+    def _say_state(self) -> StateSummary:
+        assert self._control is not None and self._record is not None
+        began_ns = self._clock()
+        summary = tell_state(self._control.send, self._guest, self._record.was_running)
+        self._state_ns = began_ns, self._clock()
+        return summary
+
     def _send_seal(self, seal: Seal) -> None:
         assert self._record is not None
         self._record.seal = seal
         self._record.apply(SourceEvent.SEAL)
 
-    def _check_repair(self, final: FinalPass) -> None:
+    def _check_repair(self) -> None:
         """A repair is downtime: it has the downtime limit, or as long again as the last pages took
         where that was more. In cold mode downtime is accepted."""
-        if self._options.mode is Mode.COLD:
+        final = self._final
+        if self._options.mode is Mode.COLD or final is None:
             return
         paused_ns = final.pause_started_ns
         allowed_ns = max(self.tuning.downtime_limit_ns, 2 * (final.landed_ns - paused_ns))

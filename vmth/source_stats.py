@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from vmth.rounds import RoundEngine
-from vmth.stats import JobStats, TransferCounters
+from vmth.rounds import FinalPass, RoundEngine
+from vmth.stats import DowntimeParts, JobStats, TransferCounters
 from vmth.tuning import Tuning
 
-__all__ = ["job_stats"]
+__all__ = ["downtime_parts", "job_stats"]
 
 
 def job_stats(
@@ -40,4 +40,25 @@ def job_stats(
         bandwidth_limit_bps=tuning.bandwidth_bps,
         throttle_percent=engine.throttle_percent if engine is not None else 0,
         transfer=counters,
+    )
+
+
+def downtime_parts(
+    final: FinalPass,
+    state_saved_ns: tuple[int, int],
+    sealed_ns: int,
+    granted_ns: int,
+    running_ns: int,
+) -> DowntimeParts:
+    """Of one clock; ``state_saved_ns``: from, to. State that was saved while the last pages were
+    under way counts as state."""
+    from_ns, to_ns = state_saved_ns
+    meanwhile_ns = max(0, min(to_ns, final.landed_ns) - from_ns)
+    return DowntimeParts(
+        pause_ns=final.paused_ns - final.pause_started_ns,
+        last_pages_ns=final.landed_ns - final.paused_ns - meanwhile_ns,
+        state_ns=max(to_ns, final.landed_ns) - final.landed_ns + meanwhile_ns,
+        seal_ns=sealed_ns - max(to_ns, final.landed_ns),
+        grant_ns=granted_ns - sealed_ns,
+        resume_ns=running_ns - granted_ns,
     )

@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vmth.errors import StreamError, UsageError
-from vmth.guest import StateStream
-from vmth.wire.messages import Seal, State
+from vmth.errors import GuestError, StreamError, UsageError, VmthError
+from vmth.guest import Guest, StateStream
+from vmth.wire.messages import Message, Paused, Seal, State
 
-__all__ = ["STATE_CHUNK_BYTES", "STATE_MAX_BYTES", "StateCollector", "StateSender", "StateSummary"]
+__all__ = [
+    "STATE_CHUNK_BYTES",
+    "STATE_MAX_BYTES",
+    "StateCollector",
+    "StateSender",
+    "StateSummary",
+    "tell_state",
+]
 
 STATE_CHUNK_BYTES = 256 << 10
 #: Of all streams of one guest together. A destination holds them in memory until the seal.
@@ -51,6 +59,20 @@ class StateSender:
         for offset, data, last in _chunks(stream.data):
             self._send(State(stream.name, stream.version, offset, data, last))
         self.summary = StateSummary(done.streams + 1, total, zlib.crc32(stream.data, done.crc32))
+
+
+def tell_state(send: Callable[[Message], None], guest: Guest, was_running: bool) -> StateSummary:
+    """Paused, then all state of the paused guest. Raises GuestError for a guest that cannot save
+    it, and what ``send`` raises."""
+    send(Paused(time.time_ns(), was_running))
+    state = StateSender(send)
+    try:
+        guest.save_state(state.write)
+    except VmthError:
+        raise
+    except Exception as error:
+        raise GuestError(f"the source guest could not save its state: {error}") from error
+    return state.summary
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bool]]:

@@ -65,6 +65,13 @@ void ReceiverShared::channel_ended()
     changed.notify_all();
 }
 
+void ReceiverShared::round_landed(uint32_t round)
+{
+    std::lock_guard<std::mutex> lock(mutex);
+    landed_round = round;
+    changed.notify_all();
+}
+
 // ---- receiver ---------------------------------------------------------------------------------------
 
 Receiver::Receiver(std::vector<MemoryBlock> blocks, size_t page_bytes,
@@ -121,19 +128,28 @@ void Receiver::attach(int fd, unsigned index)
     shared_.channels.push_back(std::move(channel));
 }
 
-bool Receiver::wait(int64_t timeout_ns)
+// `done` is asked under the mutex.
+template <typename Done> bool Receiver::wait_until(int64_t timeout_ns, Done done)
 {
     std::unique_lock<std::mutex> lock(shared_.mutex);
-    auto done = [this] {
-        return shared_.latch.failed() || shared_.ended == shared_.options.channels;
-    };
+    auto over = [&] { return shared_.latch.failed() || done(); };
     if (timeout_ns <= 0) {
-        shared_.changed.wait(lock, done);
-    } else if (!shared_.changed.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) {
+        shared_.changed.wait(lock, over);
+    } else if (!shared_.changed.wait_for(lock, std::chrono::nanoseconds(timeout_ns), over)) {
         return false;
     }
     shared_.latch.check();
     return true;
+}
+
+bool Receiver::wait(int64_t timeout_ns)
+{
+    return wait_until(timeout_ns, [this] { return shared_.ended == shared_.options.channels; });
+}
+
+bool Receiver::wait_round(uint32_t round, int64_t timeout_ns)
+{
+    return wait_until(timeout_ns, [&] { return shared_.landed_round >= int64_t{round}; });
 }
 
 void Receiver::cancel(const std::string &reason)

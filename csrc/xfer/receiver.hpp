@@ -58,6 +58,8 @@ public:
 
     void fail(const TransferError &error);
     void channel_ended();
+    // All channels have had their barrier; `round` is what the last one calls it.
+    void round_landed(uint32_t round);
 
     const ReceiverOptions options;
     const GuestMemory memory;
@@ -78,6 +80,7 @@ public:
     // Under mutex:
     std::vector<std::unique_ptr<ReceiverChannel>> channels;
     unsigned ended = 0;
+    int64_t landed_round = -1;  // of the last barrier that all channels have had; -1: none
     bool closed = false;
 };
 
@@ -96,6 +99,9 @@ public:
     void attach(int fd, unsigned index);
     // True when every channel has ended with END; false at the timeout (0: none).
     bool wait(int64_t timeout_ns);
+    // True when everything before the barriers of this round, or of a later one, has landed; false at the
+    // timeout (0: none).
+    bool wait_round(uint32_t round, int64_t timeout_ns);
     void cancel(const std::string &reason);
     void close();
 
@@ -106,6 +112,8 @@ public:
     std::vector<std::string> fallbacks() const;
 
 private:
+    template <typename Done> bool wait_until(int64_t timeout_ns, Done done);
+
     ReceiverShared shared_;
 };
 

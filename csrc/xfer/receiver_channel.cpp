@@ -118,9 +118,12 @@ bool ReceiverChannel::step()
         return false;
     }
     if (header.kind == VMTH_PACKET_BARRIER) {
-        shared_.gate.pass(channel_.index());
+        const bool last = shared_.gate.pass(channel_.index());
         acknowledge(header.seq, 0, {0, 0});
         flush_acks();
+        if (last) {
+            shared_.round_landed(header.round);
+        }
         return true;
     }
     land(header);

@@ -54,8 +54,8 @@ public:
         }
     }
 
-    // The channel's barrier was read (after check_open, by the same thread).
-    void pass(unsigned channel)
+    // The channel's barrier was read (after check_open, by the same thread). True of the last one.
+    bool pass(unsigned channel)
     {
         std::lock_guard<std::mutex> lock(mutex_);
         passed_[channel] = true;
@@ -65,7 +65,9 @@ public:
             }
             passed_.fill(false);
             arrived_ = 0;
+            return true;
         }
+        return false;
     }
 
 private:

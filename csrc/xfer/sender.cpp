@@ -82,6 +82,14 @@ void SenderShared::fail(const TransferError &error)
     changed.notify_all();
 }
 
+void SenderShared::barrier_sent()
+{
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--unsent_barriers == 0) {
+        changed.notify_all();
+    }
+}
+
 void SenderShared::barrier_part_done()
 {
     std::lock_guard<std::mutex> lock(mutex);
@@ -342,10 +350,9 @@ void Sender::send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run
     push(std::move(job));
 }
 
-bool Sender::barrier(uint32_t round, int64_t timeout_ns)
+// Under the mutex; again for the same round it does nothing.
+void Sender::begin_barrier(uint32_t round)
 {
-    check_open();
-    std::unique_lock<std::mutex> lock(shared_.mutex);
     if (shared_.channels.empty()) {
         throw TransferError(ErrorKind::usage, "no channel was added");
     }
@@ -358,16 +365,41 @@ bool Sender::barrier(uint32_t round, int64_t timeout_ns)
         any_barrier_ = true;
         barrier_pending_ = true;
         pending_round_ = round;
+        shared_.unsent_barriers = shared_.channels.size();
         shared_.barrier_parts = 2 * shared_.channels.size();
         shared_.queue.close_round(round);
     }
-    auto done = [this] { return shared_.latch.failed() || shared_.barrier_parts == 0; };
+}
+
+// Until nothing is `left`; false at the timeout.
+bool Sender::wait(std::unique_lock<std::mutex> &lock, int64_t timeout_ns, const uint64_t &left)
+{
+    auto done = [&] { return shared_.latch.failed() || left == 0; };
     if (timeout_ns <= 0) {
         shared_.changed.wait(lock, done);
     } else if (!shared_.changed.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) {
         return false;
     }
     shared_.latch.check();
+    return true;
+}
+
+bool Sender::sent(uint32_t round, int64_t timeout_ns)
+{
+    check_open();
+    std::unique_lock<std::mutex> lock(shared_.mutex);
+    begin_barrier(round);
+    return wait(lock, timeout_ns, shared_.unsent_barriers);
+}
+
+bool Sender::barrier(uint32_t round, int64_t timeout_ns)
+{
+    check_open();
+    std::unique_lock<std::mutex> lock(shared_.mutex);
+    begin_barrier(round);
+    if (!wait(lock, timeout_ns, shared_.barrier_parts)) {
+        return false;
+    }
     barrier_pending_ = false;
     for (AtomicBitmap &claims : claims_) {
         claims.reset();

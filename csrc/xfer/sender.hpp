@@ -68,6 +68,8 @@ public:
 
     // Record the first failure and wake everything. Any thread.
     void fail(const TransferError &error);
+    // Worker of a channel: its packet of the pending barrier went to the socket.
+    void barrier_sent();
     // Worker or reader of a channel: its half of the pending barrier is done.
     void barrier_part_done();
     // Reader: a ledger has become empty. Wakes finish().
@@ -96,6 +98,7 @@ public:
     std::condition_variable changed;
     // Under mutex:
     std::vector<std::unique_ptr<SenderChannel>> channels;
+    uint64_t unsent_barriers = 0;  // channels that have not sent the pending one
     uint64_t barrier_parts = 0;  // outstanding halves (acknowledged; completions) of a barrier
     std::set<std::string> fallbacks;
 };
@@ -132,6 +135,9 @@ public:
     bool wait_read(uint64_t ticket, int64_t timeout_ns) const;
     // HOLE or FREE pages: nothing is read.
     void send_told(vmth_page_form form, uint32_t block, std::vector<vmth_run> runs, uint32_t round);
+    // Begins the round's barrier. True when each channel has given all that is before it, and it, to its
+    // socket: hashes() is then of all that was queued. False at the timeout (0: none). barrier() follows.
+    bool sent(uint32_t round, int64_t timeout_ns);
     // True when everything of the round has landed and the kernel reads no page any more; false when
     // `timeout_ns` (0: none) came first: call again with the same round.
     bool barrier(uint32_t round, int64_t timeout_ns);
@@ -168,6 +174,8 @@ private:
     void check_no_barrier() const;
     void check_channels() const;
     void check_reuse() const;
+    void begin_barrier(uint32_t round);
+    bool wait(std::unique_lock<std::mutex> &lock, int64_t timeout_ns, const uint64_t &left);
     void join_workers();
     void join_readers();
     void push(Job &&job);

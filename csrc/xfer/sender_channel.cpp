@@ -96,6 +96,7 @@ void SenderChannel::work()
             break;
         case Pulled::barrier:
             send_control(VMTH_PACKET_BARRIER, batch.round);
+            shared_.barrier_sent();
             wait_completions();
             shared_.barrier_part_done();
             break;

@@ -71,6 +71,10 @@ class Sender:
         """(n, 2) runs {page, npages} that were never populated: nothing is read."""
 
     def send_free(self, block: int, runs: U64, round_: int) -> None: ...
+    def sent(self, round_: int, timeout_ns: int) -> bool:
+        """Begins the round's barrier; True when every channel has given all before it, and it, to
+        its socket: digest() is then of all that was queued. False at the timeout (0: none)."""
+
     def barrier(self, round_: int, timeout_ns: int) -> bool:
         """End the round on every channel; True when everything before it has landed. False when the
         timeout (0: none) came first: call again with the same round to go on waiting."""
@@ -83,7 +87,7 @@ class Sender:
         it. Clears them here; returns how many."""
 
     def digest(self) -> tuple[int, int, int]:
-        """(lo, hi, valid pages). Stable between barrier() and the next send()."""
+        """(lo, hi, valid pages). Stable between sent() or barrier() and the next send()."""
 
     def hashes(self, block: int, page: int, npages: int) -> U64:
         """A copy of the table: (npages, 2)."""
@@ -148,6 +152,10 @@ class Receiver:
     def wait(self, timeout_ns: int) -> bool:
         """True when every channel has ended with END; raises at the first failure; False at the
         timeout."""
+
+    def wait_round(self, round_: int, timeout_ns: int) -> bool:
+        """True when all before the barriers of this round, or of a later one, has landed; raises
+        at the first failure; False at the timeout (0: none)."""
 
     def digest(self) -> tuple[int, int, int]: ...
     def hashes(self, block: int, page: int, npages: int) -> U64: ...

@@ -65,6 +65,11 @@ class ControlConnection:
         """Why the connection ended, once it has."""
         return self._failure
 
+    @property
+    def waits(self) -> bool:
+        """``receive`` would return or raise at once. Any thread."""
+        return bool(self._interruptions or self._inbox or self._failure)
+
     def send(self, message: Message) -> None:
         """Raises ChannelError when the connection is gone or the peer does not read for the peer
         timeout; the connection is unusable then."""

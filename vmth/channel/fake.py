@@ -134,6 +134,7 @@ class FakeLink:
         self.changed = threading.Condition()
         self.error: VmthError | None = None
         self.ended = False
+        self.landed_round = -1
         self.hostless = hostless
         #: (block, page) whose next transfer is damaged on the way, once
         self.damage: set[tuple[int, int]] = set()
@@ -265,18 +266,30 @@ class FakeSender:
         pages = [np.arange(page, page + npages, dtype=np.uint64) for page, npages in runs.tolist()]
         self._queue(form, block, np.concatenate([np.empty(0, dtype=np.uint64), *pages]))
 
-    def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
+    def _begin_barrier(self, round_: int) -> None:
         self._link.check()
         if self._pending is None:
             self._check()
             self._pending = round_
         if self._pending != round_:
             raise UsageError(f"barrier of round {round_}, allowed {self._pending}")
+
+    def sent(self, round_: int, timeout_ns: int = 0) -> bool:
+        self._begin_barrier(round_)
+        while self._jobs:
+            self._transfer_next()
+        return True
+
+    def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
+        self._begin_barrier(round_)
         if timeout_ns > 0 and self._link.late_barriers > 0:
             self._link.late_barriers -= 1
             return False
         while self._jobs:
             self._transfer_next()
+        with self._link.changed:
+            self._link.landed_round = round_
+            self._link.changed.notify_all()
         for claimed in self._claimed:
             claimed[:] = False
         self._pending = None
@@ -425,6 +438,15 @@ class FakeReceiver:
             )
             self._link.check()
             return self._link.ended
+
+    def wait_round(self, round_: int, timeout_ns: int = 0) -> bool:
+        timeout = timeout_ns / 1e9 if timeout_ns > 0 else None
+        with self._link.changed:
+            landed = self._link.changed.wait_for(
+                lambda: self._link.landed_round >= round_ or self._link.error is not None, timeout
+            )
+            self._link.check()
+            return landed
 
     def digest(self) -> Digest:
         return self._hashes.digest()

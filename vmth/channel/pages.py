@@ -247,6 +247,13 @@ class NativeSender(_NativeEnd):
         with _translate:
             self._native.send_free(block, runs, round_)
 
+    def sent(self, round_: int, timeout_ns: int = 0) -> bool:
+        """Begins the round's barrier. True when all before it was given to the sockets: the digest
+        is then of all that was queued, whatever of it has landed. False at the timeout (0: none).
+        """
+        with _translate:
+            return self._native.sent(round_, timeout_ns)
+
     def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
         with _translate:
             return self._native.barrier(round_, timeout_ns)
@@ -351,3 +358,9 @@ class NativeReceiver(_NativeEnd):
     def wait(self, timeout_ns: int = 0) -> bool:
         with _translate:
             return self._native.wait(timeout_ns)
+
+    def wait_round(self, round_: int, timeout_ns: int = 0) -> bool:
+        """Until all before the barriers of this round, or of a later one, has landed; False at the
+        timeout (0: none)."""
+        with _translate:
+            return self._native.wait_round(round_, timeout_ns)

@@ -7,8 +7,8 @@
                than what a page took in the rounds so far
     queue      bytes handed to sockets that have not landed yet / bandwidth
     state      CPU and device state / bandwidth
-    overhead   the round trips of barrier, seal and grant, the journals' records, which are as slow
-               as the disk, and what pause, seal and resume cost
+    overhead   the round trips of last pages and seal, one or two, and of the grant, the journals'
+               records, which are as slow as the disk, and what pause, seal and resume cost
 
 Bandwidth is acknowledged bytes over time, never pages: a burst of zero pages moves millions of
 pages a second and says nothing about the link. Bytes a page come from the rounds after the full
@@ -42,7 +42,7 @@ __all__ = [
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
 ROUND_NS = 1_000_000
-#: Pause, last fetch and barrier, state, seal and resume, beside three round trips and the journals'
+#: Pause, last fetch and barrier, state, seal and resume, beside the round trips and the journals'
 #: records: 4 to 9 ms on a machine of two cores with both ends on it, and up to twice that where the
 #: guest, as soon as it runs, takes one of them for itself.
 HANDOVER_NS = 7_000_000
@@ -188,7 +188,7 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
         # By then the queue has drained: it is a part of its own.
-        overhead_ns=3 * (view.base_rtt_ns or view.rtt_ns)
+        overhead_ns=view.handover_trips * (view.base_rtt_ns or view.rtt_ns)
         + JOURNAL_RECORDS * view.journal_ns
         + (view.handover_ns or HANDOVER_NS),
     )

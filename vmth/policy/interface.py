@@ -69,6 +69,7 @@ class RoundView:
     dirty_limit_bps: float = 0.0  #: to which it is held; 0: not
     limited_at_ns: int = 0  #: since when
     journal_ns: int = 0  #: one durable record here, of which the downtime has three; 0: unknown
+    handover_trips: int = 3  #: round trips of last pages, seal and grant: those that follow another
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
 
     @property

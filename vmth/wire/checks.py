@@ -251,6 +251,7 @@ RULES: dict[type[m.Message], dict[str, Check]] = {
     m.Ping: {"number": _U64},
     m.Pong: {"number": _U64},
     m.HandedOn: {"blocks": _rising_blocks},
+    m.LastRound: {"round": _U32},
     m.ReuseFilter: {"key": size(32, 32), "entries": between(0, MAX_REUSE_ENTRIES)},
     m.ReusePart: {
         "base": _U64,

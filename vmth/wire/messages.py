@@ -30,6 +30,7 @@ __all__ = [
     "Grant",
     "HandedOn",
     "HashAlgorithm",
+    "LastRound",
     "Message",
     "Mismatch",
     "Mode",
@@ -209,6 +210,13 @@ class State(Message, frozen=True):
     last: bool
 
 
+class LastRound(Message, frozen=True):
+    """Source, with the feature ``seal-ahead``: the next Seal is said behind the pages of this round
+    and may come before they do. It is judged when its barriers were passed on every channel."""
+
+    round: int
+
+
 class Seal(Message, frozen=True):
     """Source: all has been sent. ``pages`` = pages with a valid hash (free ones are not);
     ``state_bytes`` and ``state_crc32`` cover the concatenated streams in the order sent."""
@@ -341,5 +349,6 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     0x0015: ReuseFilter,
     0x0016: ReusePart,
     0x0017: HandedOn,
+    0x0018: LastRound,
     0x8001: RoundDone,
 }
