@@ -192,4 +192,4 @@ def test_a_source_that_offers_none_gets_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     others = [handshake.SEAL_AHEAD, handshake.HANDED_ON, "scope-stream"]
     assert offer.features == others  # no form among them
-    assert handshake.common_features(offer) == []
+    assert handshake.common_features(offer) == [handshake.SEAL_AHEAD]

@@ -30,7 +30,7 @@ from vmth.errors import (
 )
 from vmth.events import GuestPaused, RoundFinished, Throttled
 from vmth.policy.interface import Action, Decision, OnStall
-from vmth.qemu import stream_pass, unsent
+from vmth.qemu import queue_bounds, stream_pass, unsent
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS
 from vmth.stats import ChannelCounters, TransferCounters
@@ -306,7 +306,7 @@ def test_what_lands_while_the_windows_grow_sets_none(monkeypatch: pytest.MonkeyP
 
 def test_less_is_queued_where_qemu_may_stop_its_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_pass, "NEAR_BYTES", 20 * s.PAGE)
-    monkeypatch.setattr(stream_pass, "MIN_WINDOW_BYTES", 1)
+    monkeypatch.setattr(queue_bounds, "MIN_WINDOW_BYTES", 1)
     windows: list[tuple[int, int]] = []  # (pieces read, bytes that may be under way)
     read = 0
 

@@ -51,6 +51,7 @@ __all__ = [
     "hear_handed_on",
     "make_offer",
     "open_connection",
+    "open_timed",
     "read_exactly",
     "read_preamble",
     "receive_before",
@@ -113,12 +114,21 @@ def open_connection(
     endpoint: Endpoint, options: LinkOptions, preamble: Preamble, index: int
 ) -> socket.socket:
     """Dial and exchange preambles. Raises ChannelError, StreamError or RefusedError."""
+    return open_timed(endpoint, options, preamble, index)[0]
+
+
+def open_timed(
+    endpoint: Endpoint, options: LinkOptions, preamble: Preamble, index: int
+) -> tuple[socket.socket, int]:
+    """``open_connection``, and the ns that the preamble took there and back."""
     sock = dial(endpoint, options, index)
     try:
         sock.settimeout(options.connect_timeout_s)
         try:
+            said_ns = time.monotonic_ns()
             sock.sendall(preamble.pack())
             reply = PreambleReply.unpack(read_exactly(sock, PREAMBLE_REPLY_BYTES))
+            trip_ns = time.monotonic_ns() - said_ns
         except OSError as error:
             if isinstance(error, ChannelError):
                 raise
@@ -129,7 +139,7 @@ def open_connection(
     except BaseException:
         sock.close()
         raise
-    return sock
+    return sock, trip_ns
 
 
 def _check_reply(endpoint: Endpoint, preamble: Preamble, reply: PreambleReply) -> None:

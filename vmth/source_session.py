@@ -57,6 +57,7 @@ from vmth.handshake import (
     hear_handed_on,
     make_offer,
     open_connection,
+    open_timed,
 )
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.kept_image import KeptImage
@@ -233,8 +234,9 @@ class SourceSession:
             hear_filter(hear, sender)
         for index in range(self._options.channels):
             preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
-            with open_connection(self._endpoint, self._options.link, preamble, index + 1) as sock:
-                sender.add_channel(sock.fileno(), index)
+            sock, trip_ns = open_timed(self._endpoint, self._options.link, preamble, index + 1)
+            with sock:
+                sender.add_channel(sock.fileno(), index, trip_ns)
         self._resources.enter_context(
             ProgressWatch(sender, self._options.peer_timeout_s, self._peer_lost)
         )

@@ -64,8 +64,8 @@ class TransferCounters:
     torn_packets: int = 0  #: acknowledged with another digest than was read
     zerocopy_sends: int = 0
     zerocopy_copied: int = 0  #: completions that the kernel flagged as copied
-    rtt_ns: int = 0  #: smoothed round trip of the slowest channel (TCP_INFO); 0 where there is none
-    base_rtt_ns: int = 0  #: the least of the last minutes: with little queued on the way
+    rtt_ns: int = 0  #: of the slowest channel, TCP's smoothed one if it is more; 0: not known yet
+    base_rtt_ns: int = 0  #: the least: with little queued, to the other end of any tunnel
     retransmits: int = 0
     path_mtu: int = 0
     cpu_ns: int = 0  #: of the threads that send

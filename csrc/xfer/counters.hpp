@@ -66,10 +66,10 @@ struct ChannelInfo {
     bool opening = false;    // its window still grows: neither rate says what the link carries
 };
 
-// Of the slowest channel; zeros where no channel is TCP.
+// Of the slowest channel; zeros until something is known.
 struct PathInfo {
-    uint64_t rtt_ns = 0;
-    uint64_t base_rtt_ns = 0;
+    uint64_t rtt_ns = 0;       // TCP's smoothed one where that is more than the least trip
+    uint64_t base_rtt_ns = 0;  // the least: of TCP's, or of a packet and its acknowledgement
     uint64_t retransmits = 0;
     uint64_t path_mtu = 0;
 };

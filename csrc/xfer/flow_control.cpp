@@ -5,18 +5,13 @@
 #include <algorithm>
 #include <chrono>
 
+#include "xfer/steady_clock.hpp"
+
 namespace vmth {
 
 namespace {
 
 constexpr uint64_t min_window_packet = 64 * 1024;
-
-int64_t now_ns()
-{
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 }  // namespace
 
@@ -35,7 +30,7 @@ void FlowControl::set_window(uint64_t nbytes)
 void FlowControl::set_bandwidth(uint64_t bytes_per_second)
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    bucket_.set_rate(bytes_per_second, now_ns());
+    bucket_.set_rate(bytes_per_second, steady_ns());
     changed_.notify_all();
 }
 
@@ -61,7 +56,7 @@ bool FlowControl::reserve(uint64_t nbytes)
             changed_.wait(lock);
             continue;
         }
-        int64_t wait = bucket_.wait_ns(now_ns());
+        int64_t wait = bucket_.wait_ns(steady_ns());
         if (wait == 0) {
             reserved_ += nbytes;
             bucket_.take(static_cast<int64_t>(nbytes));

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "xfer/steady_clock.hpp"
+
 namespace vmth {
 
 namespace {
@@ -16,11 +18,6 @@ constexpr size_t told_runs = 4096;
 constexpr uint64_t scan_bits = 4096;
 
 using Clock = std::chrono::steady_clock;
-
-int64_t now_ns()
-{
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
-}
 
 bool is_read(const Job &job)
 {
@@ -254,7 +251,7 @@ bool JobQueue::pull_more(size_t worker, Batch &batch, uint64_t max_pages)
 void JobQueue::sent(size_t worker, uint64_t pages, uint64_t nbytes, uint64_t cpu_ns)
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    balance_.sent(worker, pages, nbytes, cpu_ns, now_ns());
+    balance_.sent(worker, pages, nbytes, cpu_ns, steady_ns());
     if (held_back_ > 0) {
         work_.notify_all();
     }
@@ -263,7 +260,7 @@ void JobQueue::sent(size_t worker, uint64_t pages, uint64_t nbytes, uint64_t cpu
 void JobQueue::acked(size_t worker, uint64_t nbytes)
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    balance_.acked(worker, nbytes, now_ns());
+    balance_.acked(worker, nbytes, steady_ns());
     if (held_back_ > 0) {
         work_.notify_all();
     }
@@ -285,7 +282,7 @@ uint64_t JobQueue::rate_bps(size_t worker) const
 bool JobQueue::opening(size_t worker) const
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    return balance_.opening(worker, now_ns());
+    return balance_.opening(worker, steady_ns());
 }
 
 size_t JobQueue::waiting() const

@@ -143,7 +143,7 @@ void Sender::check_no_barrier() const
     }
 }
 
-void Sender::add_channel(int fd, unsigned index)
+void Sender::add_channel(int fd, unsigned index, uint64_t trip_ns)
 {
     check_open();
     if (index >= VMTH_MAX_CHANNELS) {
@@ -161,7 +161,7 @@ void Sender::add_channel(int fd, unsigned index)
                                 "channel " + std::to_string(index) + " was added before");
         }
     }
-    auto channel = std::make_unique<SenderChannel>(shared_, fd, index, shared_.channels.size());
+    auto channel = std::make_unique<SenderChannel>(shared_, fd, index, shared_.channels.size(), trip_ns);
     SenderChannel &added = *channel;
     // First: whoever sees the channel may ask the queue for its rate.
     const size_t place = shared_.queue.add_worker();
@@ -505,6 +505,9 @@ PathInfo Sender::path_info() const
     PathInfo path;
     std::lock_guard<std::mutex> lock(shared_.mutex);
     for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
+        const uint64_t trip_ns = channel->least_trip_ns();
+        path.rtt_ns = std::max(path.rtt_ns, trip_ns);
+        path.base_rtt_ns = std::max(path.base_rtt_ns, trip_ns);
         vmth_sock_info info;
         if (vmth_sock_get_info(channel->channel().fd(), &info) != 0 || !info.tcp) {
             continue;

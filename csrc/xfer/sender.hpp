@@ -110,8 +110,9 @@ public:
     Sender(const Sender &) = delete;
     Sender &operator=(const Sender &) = delete;
 
-    // Channels are added before the first barrier; the descriptor is duplicated.
-    void add_channel(int fd, unsigned index);
+    // Channels are added before the first barrier; the descriptor is duplicated. `trip_ns`: what a short
+    // message took there and back; 0: unknown.
+    void add_channel(int fd, unsigned index, uint64_t trip_ns = 0);
 
     // What the destination says it has: the key and the number of entries, then the parts in order, all
     // before the first channel. Throws protocol for a set that is not one, and usage where reuse was not

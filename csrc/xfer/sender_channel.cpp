@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "xfer/steady_clock.hpp"
 #include "xfer/thread_clock.hpp"
 #include "xfer/worker_thread.hpp"
 
@@ -42,8 +43,9 @@ template <typename Body> void guarded(SenderShared &shared, const std::string &w
 
 }  // namespace
 
-SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place)
-    : shared_(shared), place_(place), channel_(fd, index, shared.options.ops),
+SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place,
+                             uint64_t trip_ns)
+    : shared_(shared), place_(place), channel_(fd, index, shared.options.ops), least_trip_ns_(trip_ns),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
                 shared.deltas, shared.reuse, shared.copies, shared.forms, shared.counters,
                 shared.options.packet_bytes},
@@ -146,6 +148,7 @@ void SenderChannel::send_batch(Batch &batch)
         SentPacket sent = builder_.finish(++seq_);
         shared_.flow.settle(reserved, sent.bytes);
         shared_.queue.sent(place_, taken_pages_, sent.bytes, built_ns);
+        sent.sent_ns = steady_ns();
         ledger_.push(std::move(sent));
         send_packet();
     }
@@ -216,6 +219,7 @@ void SenderChannel::send_control(vmth_packet_kind kind, uint32_t round)
         sent.bytes = sizeof(raw);
         shared_.flow.settle(0, sent.bytes);
         shared_.queue.sent(place_, 0, sent.bytes, 0);
+        sent.sent_ns = steady_ns();
         ledger_.push(std::move(sent));
     }
     iovec iov = {raw, sizeof(raw)};
@@ -436,6 +440,11 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     std::optional<SentPacket> sent = ledger_.pop(ack.seq);
     if (!sent) {
         throw packet_error(channel_.name(), {"ack.seq", ack.seq, ledger_.next()});
+    }
+    const auto trip_ns = static_cast<uint64_t>(steady_ns() - sent->sent_ns);
+    const uint64_t least_ns = least_trip_ns();
+    if (least_ns == 0 || trip_ns < least_ns) {
+        least_trip_ns_.store(trip_ns, std::memory_order_relaxed);
     }
     shared_.flow.acked(sent->bytes);
     shared_.queue.acked(place_, sent->bytes);

@@ -20,7 +20,7 @@ namespace vmth {
 class SenderChannel {
 public:
     // `place`: of its worker in the queue.
-    SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place);
+    SenderChannel(SenderShared &shared, int fd, unsigned index, size_t place, uint64_t trip_ns);
 
     void start();  // may throw; whoever owns the object joins what was started
     void join_worker();
@@ -28,6 +28,9 @@ public:
     Channel &channel() noexcept { return channel_; }
     bool drained() const { return ledger_.next() == 0; }
     const ChannelCounters &counters() const noexcept { return counters_; }
+    // The least time from a packet's going out to its acknowledgement; 0: none yet. Any thread. It is of
+    // the whole way to the peer, where TCP's own round trip may end at a tunnel's near end.
+    uint64_t least_trip_ns() const noexcept { return least_trip_ns_.load(std::memory_order_relaxed); }
     size_t place() const noexcept { return place_; }
 
 private:
@@ -61,6 +64,7 @@ private:
     std::thread worker_;
     std::thread reader_;
     std::atomic<bool> ending_{false};  // END is being sent: an end of stream is no failure any more
+    std::atomic<uint64_t> least_trip_ns_;  // written by the reader
     // Worker:
     PacketBuilder builder_;
     uint64_t seq_ = 0;

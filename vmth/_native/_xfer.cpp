@@ -443,7 +443,8 @@ void bind_sender(py::module_ &module)
                                view.size(), last);
             },
             py::arg("base"), py::arg("count"), py::arg("data"), py::arg("last"))
-        .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"), Release())
+        .def("add_channel", &Sender::add_channel, py::arg("fd"), py::arg("index"),
+             py::arg("trip_ns") = 0, Release())
         .def(
             "send",
             [](Sender &self, uint32_t block, uint64_t page, uint64_t npages, const py::object &bitmap,

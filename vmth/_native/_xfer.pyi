@@ -45,7 +45,7 @@ class Sender:
         """What the destination says it has, before the first channel; the parts follow."""
 
     def add_reuse(self, base: int, count: int, data: bytes, last: bool) -> None: ...
-    def add_channel(self, fd: int, index: int) -> None:
+    def add_channel(self, fd: int, index: int, trip_ns: int = 0) -> None:
         """A connected stream socket past its preamble; the sender duplicates it. Starts its
         threads."""
 

@@ -185,10 +185,11 @@ class NativeSender(_NativeEnd):
         with _translate:
             self._native.add_reuse(base, count, data, last)
 
-    def add_channel(self, fd: int, index: int) -> None:
-        """A connected stream socket past its preamble, duplicated. Before the first barrier."""
+    def add_channel(self, fd: int, index: int, trip_ns: int = 0) -> None:
+        """A connected stream socket past its preamble, duplicated. Before the first barrier.
+        ``trip_ns``: what a short message took there and back; 0: unknown."""
         with _translate:
-            self._native.add_channel(fd, index)
+            self._native.add_channel(fd, index, trip_ns)
         self._local[index] = local_address(fd)
 
     def counters(self) -> TransferCounters:

@@ -28,6 +28,7 @@ from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.pages_again import PagesAgain, without_ends
+from vmth.qemu.queue_bounds import START_AHEAD_BYTES, QueueBounds
 from vmth.qemu.ram import PageKind, Runs
 from vmth.qemu.steering import Helm
 from vmth.qemu.stream import (
@@ -54,22 +55,13 @@ LOOK_NS = 50_000_000
 #: Last pages that take so many times the downtime limit, or their forecast, are given up.
 LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
-#: Read of QEMU and not read by the page channels yet, at least; until the link is known, at most.
-MIN_AHEAD_BYTES = 256 << 10
-START_AHEAD_BYTES = 4 << 20
-MIN_WINDOW_BYTES = 256 << 10
-#: What may be under way when the guest is stopped: far from a pass's end, where only an order stops
-#: it, and near it, where QEMU does.
-MOST_QUEUED_NS = 8_000_000
-NEAR_QUEUED_NS = 2_000_000
+#: Left of a pass, near whose end QEMU may stop its guest.
 NEAR_BYTES = 64 << 20
 #: Before the end of a pass: QEMU looks ten times a second at what it may, so that some orders come
 #: too late and some too soon. Either costs another pass.
 ORDER_NS = 60_000_000
 #: Device state written and loaded, seal and ``cont``: 15 to 25 ms with 7.2 and 10.0.
 HANDOVER_NS = 20_000_000
-#: A round's bandwidth is believed when it has lasted so long.
-MEASURED_NS = 20_000_000
 #: Pages that multifd has brought twice: when so many wait (4 MiB), they land before the next one.
 #: Fewer where QEMU may stop its guest meanwhile: it counts them as sent.
 MOST_AGAIN_PAGES = 1024
@@ -129,7 +121,7 @@ class StreamPass:
     _pass_ends_at: int = 0  #: bytes given out at which QEMU's pass has begun; 0: none is awaited
     _started_ns: int = 0
     _looked_ns: int = 0
-    _opened: tuple[int, int] = (0, 0)  #: (time, bytes landed) while the channels' windows last grew
+    _bounds: QueueBounds = field(default_factory=QueueBounds)
     _limited_at_ns: int = 0
     _allowed: bool = False  #: QEMU stops when the rest fits
     _room_bytes: int | None = None  #: to be allowed when ``_allow_at_bytes`` are left
@@ -527,26 +519,19 @@ class StreamPass:
             self._stop_now()
 
     def _bound_ahead(self, now_ns: int) -> None:
-        """What is queued here at the pause is downtime: at most a tenth of the limit, and no more
-        than some milliseconds, beyond what the link needs (bandwidth x RTT)."""
-        counters = self.tools.sender.counters()
-        if counters.opening:  # little is in flight, and what lands does not tell the link
-            self._opened = now_ns, counters.acked_bytes
-            return
-        began = self._round_started_ns, self._before.acked_bytes
-        began_ns, began_bytes = max(began, self._opened)
-        lasted_ns = now_ns - began_ns
-        if lasted_ns < MEASURED_NS:
-            return
-        bps = (counters.acked_bytes - began_bytes) * _SECOND_NS / lasted_ns
-        bps = max([bps, *(stats.bandwidth_bps for stats in self.rounds[-4:])])
-        most_ns = NEAR_QUEUED_NS if self._near_end else MOST_QUEUED_NS
-        queued_ns = min(self.tools.tuning.downtime_limit_ns // 10, most_ns)
-        room_ns = counters.rtt_ns + queued_ns
-        room_bytes = int(bps * room_ns / _SECOND_NS)
-        self.tools.sender.set_window(max(MIN_WINDOW_BYTES, room_bytes))
-        self._ahead_limit_bytes = max(MIN_AHEAD_BYTES, room_bytes)
-        self.stream.limit_read(self._ahead_limit_bytes // 2)
+        tools = self.tools
+        bounds = self._bounds.look(
+            now_ns,
+            tools.sender.counters(),
+            (self._round_started_ns, self._before.acked_bytes),
+            max((stats.bandwidth_bps for stats in self.rounds[-4:]), default=0.0),
+            self._near_end,
+            tools.tuning.downtime_limit_ns,
+        )
+        if bounds is not None:
+            tools.sender.set_window(bounds.window_bytes)
+            self._ahead_limit_bytes = bounds.ahead_bytes
+            self.stream.limit_read(bounds.ahead_bytes // 2)
 
     def _show_throttle(self) -> None:
         if self.helm.throttle_percent != self.throttle_percent:
