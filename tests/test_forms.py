@@ -190,6 +190,7 @@ def test_a_source_that_offers_none_gets_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(handshake, "FEATURES", ())
     offer = handshake.make_offer(b"0" * 16, 1, [block], MigrateOptions(), {}, ["scope-stream"])
     monkeypatch.undo()
-    others = [handshake.SEAL_AHEAD, handshake.HANDED_ON, "scope-stream"]
+    seal, packed = handshake.SEAL_AHEAD, handshake.PACKED_STATE
+    others = [seal, handshake.HANDED_ON, packed, "scope-stream"]
     assert offer.features == others  # no form among them
-    assert handshake.common_features(offer) == [handshake.SEAL_AHEAD]
+    assert handshake.common_features(offer) == [seal, packed]

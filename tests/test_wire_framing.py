@@ -69,6 +69,7 @@ MESSAGES: list[m.Message] = [
     m.Ping(1),
     m.Pong((1 << 64) - 1),
     m.LastRound(7),
+    m.PackedState("cpu", 1, 0, bytes.fromhex("28b52ffd2000"), 9, True),
     m.HandedOn([1, 2, 5]),
     m.ReuseFilter(ID + TOKEN, 4),
     m.ReusePart(5, 4, bytes.fromhex("00000200ffff3a"), True),
@@ -183,7 +184,7 @@ BAD_FRAMES = [
         f"frame length: received {MAX_BODY_BYTES + 1} bytes, allowed {MAX_BODY_BYTES}",
     ),
     (frame(0x13, b"\x91\x01", reserved=1), "frame reserved bytes: received 0x0001, allowed 0"),
-    (frame(0x19, b""), "message type: received 0x0019, allowed 0x0001 to 0x0018"),
+    (frame(0x1A, b""), "message type: received 0x001a, allowed 0x0001 to 0x0019"),
     (frame(0x00, b""), "message type: received 0x0000"),
     (frame(0x13, b"\x91\x01")[:-1] + b"\x02", "frame checksum: received 0x"),
     (frame(0x13, b"\x91\xa1x"), "Ping: Expected `int`, got `str` - at `number`"),
@@ -205,7 +206,7 @@ def test_bad_frames_name_what_was_received_and_allowed(data: bytes, text: str) -
 
 def test_an_error_is_final() -> None:
     decoder = FrameDecoder()
-    decoder.feed(frame(0x19, b""))
+    decoder.feed(frame(0x1A, b""))
     for _ in range(2):
         with pytest.raises(StreamError, match="message type"):
             decoder.next_message()
@@ -330,7 +331,7 @@ def test_an_offer_too_large_for_a_frame_is_our_mistake() -> None:
             st.binary(max_size=40),
             st.builds(
                 frame,
-                st.sampled_from([*m.MESSAGE_TYPES, 0x19, 0x8002]),
+                st.sampled_from([*m.MESSAGE_TYPES, 0x1A, 0x8002]),
                 st.one_of(st.binary(max_size=40), st.just(msgspec.msgpack.encode(m.Ping(5)))),
             ),
             st.sampled_from(MESSAGES).map(FrameEncoder().encode),

@@ -69,6 +69,7 @@ from vmth.wire.messages import (
     Message,
     Mismatch,
     Offer,
+    PackedState,
     Paused,
     RefuseCode,
     Released,
@@ -91,7 +92,7 @@ _LOOKS_PER_TIMEOUT = 4
 
 MakeGuest = Callable[[Incoming], Guest]
 #: Messages that belong before the seal is answered.
-_WHILE_RECEIVING = (Paused, State, DigestRequest, LastRound, Seal)
+_WHILE_RECEIVING = (Paused, State, PackedState, DigestRequest, LastRound, Seal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +386,7 @@ class DestinationSession:
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
             self._paused = True
-        elif isinstance(message, State):
+        elif isinstance(message, State | PackedState):
             self._state.feed(message)
         elif isinstance(message, LastRound):
             self._expect_seal_ahead(message)

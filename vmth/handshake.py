@@ -38,6 +38,7 @@ from vmth.wire.messages import (
 __all__ = [
     "FEATURES",
     "HANDED_ON",
+    "PACKED_STATE",
     "SCOPE_STREAM",
     "SEAL_AHEAD",
     "WIRE_PAGE_BYTES",
@@ -68,6 +69,8 @@ HANDED_ON = "handed-on"
 #: Offered: Seal may come, behind LastRound, before the last pages have landed. Accepted: it waits
 #: for them there, which saves a round trip of downtime.
 SEAL_AHEAD = "seal-ahead"
+#: Offered: pieces of state may come as PackedState. Accepted: they are taken so too.
+PACKED_STATE = "packed-state"
 #: Bits of BlockFlags that a peer must know.
 _CRITICAL_FLAGS = 0xFFFF0000
 _KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
@@ -228,7 +231,7 @@ def make_offer(
             )
             for block in blocks
         ],
-        features=[*_offered(options), HANDED_ON, *features],
+        features=[*_offered(options), HANDED_ON, PACKED_STATE, *features],
         audit=options.audit,
         peer_timeout_ms=int(options.peer_timeout_s * 1000),
         vmth_version=__version__,
@@ -273,7 +276,7 @@ def hear_handed_on(receive: Callable[[], Message], accept: Accept, nblocks: int)
 
 def common_features(offer: Offer) -> list[str]:
     """Of what is offered, what this release speaks: a destination's answer."""
-    return [name for name in (*FEATURES, SEAL_AHEAD) if name in offer.features]
+    return [name for name in (*FEATURES, SEAL_AHEAD, PACKED_STATE) if name in offer.features]
 
 
 def check_offer(offer: Offer, preamble: Preamble, max_memory_bytes: int, peer: str) -> Incoming:

@@ -28,7 +28,7 @@ from vmth.channel.control import ControlConnection
 from vmth.channel.interface import Digest, PageSender
 from vmth.errors import StreamError, VerificationError
 from vmth.rounds import RoundEngine
-from vmth.state_streams import StateSummary
+from vmth.state_streams import StateSummary, StateTeller
 from vmth.types import RamBlock
 from vmth.wire.messages import (
     DigestReply,
@@ -61,13 +61,13 @@ class Sealer:
     sender: PageSender
     blocks: Sequence[RamBlock]
     digest_on: bool
-    say_state: Callable[[], StateSummary]  #: Paused and the guest's state, once
+    state: StateTeller  #: says it once
     send_seal: Callable[[Seal], None]
     mismatched: Callable[[], None]  #: told before the repair begins
     check_time: Callable[[], None]  #: raises VerificationError when no time is left to repair
     engine: RoundEngine | None = None  #: known when the first seal is said
     answer_timeout_s: float = 30.0
-    _state: StateSummary | None = None
+    _summary: StateSummary | None = None
     _said: Digest | None = None  #: in a seal that was not answered yet
 
     def last_pages_sent(self, round_: int) -> None:
@@ -84,7 +84,7 @@ class Sealer:
         """Returns the destination's digest, equal to ours when the digest is on. With ``rehash``
         both ends hash all memory anew first (audit). Raises VerificationError."""
         if rehash is not None:
-            self._state = self._state or self.say_state()
+            self._say_state()
             self._audit(rehash())
         for _ in range(MAX_SEAL_REPAIRS + 1):
             ours = self._said or self._say()
@@ -106,10 +106,14 @@ class Sealer:
         )
 
     def _say(self) -> Digest:
-        state = self._state = self._state or self.say_state()
+        state = self._say_state()
         ours = self._said = self.sender.digest() if self.digest_on else (0, 0, 0)
         self.send_seal(Seal(*ours, state.streams, state.total_bytes, state.crc32))
         return ours
+
+    def _say_state(self) -> StateSummary:
+        self._summary = self._summary or self.state.say()
+        return self._summary
 
     def _answer(self) -> Sealed | Mismatch:
         reply = self.control.receive(self.answer_timeout_s)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from vmth.channel.sockets import DialError
 from vmth.errors import (
     CancelledError,
+    ChannelError,
     GuestError,
+    InDoubtError,
     MigrationError,
     NotConvergedError,
     StreamError,
+    UsageError,
     VerificationError,
     VmthError,
 )
@@ -38,7 +42,7 @@ from vmth.wire.messages import (
     Seal,
 )
 
-__all__ = ["SourceRecord", "abort_code", "abort_error"]
+__all__ = ["SourceRecord", "abort_code", "abort_error", "why_it_ended"]
 
 log = logging.getLogger(__name__)
 
@@ -232,3 +236,28 @@ class SourceRecord:
         if isinstance(self._guest, CanDescribe):
             detail |= {f"guest.{key}": value for key, value in self._guest.describe().items()}
         return detail
+
+
+def why_it_ended(
+    error: BaseException,
+    record: SourceRecord | None,
+    cancelled: str,
+    peer_gone: VmthError | None,
+    peer_abort: Abort | None,
+) -> BaseException:
+    """Whose fault it was: a cancel or the peer's end shows first as a broken page channel."""
+    if record is not None and record.guest_paused_for_good:
+        if isinstance(error, InDoubtError):
+            return error
+        return InDoubtError(f"after the grant: {error}")
+    if cancelled:
+        return CancelledError(cancelled)
+    if isinstance(error, DialError):
+        return MigrationError(str(error))
+    if peer_abort is not None:
+        return abort_error(peer_abort)
+    if peer_gone is not None and isinstance(error, (ChannelError, CancelledError)):
+        return MigrationError(str(peer_gone))
+    if isinstance(error, (MigrationError, UsageError, KeyboardInterrupt, SystemExit)):
+        return error
+    return MigrationError(str(error) if isinstance(error, VmthError) else repr(error))

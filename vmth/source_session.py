@@ -28,7 +28,6 @@ from vmth.errors import (
     CancelledError,
     ChannelError,
     GuestError,
-    InDoubtError,
     MigrationError,
     NotResumedError,
     RefusedError,
@@ -50,6 +49,7 @@ from vmth.events import (
 from vmth.form_tuner import FormTuner, tuner_for
 from vmth.guest import CanTell, Guest
 from vmth.handshake import (
+    PACKED_STATE,
     SEAL_AHEAD,
     WIRE_PAGE_BYTES,
     accepted_scope,
@@ -68,9 +68,9 @@ from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
-from vmth.source_record import SourceRecord, abort_code, abort_error
+from vmth.source_record import SourceRecord, abort_code, why_it_ended
 from vmth.source_stats import downtime_parts, job_stats
-from vmth.state_streams import StateSummary, tell_state
+from vmth.state_streams import StateTeller, packing_pays
 from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
 from vmth.units import format_duration
@@ -141,8 +141,7 @@ class SourceSession:
         self._sealer: Sealer | None = None
         self._final: FinalPass | None = None
         self._scope = "memory"
-        self._seals_ahead = False
-        self._state_ns = (0, 0)  #: when the guest's state was saved: from, to
+        self._agreed: Sequence[str] = ()  #: features
         self._record: SourceRecord | None = None
         self._memory: list[MappedBlock] = []
         self._kept = KeptImage(options.keep_image)
@@ -296,24 +295,33 @@ class SourceSession:
         if not isinstance(reply, Accept):
             raise StreamError(f"received {type(reply).__name__}, allowed Accept or Refuse")
         self._scope = accepted_scope(offer, reply)
-        self._seals_ahead = SEAL_AHEAD in reply.features
+        self._agreed = reply.features
         return reply
 
     def _send_rounds(self) -> FinalPass:
         record, control = self._record, self._control
-        assert self._sender is not None and record is not None and control is not None
+        sender = self._sender
+        assert sender is not None and record is not None and control is not None
+
+        def packed() -> bool:
+            rounds = self._engine.rounds if self._engine is not None else ()
+            return PACKED_STATE in self._agreed and packing_pays(sender.counters(), rounds)
+
+        state = StateTeller(
+            control.send, self._guest, lambda: record.was_running, packed, self._clock
+        )
         self._sealer = Sealer(
             control=control,
-            sender=self._sender,
+            sender=sender,
             blocks=self._guest.blocks,
             digest_on=self._options.digest,
-            say_state=self._say_state,
+            state=state,
             send_seal=self._send_seal,
             mismatched=partial(record.apply, SourceEvent.MISMATCH),
             check_time=self._check_repair,
         )
         tools = RoundTools(
-            sender=self._sender,
+            sender=sender,
             policy=self._options.policy or StandardPolicy(),
             tuning=self.tuning,
             clock=self._clock,
@@ -325,7 +333,7 @@ class SourceSession:
             check=self._check_wake,
             job_started_ns=self._started_ns,
             journal_ns=record.journal_ns,
-            seal_ahead=self._sealer if self._seals_ahead else None,
+            seal_ahead=self._sealer if SEAL_AHEAD in self._agreed else None,
         )
         self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
@@ -353,7 +361,9 @@ class SourceSession:
         granted_ns = self._clock()
         self._emit(Granted(granted_ns))
         self._await_running()
-        parts = downtime_parts(final, self._state_ns, sealed_ns, granted_ns, self._running_ns)
+        parts = downtime_parts(
+            final, self._sealer.state.said_ns, sealed_ns, granted_ns, self._running_ns
+        )
         self._status = "completed"
         self._let_records_go()
         return replace(
@@ -365,13 +375,6 @@ class SourceSession:
             kept_image=self._kept.result,
             fallbacks=(*draft.fallbacks, *self._kept.notes),
         )
-
-    def _say_state(self) -> StateSummary:
-        assert self._control is not None and self._record is not None
-        began_ns = self._clock()
-        summary = tell_state(self._control.send, self._guest, self._record.was_running)
-        self._state_ns = began_ns, self._clock()
-        return summary
 
     def _send_seal(self, seal: Seal) -> None:
         assert self._record is not None
@@ -481,25 +484,8 @@ class SourceSession:
                 self._control.send(Abort(abort_code(outcome), str(outcome)[:1024]))
 
     def _outcome(self, error: BaseException) -> BaseException:
-        """Whose fault it was: a cancel or the peer's end shows first as a broken page channel."""
-        record = self._record
-        if record is not None and record.guest_paused_for_good:
-            return (
-                error
-                if isinstance(error, InDoubtError)
-                else InDoubtError(f"after the grant: {error}")
-            )
-        if self._cancelled:
-            return CancelledError(self._cancelled)
-        if isinstance(error, DialError):
-            return MigrationError(str(error))
-        if self._peer_abort is not None:
-            return abort_error(self._peer_abort)
-        if self._peer_gone is not None and isinstance(error, (ChannelError, CancelledError)):
-            return MigrationError(str(self._peer_gone))
-        if isinstance(error, (MigrationError, UsageError, KeyboardInterrupt, SystemExit)):
-            return error
-        return MigrationError(str(error) if isinstance(error, VmthError) else repr(error))
+        gone, abort = self._peer_gone, self._peer_abort
+        return why_it_ended(error, self._record, self._cancelled, gone, abort)
 
     def _wake(self, error: VmthError) -> None:
         if self._sender is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from vmth.codec import Codec
 from vmth.errors import GuestError, StreamError, UsageError, VmthError
 from vmth.guest import Guest, StateStream
-from vmth.wire.messages import Message, Paused, Seal, State
+from vmth.stats import RoundStats, TransferCounters
+from vmth.wire.messages import Message, PackedState, Paused, Seal, State
 
 __all__ = [
     "STATE_CHUNK_BYTES",
@@ -18,13 +20,20 @@ __all__ = [
     "StateCollector",
     "StateSender",
     "StateSummary",
-    "tell_state",
+    "StateTeller",
+    "packing_pays",
 ]
 
 STATE_CHUNK_BYTES = 256 << 10
 #: Of all streams of one guest together. A destination holds them in memory until the seal.
 STATE_MAX_BYTES = 256 << 20
 STATE_MAX_STREAMS = 1024
+#: Device state shrinks to a tenth: a connection that was idle then needs fewer round trips for it.
+#: Beyond so much it is like memory, and packing it takes longer than a fast link.
+PACKED_MAX_BYTES = 4 << 20
+PACKED_LEVEL = 1
+FAR_NS = 1_000_000
+SLOW_BPS = 200e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,12 @@ class StateSummary:
 
 
 class StateSender:
-    """Hand ``write`` to ``Guest.save_state``; each stream goes out as it comes."""
+    """Hand ``write`` to ``Guest.save_state``; each stream goes out as it comes. ``packed``: in zstd
+    frames, which takes time here and there, up to PACKED_MAX_BYTES."""
 
-    def __init__(self, send: Callable[[State], None]) -> None:
+    def __init__(self, send: Callable[[State | PackedState], None], packed: bool = False) -> None:
         self._send = send
+        self._codec = Codec() if packed else None
         self.summary = StateSummary()
 
     def write(self, stream: StateStream) -> None:
@@ -57,22 +68,57 @@ class StateSender:
                 f"so far, allowed {STATE_MAX_BYTES} bytes in {STATE_MAX_STREAMS}"
             )
         for offset, data, last in _chunks(stream.data):
-            self._send(State(stream.name, stream.version, offset, data, last))
+            frame = None
+            if self._codec is not None and done.total_bytes + offset < PACKED_MAX_BYTES:
+                frame = self._codec.compress(data, PACKED_LEVEL)
+            piece = (stream.name, stream.version, offset)
+            self._send(
+                State(*piece, data, last)
+                if frame is None
+                else PackedState(*piece, frame, len(data), last)
+            )
         self.summary = StateSummary(done.streams + 1, total, zlib.crc32(stream.data, done.crc32))
 
 
-def tell_state(send: Callable[[Message], None], guest: Guest, was_running: bool) -> StateSummary:
-    """Paused, then all state of the paused guest. Raises GuestError for a guest that cannot save
-    it, and what ``send`` raises."""
-    send(Paused(time.time_ns(), was_running))
-    state = StateSender(send)
-    try:
-        guest.save_state(state.write)
-    except VmthError:
-        raise
-    except Exception as error:
-        raise GuestError(f"the source guest could not save its state: {error}") from error
-    return state.summary
+class StateTeller:
+    """Says Paused, and then all state of the paused guest. One thread."""
+
+    def __init__(
+        self,
+        send: Callable[[Message], None],
+        guest: Guest,
+        was_running: Callable[[], bool],
+        packed: Callable[[], bool],
+        clock: Callable[[], int],
+    ) -> None:
+        """``was_running`` and ``packed`` are asked when it is said."""
+        self._send = send
+        self._guest = guest
+        self._was_running = was_running
+        self._packed = packed
+        self._clock = clock
+        self.said_ns = (0, 0)  #: from, to, on the clock
+
+    def say(self) -> StateSummary:
+        """Raises GuestError for a guest that cannot save it, and what ``send`` raises."""
+        began_ns = self._clock()
+        self._send(Paused(time.time_ns(), self._was_running()))
+        state = StateSender(self._send, self._packed())
+        try:
+            self._guest.save_state(state.write)
+        except VmthError:
+            raise
+        except Exception as error:
+            raise GuestError(f"the source guest could not save its state: {error}") from error
+        self.said_ns = began_ns, self._clock()
+        return state.summary
+
+
+def packing_pays(counters: TransferCounters, rounds: Sequence[RoundStats]) -> bool:
+    """On links where less state takes less time: far ones, by the round trips in which an idle
+    connection gets up to speed, and slow ones."""
+    bps = max((stats.bandwidth_bps for stats in rounds), default=0.0)
+    return counters.base_rtt_ns >= FAR_NS or 0 < bps < SLOW_BPS
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bool]]:
@@ -86,14 +132,18 @@ class StateCollector:
 
     def __init__(self) -> None:
         self.streams: list[StateStream] = []
+        self._codec = Codec()
         self._open: State | None = None
         self._parts: list[bytes] = []
         self._offset = 0
         self._total = 0
         self._crc32 = 0
 
-    def feed(self, message: State) -> None:
-        """Raises StreamError when chunks do not continue one another or grow beyond the bound."""
+    def feed(self, message: State | PackedState) -> None:
+        """Raises StreamError when chunks do not continue one another or grow beyond the bound, and
+        for a frame that does not hold what it should."""
+        if isinstance(message, PackedState):
+            message = self._unpacked(message)
         opened = self._open
         if opened is None:
             if len(self.streams) >= STATE_MAX_STREAMS:
@@ -121,6 +171,10 @@ class StateCollector:
         if message.last:
             self.streams.append(StateStream(message.name, message.version, b"".join(self._parts)))
             self._open, self._parts = None, []
+
+    def _unpacked(self, message: PackedState) -> State:
+        data = self._codec.decompress(message.frame, message.nbytes)
+        return State(message.name, message.version, message.offset, data, message.last)
 
     def check(self, seal: Seal) -> None:
         """Raises StreamError unless everything that the seal speaks of has arrived intact."""

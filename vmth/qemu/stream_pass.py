@@ -130,6 +130,8 @@ class StreamPass:
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
     _landing: _Landing = _Landing.NOT_YET
+    _last_ticket: int = 0
+    _filled: bool = False  #: what QEMU has never sent was sent as holes
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
@@ -143,11 +145,7 @@ class StreamPass:
         while not self._take(self._next_event()):
             self._look()
         self.was_running = self.tools.pause_guest()
-        self._finish_round()
-        while len(self._again):
-            self._begin_round(len(self._again))
-            self._finish_round()
-        self._fill_unsent()
+        self._land_all()
         stopped_ns = min(self.helm.stopped_ns or self._ended_ns, self._ended_ns)
         return FinalPass(
             tuple(self.rounds), self.was_running, stopped_ns, self._ended_ns, self.tools.clock()
@@ -155,7 +153,6 @@ class StreamPass:
 
     @property
     def guest_stopped(self) -> bool:
-        """By QEMU, for the last pages."""
         return bool(self._ended_ns) or self.helm.stopped_ns is not None
 
     def resend(self, block: int, pages: Sequence[int]) -> None:
@@ -166,8 +163,8 @@ class StreamPass:
         )
 
     def let_go(self) -> None:
-        """Of the dirty limit, which takes QEMU up to a second: a guest that is stopped comes first,
-        and is let go by ``close()``. Auto-converge ends with its migration."""
+        """Of the dirty limit, which takes QEMU up to a second: a stopped guest is let go by
+        ``close()``. Auto-converge ends with its migration."""
         if self.dirty_limit_bps and not self.guest_stopped:
             self._hold_dirty_rate(0)
 
@@ -287,6 +284,7 @@ class StreamPass:
 
     def _hold_back(self, ticket: int, nbytes: int) -> None:
         """The bytes stay until they were read; not more than the bound is read ahead."""
+        self._last_ticket = ticket
         self.stream.in_use(partial(self._wait_read, ticket))
         self._ahead.append((ticket, nbytes))
         self._ahead_bytes += nbytes
@@ -329,7 +327,7 @@ class StreamPass:
 
     def _land_last(self) -> None:
         """The last pages, and then those that were kept, land while the state is read."""
-        if not self.tools.sender.barrier(self._round, 1):
+        if not self._fill_unsent(1) or not self.tools.sender.barrier(self._round, 1):
             return
         self._landed()
         if not len(self._again):
@@ -339,11 +337,35 @@ class StreamPass:
         self._begin_round(len(self._again))
         self._land_last()
 
-    def _fill_unsent(self) -> None:
-        unsent = send_unsent_as_holes(self.tools.sender, self.guest.blocks, self._round)
-        if unsent:
-            self._land()
-            self.notes.append(f"{unsent} pages were not sent by QEMU, free in its guest: now zeros")
+    def _fill_unsent(self, timeout_ns: int) -> bool:
+        """What QEMU has never sent goes behind its last pages, once; False: they are still read."""
+        if not self._filled:
+            sender = self.tools.sender
+            if not sender.wait_read(self._last_ticket, timeout_ns):
+                return False
+            self._filled = True
+            unsent = send_unsent_as_holes(sender, self.guest.blocks, self._round)
+            if unsent:
+                told = f"{unsent} pages were not sent by QEMU, free in its guest: now zeros"
+                self.notes.append(told)
+        return True
+
+    def _land_all(self) -> None:
+        """All is here. The seal goes out behind the last pages where nothing was kept of them."""
+        while not self._fill_unsent(LOOK_NS):
+            self._check_late()
+        landed = self._landing is _Landing.DONE or len(self._again) > 0
+        ahead = None if landed else self.tools.seal_ahead
+        if ahead is not None:
+            while not self.tools.sender.sent(self._round, LOOK_NS):
+                self._check_late()
+            ahead.last_pages_sent(self._round)
+        self._finish_round()
+        if ahead is not None and len(self._again):
+            ahead.pages_missed()
+        while len(self._again):
+            self._begin_round(len(self._again))
+            self._finish_round()
 
     # -- rounds ------------------------------------------------------------------------------------
 
@@ -565,6 +587,7 @@ class StreamPass:
             limited_at_ns=self._limited_at_ns,
             journal_ns=self.tools.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
+            handover_trips=3 if self.tools.seal_ahead is None else 2,
         )
 
 

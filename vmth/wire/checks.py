@@ -252,6 +252,14 @@ RULES: dict[type[m.Message], dict[str, Check]] = {
     m.Pong: {"number": _U64},
     m.HandedOn: {"blocks": _rising_blocks},
     m.LastRound: {"round": _U32},
+    m.PackedState: {
+        "name": size(1, 255),
+        "version": _U32,
+        "offset": _U64,
+        "frame": size(1, MAX_STATE_CHUNK_BYTES),
+        "nbytes": between(1, MAX_STATE_CHUNK_BYTES),
+        "last": anything,
+    },
     m.ReuseFilter: {"key": size(32, 32), "entries": between(0, MAX_REUSE_ENTRIES)},
     m.ReusePart: {
         "base": _U64,

@@ -35,6 +35,7 @@ __all__ = [
     "Mismatch",
     "Mode",
     "Offer",
+    "PackedState",
     "Paused",
     "Ping",
     "Pong",
@@ -210,6 +211,17 @@ class State(Message, frozen=True):
     last: bool
 
 
+class PackedState(Message, frozen=True):
+    """State whose piece of ``nbytes`` is in one zstd frame, with the feature ``packed-state``."""
+
+    name: str
+    version: int
+    offset: int
+    frame: bytes
+    nbytes: int
+    last: bool
+
+
 class LastRound(Message, frozen=True):
     """Source, with the feature ``seal-ahead``: the next Seal is said behind the pages of this round
     and may come before they do. It is judged when its barriers were passed on every channel."""
@@ -350,5 +362,6 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     0x0016: ReusePart,
     0x0017: HandedOn,
     0x0018: LastRound,
+    0x0019: PackedState,
     0x8001: RoundDone,
 }
