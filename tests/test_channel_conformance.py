@@ -223,6 +223,23 @@ def test_round_trips_are_those_of_the_kernel(name: str, known: bool) -> None:
     assert known or counters.base_rtt_ns == counters.rtt_ns == 0
 
 
+def test_what_was_sent_has_its_digest_before_it_has_landed(pair: Harness) -> None:
+    assert not pair.receiver.wait_round(0, 1)
+    pair.send_all(0)
+    assert pair.sender.sent(0)
+    digest = pair.sender.digest()
+    assert digest[2] == sum(SHAPE)
+    assert pair.receiver.wait_round(0)  # whoever waits at the other end
+    assert pair.sender.barrier(0)
+    assert pair.receiver.digest() == pair.sender.digest() == digest
+    assert not pair.receiver.wait_round(1, 1)
+    assert pair.sender.sent(1)
+    with pytest.raises(UsageError, match="round 2, allowed 1"):
+        pair.sender.barrier(2)
+    assert pair.sender.barrier(1)
+    assert pair.receiver.wait_round(1)
+
+
 def test_a_page_twice_between_two_barriers_is_refused(pair: Harness) -> None:
     pair.sender.send(0, 0, 10, pair.bits[0], 0)
     with pytest.raises(UsageError, match="already sent"):

@@ -19,6 +19,7 @@ import pytest
 from memory_guest import PAGE, MemoryGuest
 
 import vmth
+from vmth.codec import Codec
 from vmth.errors import MigrationError
 from vmth.handshake import Incoming, make_offer, read_exactly
 from vmth.listener import Listener
@@ -39,8 +40,10 @@ from vmth.wire.messages import (
     DigestRequest,
     DigestSource,
     Grant,
+    LastRound,
     Message,
     Mismatch,
+    PackedState,
     Paused,
     Query,
     Refuse,
@@ -167,6 +170,9 @@ def test_an_offer_that_cannot_be_taken_is_refused_by_name(
 
 PAUSED = Paused(0, True)
 SEAL = Seal(0, 0, 0, 0, 0, 0)
+LAST = LastRound(0)
+#: Nine zeros.
+FRAME = Codec().compress(bytes(9), 1, 100) or b""
 ASK = DigestRequest(DigestSource.TABLE, 0, 0, NPAGES, 1)
 
 
@@ -188,6 +194,13 @@ ASK = DigestRequest(DigestSource.TABLE, 0, 0, NPAGES, 1)
         ([DigestRequest(DigestSource.TABLE, 0, 1, NPAGES, 1)], f"allowed up to {NPAGES}"),
         ([PAUSED, DigestRequest(DigestSource.MEMORY, 0, 0, 1, 1)], "audit offered False"),
         ([Abort(1, "changed my mind")], "changed my mind"),
+        ([LAST, PAUSED, SEAL, Abort(1, "changed my mind")], "changed my mind"),
+        ([LAST, PAUSED, SEAL, SEAL], "Seal while another waits"),
+        ([LAST, PAUSED, SEAL, LAST], "LastRound of round 0, allowed with 'seal-ahead' offered"),
+        ([LAST, SEAL, Grant(bytes(16))], "received receiver 00000000"),
+        ([PAUSED, PackedState("cpu", 1, 0, b"x", 8, True)], "zstd"),
+        ([PAUSED, PackedState("cpu", 1, 0, FRAME, 8, True)], "8"),
+        ([PAUSED, PackedState("cpu", 1, 5, FRAME, 9, True)], "received offset 5, allowed 0"),
     ],
 )
 def test_messages_out_of_order_end_the_session(
@@ -202,6 +215,35 @@ def test_memory_is_hashed_anew_only_while_paused(stage: Stage) -> None:
     stage.accepted(audit=True)
     stage.say(DigestRequest(DigestSource.MEMORY, 0, 0, 1, 1))
     stage.ends("paused False")
+
+
+def test_a_last_round_that_was_not_agreed_on(stage: Stage) -> None:
+    stage.accepted(features=[])
+    stage.say(LAST)
+    stage.ends("LastRound of round 0, allowed with 'seal-ahead' offered")
+
+
+def test_a_grant_while_the_seal_waits_starts_nothing(stage: Stage) -> None:
+    accept = stage.accepted()
+    stage.say(LAST, PAUSED, SEAL, Grant(accept.receiver_id))
+    stage.ends("handover in state receiving")
+
+
+def test_a_source_that_is_lost_while_its_seal_waits(stage: Stage) -> None:
+    stage.accepted()
+    stage.say(LAST, PAUSED, SEAL)
+    stage.sock.close()
+    stage.ends("closed the control connection")
+
+
+def test_a_page_channel_that_is_lost_while_the_seal_waits(stage: Stage) -> None:
+    accept = stage.accepted()
+    address = ("127.0.0.1", stage.listener.endpoint.port)
+    with socket.create_connection(address, 5) as pages:
+        pages.sendall(Preamble(Role.PAGE, SESSION, 0, accept.token).pack())
+        read_exactly(pages, PREAMBLE_REPLY_BYTES)
+        stage.say(LAST, PAUSED, SEAL)
+    stage.ends("without END")
 
 
 def test_a_grant_without_a_seal_starts_nothing(stage: Stage) -> None:

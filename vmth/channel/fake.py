@@ -278,7 +278,14 @@ class FakeSender:
         self._begin_barrier(round_)
         while self._jobs:
             self._transfer_next()
+        if self._link.late_barriers == 0:
+            self._landed(round_)
         return True
+
+    def _landed(self, round_: int) -> None:
+        with self._link.changed:
+            self._link.landed_round = round_
+            self._link.changed.notify_all()
 
     def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
         self._begin_barrier(round_)
@@ -287,9 +294,7 @@ class FakeSender:
             return False
         while self._jobs:
             self._transfer_next()
-        with self._link.changed:
-            self._link.landed_round = round_
-            self._link.changed.notify_all()
+        self._landed(round_)
         for claimed in self._claimed:
             claimed[:] = False
         self._pending = None

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bounds of what may be under way: a link of any length is filled within seconds, and a stop
+finds little more than the link itself holds. Links are simulated in steps of a millisecond."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmth.qemu.queue_bounds import (
+    GROWTH,
+    KEPT_NS,
+    MIN_AHEAD_BYTES,
+    MIN_WINDOW_BYTES,
+    MOST_QUEUED_NS,
+    NEAR_GROWTH,
+    NEAR_QUEUED_NS,
+    QueueBounds,
+)
+from vmth.stats import ChannelCounters, TransferCounters
+
+MS = 1_000_000
+LIMIT_NS = 300 * MS
+LOOK_MS = 50
+
+
+@dataclass
+class FarLink:
+    """A sender that always has more, held by its window; a queue in front of the link."""
+
+    bps: float
+    rtt_ms: int
+    window: float = 4 << 20
+    sent: float = 0.0
+    acked: float = 0.0
+    now_ms: int = 0
+    on_the_way: list[tuple[int, float]] = field(default_factory=list)  #: (due, bytes)
+    opening_ms: int = 0
+    near: bool = False
+    bounds: QueueBounds = field(default_factory=QueueBounds)
+    most_queued: float = 0.0
+
+    def run(self, ms: int) -> float:
+        """bytes/s that landed."""
+        before = self.acked
+        for _ in range(ms):
+            self.now_ms += 1
+            while self.on_the_way and self.on_the_way[0][0] <= self.now_ms:
+                self.acked += self.on_the_way.pop(0)[1]
+            room = max(0.0, self.window - (self.sent - self.acked))
+            nbytes = min(room, self.bps / 1000)
+            self.sent += nbytes
+            self.on_the_way.append((self.now_ms + max(1, self.rtt_ms), nbytes))
+            if self.now_ms % LOOK_MS == 0:
+                self._look()
+        return (self.acked - before) / ms * 1000
+
+    def _look(self) -> None:
+        opening = self.now_ms <= self.opening_ms
+        told = self.bounds.look(
+            self.now_ms * MS,
+            TransferCounters(
+                acked_bytes=int(self.acked),
+                wire_bytes=int(self.sent),
+                rtt_ns=self.rtt_ms * MS,
+                channels=(ChannelCounters(0, wire_bytes=1, opening=opening),),
+            ),
+            (0, 0),
+            0.0,
+            self.near,
+            LIMIT_NS,
+        )
+        if told is not None:
+            self.window = told.window_bytes
+            self.most_queued = max(self.most_queued, told.ahead_bytes)
+
+
+@pytest.mark.parametrize("bps", [1e6, 12.5e6, 125e6, 1.25e9])
+@pytest.mark.parametrize("rtt_ms", [0, 1, 20, 100, 250])
+@pytest.mark.parametrize("start", [64 << 10, 4 << 20, 64 << 20])
+def test_a_link_of_any_length_is_filled(bps: float, rtt_ms: int, start: int) -> None:
+    link = FarLink(bps, rtt_ms, window=start)
+    link.run(max(2000, 25 * rtt_ms))
+    assert link.run(1000) > 0.95 * bps
+    # And a stop finds no more than was meant, however fast the link seemed.
+    holds = bps * max(1, rtt_ms) / 1000
+    queued = bps * MOST_QUEUED_NS / 1e9
+    assert link.window <= max(MIN_WINDOW_BYTES, 1.1 * (GROWTH * holds + queued))
+    assert link.most_queued <= max(MIN_AHEAD_BYTES, 1.1 * 2 * queued)
+
+
+@pytest.mark.parametrize("rtt_ms", [1, 50])
+def test_little_more_than_the_link_holds_is_under_way_near_the_end(rtt_ms: int) -> None:
+    link = FarLink(125e6, rtt_ms)
+    link.run(3000)
+    link.near = True
+    assert link.run(1000) > 0.95 * 125e6
+    room = 125e6 * (NEAR_GROWTH * rtt_ms * MS + NEAR_QUEUED_NS) / 1e9
+    assert link.window <= max(MIN_WINDOW_BYTES, 1.1 * room)
+
+
+def test_a_link_that_got_slower_is_believed_after_a_while() -> None:
+    link = FarLink(125e6, 50)
+    link.run(3000)
+    fast = link.window
+    link.bps = 25e6
+    link.run(KEPT_NS // MS + 1000)
+    # What the whole round has brought so far still counts, of which most was the fast time's.
+    assert link.window < 0.7 * fast
+
+
+def test_what_lands_while_the_windows_open_tells_nothing() -> None:
+    link = FarLink(125e6, 50, window=100_000, opening_ms=1000)
+    link.run(1000)
+    assert link.window == 100_000
+    assert link.bounds.most_bps == 0
+    link.window = 64 << 20
+    link.run(60)
+    assert link.window == 64 << 20  # two round trips tell the rate, not one
+    link.run(2000)
+    assert link.run(1000) > 0.95 * 125e6
+
+
+def test_a_silent_link_has_the_least_window() -> None:
+    bounds = QueueBounds()
+    counters = TransferCounters(rtt_ns=50 * MS)
+    told = [bounds.look(at * MS, counters, (0, 0), 0.0, False, LIMIT_NS) for at in (50, 100, 200)]
+    assert told[0] is None
+    assert told[-1] is not None
+    assert (told[-1].window_bytes, told[-1].ahead_bytes) == (MIN_WINDOW_BYTES, MIN_AHEAD_BYTES)
