@@ -68,6 +68,9 @@ RECHECK_FACTOR = 2
 MAX_FAILED_RECHECKS = 3
 #: Rounds that are shorter are taken together to tell a dirty rate that is held to a limit.
 LEAST_COUNTED_NS = 100_000_000
+#: Of the handover's own time: a limit that leaves room for some pages.
+LIMIT_MARGIN = 1.2
+MS = 1_000_000
 #: Share of its limit to which a guest is held when its sets do not shrink all the same.
 STALLED_LIMIT = 0.8
 
@@ -184,7 +187,9 @@ class StandardPolicy:
                 else "going on without end, as no timeout is set"
             )
             return _decision(Action.CONTINUE, f"{text}; {until}", expected, verdict)
-        if view.on_stall is OnStall.CANCEL:
+        # What the guest writes is not what takes so long: it is not slowed down for nothing.
+        in_vain = forecast_downtime(view, 0).total_ns >= view.downtime_limit_ns
+        if view.on_stall is OnStall.CANCEL or in_vain:
             return _decision(Action.GIVE_UP, text, expected, verdict)
         if not view.can_throttle:
             return _decision(
@@ -336,12 +341,14 @@ def _verdict(view: RoundView) -> _Verdict:
     """Either of two bandwidths converges: one that outruns the first-touch rate, or one that sends
     the whole working set within the limit. All rounds are looked at, as the first are those whose
     length differs, unless a throttle made another workload of the older ones."""
+    nothing_ns = forecast_downtime(view, 0).total_ns
+    if nothing_ns >= view.downtime_limit_ns:
+        return _never(view, nothing_ns)
     model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
     page_cost = bytes_per_page(view)
     rate = bandwidth_bps(view)
     outrun = CONVERGE_MARGIN * model.first_touch_pps * page_cost
-    room_ns = view.downtime_limit_ns - forecast_downtime(view, 0).total_ns
-    at_once = model.working_set_pages * page_cost / room_ns * NS if room_ns > 0 else math.inf
+    at_once = model.working_set_pages * page_cost / (view.downtime_limit_ns - nothing_ns) * NS
     needed_bandwidth = min(outrun, at_once)
     needed_dirty = rate / CONVERGE_MARGIN * view.page_bytes / page_cost
     if math.isinf(model.first_touch_pps):
@@ -360,6 +367,19 @@ def _verdict(view: RoundView) -> _Verdict:
         needed_dirty,
         f"would converge with {with_bandwidth}a dirty rate below {format_rate(needed_dirty)} "
         f"(now {dirty_rate})",
+    )
+
+
+def _never(view: RoundView, nothing_ns: int) -> _Verdict:
+    """Neither bandwidth nor a guest that writes less would help: the handover itself takes longer
+    than the limit, most often on a far link."""
+    rtt_ns = view.base_rtt_ns or view.rtt_ns
+    return _Verdict(
+        0.0,
+        0.0,
+        f"the handover alone takes {format_duration(nothing_ns)}, of it {view.handover_trips} "
+        f"round trips of {format_duration(rtt_ns)}: would converge with a downtime limit of "
+        f"{format_duration(math.ceil(LIMIT_MARGIN * nothing_ns / MS) * MS)}",
     )
 
 
