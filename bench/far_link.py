@@ -65,7 +65,7 @@ def far_link(name: str, bits_per_second: int, round_trip_ms: float) -> Iterator[
     finally:
         if carrier is not None:
             carrier.terminate()
-            carrier.wait()
+            carrier.communicate()
         for namespace in (a, b):
             subprocess.run(["ip", "netns", "delete", namespace], check=False)
 
