@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=int, default=1000)
     parser.add_argument("--qemu", default="")
     parser.add_argument(
-        "--workload", default="idle", help="kind, or kind:MB/s over a quarter of it"
+        "--workload", default="idle", help="kind, or kind:MB/s"
     )
     given = parser.parse_args()
     kind, _, rate = given.workload.partition(":")
