@@ -81,7 +81,7 @@ class FarLink:
 @pytest.mark.parametrize("start", [64 << 10, 4 << 20, 64 << 20])
 def test_a_link_of_any_length_is_filled(bps: float, rtt_ms: int, start: int) -> None:
     link = FarLink(bps, rtt_ms, window=start)
-    link.run(max(2000, 25 * rtt_ms))
+    link.run(max(2500, 40 * rtt_ms))
     assert link.run(1000) > 0.95 * bps
     # And a stop finds no more than was meant, however fast the link seemed.
     holds = bps * max(1, rtt_ms) / 1000
@@ -122,10 +122,28 @@ def test_what_lands_while_the_windows_open_tells_nothing() -> None:
     assert link.run(1000) > 0.95 * 125e6
 
 
+@pytest.mark.parametrize("rtt_ms", [20, 100])
+def test_nothing_is_bounded_while_tcp_gets_up_to_speed(rtt_ms: int) -> None:
+    """Its window doubles with each round trip: what landed meanwhile is not the link's rate."""
+    link = FarLink(125e6, rtt_ms, window=64 << 20)
+    tcp = 80_000.0
+    while tcp < 125e6 * rtt_ms / 1000:
+        link.bps = tcp / rtt_ms * 1000
+        link.run(rtt_ms)
+        assert link.window == 64 << 20
+        tcp *= 2
+    link.bps = 125e6
+    link.run(20 * rtt_ms)
+    assert link.window < 64 << 20
+    assert link.run(1000) > 0.95 * 125e6
+
+
 def test_a_silent_link_has_the_least_window() -> None:
     bounds = QueueBounds()
     counters = TransferCounters(rtt_ns=50 * MS)
-    told = [bounds.look(at * MS, counters, (0, 0), 0.0, False, LIMIT_NS) for at in (50, 100, 200)]
+    told = [
+        bounds.look(at * MS, counters, (0, 0), 0.0, False, LIMIT_NS) for at in range(50, 1000, 50)
+    ]
     assert told[0] is None
     assert told[-1] is not None
     assert (told[-1].window_bytes, told[-1].ahead_bytes) == (MIN_WINDOW_BYTES, MIN_AHEAD_BYTES)

@@ -7,6 +7,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vmth import __version__
@@ -33,6 +34,7 @@ from vmth.wire.messages import (
     Offer,
     Refuse,
     RefuseCode,
+    Role,
 )
 
 __all__ = [
@@ -52,7 +54,7 @@ __all__ = [
     "hear_handed_on",
     "make_offer",
     "open_connection",
-    "open_timed",
+    "open_page_channels",
     "read_exactly",
     "read_preamble",
     "receive_before",
@@ -71,6 +73,8 @@ HANDED_ON = "handed-on"
 SEAL_AHEAD = "seal-ahead"
 #: Offered: pieces of state may come as PackedState. Accepted: they are taken so too.
 PACKED_STATE = "packed-state"
+#: Page connections that are being made; a destination takes no more than some dozens at a time.
+OPENED_AT_ONCE = 8
 #: Bits of BlockFlags that a peer must know.
 _CRITICAL_FLAGS = 0xFFFF0000
 _KNOWN_FLAGS = int(BlockFlags.ROM | BlockFlags.SHARED | BlockFlags.DISCARDABLE)
@@ -117,10 +121,34 @@ def open_connection(
     endpoint: Endpoint, options: LinkOptions, preamble: Preamble, index: int
 ) -> socket.socket:
     """Dial and exchange preambles. Raises ChannelError, StreamError or RefusedError."""
-    return open_timed(endpoint, options, preamble, index)[0]
+    return _open_timed(endpoint, options, preamble, index)[0]
 
 
-def open_timed(
+def open_page_channels(
+    endpoint: Endpoint, options: LinkOptions, session_id: bytes, token: bytes, channels: int
+) -> list[tuple[socket.socket, int]]:
+    """All of them, several at once: each takes two round trips. By index; with each the ns that its
+    preamble took there and back. Raises what the first that failed raises, with none left open."""
+
+    def open_one(index: int) -> tuple[socket.socket, int]:
+        preamble = Preamble(Role.PAGE, session_id, index, token)
+        return _open_timed(endpoint, options, preamble, index + 1)
+
+    if channels == 1:
+        return [open_one(0)]
+    with ThreadPoolExecutor(min(channels, OPENED_AT_ONCE), "vmth-dial") as pool:
+        opening = [pool.submit(open_one, index) for index in range(channels)]
+    failed = [future.exception() for future in opening]
+    for error in failed:
+        if error is not None:
+            for future in opening:
+                if future.exception() is None:
+                    future.result()[0].close()
+            raise error
+    return [future.result() for future in opening]
+
+
+def _open_timed(
     endpoint: Endpoint, options: LinkOptions, preamble: Preamble, index: int
 ) -> tuple[socket.socket, int]:
     """``open_connection``, and the ns that the preamble took there and back."""

@@ -57,7 +57,7 @@ from vmth.handshake import (
     hear_handed_on,
     make_offer,
     open_connection,
-    open_timed,
+    open_page_channels,
 )
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.kept_image import KeptImage
@@ -231,10 +231,17 @@ class SourceSession:
         sender.set_bandwidth(self.tuning.bandwidth_bps)
         if REUSE in accept.features:
             hear_filter(hear, sender)
-        for index in range(self._options.channels):
-            preamble = Preamble(Role.PAGE, self.session_id, index, accept.token)
-            sock, trip_ns = open_timed(self._endpoint, self._options.link, preamble, index + 1)
-            with sock:
+        opened = open_page_channels(
+            self._endpoint,
+            self._options.link,
+            self.session_id,
+            accept.token,
+            self._options.channels,
+        )
+        with contextlib.ExitStack() as stack:
+            for sock, _ in opened:
+                stack.enter_context(sock)
+            for index, (sock, trip_ns) in enumerate(opened):
                 sender.add_channel(sock.fileno(), index, trip_ns)
         self._resources.enter_context(
             ProgressWatch(sender, self._options.peer_timeout_s, self._peer_lost)

@@ -31,6 +31,11 @@ GROWTH = 2.0
 NEAR_GROWTH = 1.25
 #: A rate is of at least so long, and of two round trips: acknowledgements come in bursts.
 MEASURED_NS = 20_000_000
+#: On links from so far on TCP takes a second to get up to speed: nothing is bounded before it has.
+FAR_NS = 5_000_000
+#: It has when in so many times the time of a rate it did not grow by a quarter.
+SETTLES = 3
+GROWS = 1.25
 #: The most of so long counts.
 KEPT_NS = 10_000_000_000
 _SECOND_NS = 1_000_000_000
@@ -49,6 +54,8 @@ class QueueBounds:
     _opened: tuple[int, int] = (0, 0)  #: as below, while the channels' windows last grew
     _marks: deque[tuple[int, int]] = field(default_factory=deque)  #: (ns, bytes acknowledged)
     _most: deque[tuple[int, float]] = field(default_factory=deque)  #: (ns, bytes/s), falling
+    _grew: tuple[int, float] = (0, 0.0)  #: (ns, bytes/s)
+    _settled: bool = False
 
     def look(
         self,
@@ -71,7 +78,7 @@ class QueueBounds:
         self._see(now_ns, acked_bytes, rtt_ns)
         began_ns, began_bytes = max(round_began, self._opened)
         lasted_ns = now_ns - began_ns
-        if lasted_ns < MEASURED_NS or (not self._most and lasted_ns < 2 * rtt_ns):
+        if lasted_ns < MEASURED_NS or not (near or self._up_to_speed(now_ns, rtt_ns)):
             return None
         bps = max(late_bps, (acked_bytes - began_bytes) * _SECOND_NS / lasted_ns)
         most_ns = min(downtime_limit_ns // 10, NEAR_QUEUED_NS if near else MOST_QUEUED_NS)
@@ -87,6 +94,15 @@ class QueueBounds:
     def most_bps(self) -> float:
         """What landed in a second, at most, of late; 0: not known yet."""
         return self._most[0][1] if self._most else 0.0
+
+    def _up_to_speed(self, now_ns: int, rtt_ns: int) -> bool:
+        """Once and for all."""
+        grew_ns, grew_bps = self._grew
+        if self.most_bps > GROWS * grew_bps:
+            self._grew = now_ns, self.most_bps
+        elif self._most:
+            self._settled |= now_ns - grew_ns >= SETTLES * max(MEASURED_NS, 2 * rtt_ns)
+        return self._settled or rtt_ns < FAR_NS
 
     def _see(self, now_ns: int, acked_bytes: int, rtt_ns: int) -> None:
         marks, most, span_ns = self._marks, self._most, max(MEASURED_NS, 2 * rtt_ns)
