@@ -64,6 +64,7 @@ class FarLink:
                 acked_bytes=int(self.acked),
                 wire_bytes=int(self.sent),
                 rtt_ns=self.rtt_ms * MS,
+                base_rtt_ns=self.rtt_ms * MS,
                 channels=(ChannelCounters(0, wire_bytes=1, opening=opening),),
             ),
             (0, 0),
@@ -140,7 +141,7 @@ def test_nothing_is_bounded_while_tcp_gets_up_to_speed(rtt_ms: int) -> None:
 
 def test_a_silent_link_has_the_least_window() -> None:
     bounds = QueueBounds()
-    counters = TransferCounters(rtt_ns=50 * MS)
+    counters = TransferCounters(rtt_ns=50 * MS, base_rtt_ns=50 * MS)
     told = [
         bounds.look(at * MS, counters, (0, 0), 0.0, False, LIMIT_NS) for at in range(50, 1000, 50)
     ]

@@ -26,12 +26,13 @@ MIN_WINDOW_BYTES = 256 << 10
 #: it, and near it, where QEMU does.
 MOST_QUEUED_NS = 8_000_000
 NEAR_QUEUED_NS = 2_000_000
-#: So many times what a round trip brought may be under way.
+#: So many times what a round trip brought may be under way on a far link. On others the queue is
+#: room enough to grow, and more than needed costs the caches.
 GROWTH = 2.0
 NEAR_GROWTH = 1.25
 #: A rate is of at least so long, and of two round trips: acknowledgements come in bursts.
 MEASURED_NS = 20_000_000
-#: On links from so far on TCP takes a second to get up to speed: nothing is bounded before it has.
+#: From so far on TCP takes a second to get up to speed: nothing is bounded before it has.
 FAR_NS = 5_000_000
 #: It has when in so many times the time of a rate it did not grow by a quarter.
 SETTLES = 3
@@ -78,12 +79,16 @@ class QueueBounds:
         self._see(now_ns, acked_bytes, rtt_ns)
         began_ns, began_bytes = max(round_began, self._opened)
         lasted_ns = now_ns - began_ns
-        if lasted_ns < MEASURED_NS or not (near or self._up_to_speed(now_ns, rtt_ns)):
+        far = counters.base_rtt_ns >= FAR_NS
+        if lasted_ns < MEASURED_NS or (far and not (self._up_to_speed(now_ns, rtt_ns) or near)):
             return None
         bps = max(late_bps, (acked_bytes - began_bytes) * _SECOND_NS / lasted_ns)
         most_ns = min(downtime_limit_ns // 10, NEAR_QUEUED_NS if near else MOST_QUEUED_NS)
         queued = bps * most_ns / _SECOND_NS
-        trip = max(bps, self.most_bps) * rtt_ns / _SECOND_NS * (NEAR_GROWTH if near else GROWTH)
+        trip = bps * rtt_ns / _SECOND_NS
+        if far:
+            most = max(bps, self.most_bps) * (NEAR_GROWTH if near else GROWTH)
+            trip = most * rtt_ns / _SECOND_NS
         return Bounds(
             max(MIN_WINDOW_BYTES, int(trip + queued)),
             # A far link holds much, but not of what has not gone out.
@@ -102,7 +107,7 @@ class QueueBounds:
             self._grew = now_ns, self.most_bps
         elif self._most:
             self._settled |= now_ns - grew_ns >= SETTLES * max(MEASURED_NS, 2 * rtt_ns)
-        return self._settled or rtt_ns < FAR_NS
+        return self._settled
 
     def _see(self, now_ns: int, acked_bytes: int, rtt_ns: int) -> None:
         marks, most, span_ns = self._marks, self._most, max(MEASURED_NS, 2 * rtt_ns)
