@@ -52,11 +52,15 @@ class FakeWatchdog:
     made: list[FakeWatchdog] = field(default_factory=list)
     order: tuple[Any, ...] = ()
     alive: bool = True
+    told: list[bool] = field(default_factory=list)
 
     def __call__(self, *order: Any, **options: Any) -> FakeWatchdog:
         dog = FakeWatchdog(order=(*order, options))
         self.made.append(dog)
         return dog
+
+    def stopped_elsewhere(self, elsewhere: bool) -> None:
+        self.told.append(elsewhere)
 
     def done(self) -> None:
         self.alive = False
@@ -203,6 +207,23 @@ def test_a_guest_that_was_stopped_meanwhile_is_not_set_running(scene: Scene) -> 
         with pytest.raises(MigrationError, match="no such device"):
             scene.start(qemu).wait(20)
         assert "cont" not in qemu.qmp.commands() and qemu.settings_are_back
+
+
+def test_a_guest_that_is_stopped_before_its_state_came_is_not_set_running(
+    scene: Scene, watchdogs: list[FakeWatchdog]
+) -> None:
+    """The stream has not told, and a QEMU before 8.2 calls every guest postmigrate by then."""
+    with MigratingQemu(scene.folder, stops_after=HALF) as qemu:
+        job = scene.start(qemu)
+        wait_until(lambda: bool(scene.guests))
+        qemu.status, qemu.was = "io-error", "postmigrate"
+        qemu.qmp.emit("STOP")
+        wait_until(lambda: watchdogs[0].told == [True])
+        job.cancel()
+        with pytest.raises(CancelledError):
+            job.wait(20)
+        assert "cont" not in qemu.qmp.commands() and qemu.settings_are_back
+        assert qemu.status == "postmigrate" and not watchdogs[0].alive
 
 
 def test_a_cancel_leaves_the_source_as_it_was(scene: Scene, watchdogs: list[FakeWatchdog]) -> None:

@@ -136,3 +136,37 @@ def test_passes_stops_and_what_is_left_are_heard(fake: FakeQmp, steering: Steeri
     assert fake.commands().count("query-migrate") == 1  # a stopped guest is not kept waiting
     fake.emit("RESUME")
     wait_until(lambda: steering.stopped_ns is None)
+
+
+def test_a_stop_by_somebody_else_is_told_apart_from_the_migrations_own(fake: FakeQmp) -> None:
+    told: list[bool] = []
+    state = "running"
+    fake.answers["query-status"] = lambda _: {"status": state}
+    with (
+        Qmp(fake.path) as qmp,
+        Steering(qmp, MigrationSettings(qmp), on_stopped_elsewhere=told.append),
+    ):
+
+        def happens(event: str, run_state: str) -> None:
+            nonlocal state
+            state = run_state
+            asked = fake.commands().count("query-status")
+            fake.emit(event)
+            wait_until(lambda: fake.commands().count("query-status") > asked)
+
+        happens("STOP", "finish-migrate")  # the migration's own
+        happens("RESUME", "running")
+        assert told == []
+        happens("STOP", "io-error")
+        happens("STOP", "postmigrate")  # stopped for its last pages as well: it stays known
+        happens("RESUME", "running")
+        happens("STOP", "paused")
+        wait_until(lambda: told == [True, False, True])
+
+
+def test_a_qemu_that_keeps_its_run_state_is_not_asked(fake: FakeQmp, steering: Steering) -> None:
+    fake.emit("STOP")
+    wait_until(lambda: steering.stopped_ns is not None)
+    steering.allow_downtime(MS)
+    wait_until(lambda: fake.parameters["downtime-limit"] == 1)
+    assert "query-status" not in fake.commands()

@@ -207,6 +207,24 @@ def test_a_guest_that_was_not_running_is_never_resumed(tmp_path: Path, hasty: No
         assert "cont" not in fake.commands()
 
 
+@pytest.mark.parametrize("told", [[True], [True, False], [False, True]])
+def test_a_guest_that_somebody_else_has_stopped_stays_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], told: list[bool]
+) -> None:
+    """What the mover knew last counts. The real process, whose mover ends without a word."""
+    with FakeQmp(tmp_path / "qmp") as fake:
+        states = iter(["finish-migrate"] * 3)
+        fake.answers["query-status"] = lambda _: {"status": next(states, "running")}
+        fake.answers["query-migrate"] = {"status": "failed"}
+        dog = Watchdog(fake.path, {}, SESSION, state_dir=tmp_path)
+        for elsewhere in told:
+            dog.stopped_elsewhere(elsewhere)
+        dog._let_go()
+    said = capfd.readouterr().err
+    assert ("the guest is finish-migrate here" in said) is told[-1]
+    assert ("the guest runs here" in said) is not told[-1]
+
+
 def test_a_completed_migration_is_never_resumed(tmp_path: Path, hasty: None) -> None:
     with FakeQmp(tmp_path / "qmp") as fake:
         fake.capabilities["events"] = True

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 #: What becomes of a source QEMU whose guest runs elsewhere.
 ON_SUCCESS = ("quit", "keep")
+#: Versions from here on keep through a migration that somebody has stopped the guest.
+KEEPS_RUN_STATE = (8, 2)
 #: QEMU paces nothing: the socket that we read is the measure of its bandwidth.
 UNBOUNDED_BPS = 1 << 44
 #: Ways of multifd to compress that are read here; a source that uses another one is set to none.
@@ -281,7 +283,15 @@ class QemuMigration:
         stack.callback(watchdog.done)
         # Put back while the watchdog still watches.
         stack.callback(self._restore)
-        self._steering = stack.enter_context(Steering(self._qmp, self._settings, self._clock))
+
+        def stopped(elsewhere: bool) -> None:
+            self._guest.left_stopped = elsewhere
+            watchdog.stopped_elsewhere(elsewhere)
+
+        keeps_run_state = self._qmp.version[:2] >= KEEPS_RUN_STATE
+        self._steering = stack.enter_context(
+            Steering(self._qmp, self._settings, self._clock, None if keeps_run_state else stopped)
+        )
 
     def _capabilities(self) -> dict[str, bool]:
         return {

@@ -58,7 +58,7 @@ from vmth.qemu.settings import (
     migration_status,
     parameters_of,
 )
-from vmth.qemu.source import RUNS
+from vmth.qemu.steering import RUNS
 from vmth.qemu.stream import StreamFinished
 
 __all__ = ["OnSuccess", "SaveOptions", "SaveProgress", "SaveResult", "save"]

@@ -31,7 +31,7 @@ from vmth.qemu.launch import process_identity
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
 from vmth.qemu.settings import MigrationSettings, is_over, migration_status
-from vmth.qemu.steering import Helm
+from vmth.qemu.steering import OWN_STOPS, RUNS, Helm
 from vmth.qemu.stream import (
     BlockListed,
     Configuration,
@@ -60,7 +60,6 @@ RESUME_S = 30.0
 NOTICES_S = 5.0
 QUIT_S = 10.0
 LOOK_S = 0.005
-RUNS = frozenset({"running", "suspended"})
 MAX_ENTRY_BYTES = 1024
 
 
@@ -74,6 +73,7 @@ class StoppedQemu:
     def __init__(self, qmp: Qmp, on_success: str = "quit") -> None:
         self.qmp = qmp
         self.on_success = on_success
+        self.left_stopped = False  #: somebody else has stopped the guest, and it stays so
         self._released = False
 
     def pause(self) -> bool:
@@ -90,8 +90,8 @@ class StoppedQemu:
             while (status := self.qmp.status()) not in RUNS:
                 waited_s = time.monotonic() - begun
                 over = is_over(migration_status(self.qmp))
-                if over and status not in ("finish-migrate", "postmigrate"):
-                    log.warning("%s: the guest is %r by somebody else", self.qmp.path, status)
+                if over and (self.left_stopped or status not in OWN_STOPS):
+                    log.warning("%s: the guest was stopped by somebody else", self.qmp.path)
                     return
                 if waited_s > RESUME_S:
                     raise GuestError(

@@ -20,7 +20,7 @@ from vmth.qemu.dirty_limit import VcpuLimits
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.settings import MigrationSettings
 
-__all__ = ["HELD_DOWNTIME_MS", "MAX_DOWNTIME_LIMIT_MS", "Helm", "Steering"]
+__all__ = ["HELD_DOWNTIME_MS", "MAX_DOWNTIME_LIMIT_MS", "OWN_STOPS", "RUNS", "Helm", "Steering"]
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 HELD_DOWNTIME_MS = 1
 #: Of QEMU: it stops its guest at once.
 MAX_DOWNTIME_LIMIT_MS = 2_000_000
+RUNS = frozenset({"running", "suspended"})
+OWN_STOPS = frozenset({"finish-migrate", "postmigrate"})
 #: QEMU answers when its last pages are read, which a slow link delays.
 ANSWER_TIMEOUT_S = 60.0
 
@@ -73,7 +75,11 @@ class Steering:
         qmp: Qmp,
         settings: MigrationSettings,
         clock: Callable[[], int] = time.monotonic_ns,
+        on_stopped_elsewhere: Callable[[bool], None] | None = None,
     ) -> None:
+        """``on_stopped_elsewhere``: called on the steering thread, True when somebody else, or an
+        error, has stopped the guest, False when it runs again. QEMU is asked for its run state
+        then; None: not, which a QEMU does not need that keeps it by itself (from 8.2 on)."""
         self._qmp = qmp
         self._settings = settings
         self._limits = VcpuLimits(qmp)
@@ -87,6 +93,8 @@ class Steering:
         self.remaining_bytes = 0
         self.throttle_percent = 0
         self.stopped_ns: int | None = None
+        self._on_stopped_elsewhere = on_stopped_elsewhere
+        self._stopped_elsewhere = False
         self._forget_events = qmp.on_event(self._heard)
         self._thread = threading.Thread(target=self._steer, name="vmth-steer", daemon=True)
         self._thread.start()
@@ -131,10 +139,10 @@ class Steering:
             self.passes = int(event.data.get("pass", self.passes + 1))
             if self.stopped_ns is None:  # nothing is left to decide, and asking takes a core
                 self._orders.put(self._look)
-        elif event.name == "STOP":
-            self.stopped_ns = self._clock()
-        elif event.name == "RESUME":
-            self.stopped_ns = None
+        elif event.name in ("STOP", "RESUME"):
+            self.stopped_ns = self._clock() if event.name == "STOP" else None
+            if self._on_stopped_elsewhere is not None:
+                self._orders.put(self._ask_who)
 
     def _steer(self) -> None:
         while (order := self._orders.get()) is not None:
@@ -156,6 +164,16 @@ class Steering:
         if ram is not None:
             self.remaining_bytes = int(ram["remaining"])
         self._limits.share_anew()
+
+    def _ask_who(self) -> None:
+        """A migration stops its guest in a run state of its own."""
+        state = self._qmp.status()
+        if state in OWN_STOPS:
+            return  # a guest that was stopped before stays known as that
+        elsewhere = state not in RUNS
+        if elsewhere != self._stopped_elsewhere and self._on_stopped_elsewhere is not None:
+            self._stopped_elsewhere = elsewhere
+            self._on_stopped_elsewhere(elsewhere)
 
     def _hold(self) -> None:
         if self._rate_bps:

@@ -8,7 +8,8 @@ is the mover's death:
 
     setup, active, device   QEMU gives up by itself; cancelled if it does not within NOTICES_S
     pre-switchover          cancelled: the destination does not have the guest's state yet
-    then failed, cancelled  the guest runs here again; the settings are put back
+    then failed, cancelled  the guest runs here again, unless the mover knew that somebody else has
+                            stopped it; the settings are put back
     completed (postmigrate) the guest stays paused: it may have been granted to the destination,
                             which stands in the journal; the command that settles it is reported
 
@@ -18,6 +19,7 @@ journal. It ends in any case within BOUND_S.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ NOTICES_S = 10.0
 BOUND_S = 120.0
 LOOK_S = 0.02
 DONE = b"done\n"
+STOPPED = b"stopped elsewhere\n"
+RUNS_AGAIN = b"runs again\n"
 READY = b"ready\n"
 
 
@@ -94,6 +98,12 @@ class Watchdog:
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid
+
+    def stopped_elsewhere(self, elsewhere: bool) -> None:
+        """Somebody else has stopped the guest, or made it run again: the process leaves it so. Any
+        thread, before ``done()``."""
+        with contextlib.suppress(GuestError):  # it has ended: nothing will be done
+            self._tell(STOPPED if elsewhere else RUNS_AGAIN)
 
     def done(self) -> None:
         """The mover has settled everything itself: the process ends without a word. Idempotent."""
@@ -152,8 +162,10 @@ def main() -> None:
         return
     order = _Order(**json.loads(first))
     os.write(sys.stdout.fileno(), READY)
-    if sys.stdin.buffer.readline() == DONE:
-        return
+    while line := sys.stdin.buffer.readline():
+        if line == DONE:
+            return
+        order = replace(order, was_running=line == RUNS_AGAIN)
     try:
         said, todo = _act(order, time.monotonic() + BOUND_S)
     except VmthError as error:
