@@ -123,10 +123,11 @@ def test_what_lands_while_the_windows_open_tells_nothing() -> None:
     assert link.run(1000) > 0.95 * 125e6
 
 
+@pytest.mark.parametrize("near", [False, True])  # a small guest is near its end at once
 @pytest.mark.parametrize("rtt_ms", [20, 100])
-def test_nothing_is_bounded_while_tcp_gets_up_to_speed(rtt_ms: int) -> None:
+def test_nothing_is_bounded_while_tcp_gets_up_to_speed(rtt_ms: int, near: bool) -> None:
     """Its window doubles with each round trip: what landed meanwhile is not the link's rate."""
-    link = FarLink(125e6, rtt_ms, window=64 << 20)
+    link = FarLink(125e6, rtt_ms, window=64 << 20, near=near)
     tcp = 80_000.0
     while tcp < 125e6 * rtt_ms / 1000:
         link.bps = tcp / rtt_ms * 1000

@@ -80,7 +80,7 @@ class QueueBounds:
         began_ns, began_bytes = max(round_began, self._opened)
         lasted_ns = now_ns - began_ns
         far = counters.base_rtt_ns >= FAR_NS
-        if lasted_ns < MEASURED_NS or (far and not (self._up_to_speed(now_ns, rtt_ns) or near)):
+        if lasted_ns < MEASURED_NS or (far and not self._up_to_speed(now_ns, rtt_ns)):
             return None
         bps = max(late_bps, (acked_bytes - began_bytes) * _SECOND_NS / lasted_ns)
         most_ns = min(downtime_limit_ns // 10, NEAR_QUEUED_NS if near else MOST_QUEUED_NS)
