@@ -334,6 +334,26 @@ def test_what_is_in_flight_is_bounded_once_the_link_is_known() -> None:
     assert loop.link.sender.window_bytes == max(256 << 10, int(best_bps * 0.03))
 
 
+@pytest.mark.parametrize(("rtt_ms", "trips"), [(1, 1), (4, 1), (5, 2), (100, 2)])
+def test_a_far_link_may_hold_more_than_a_round_has_shown(
+    monkeypatch: pytest.MonkeyPatch, rtt_ms: int, trips: int
+) -> None:
+    guest = LoopGuest([1024])
+    for page in range(1024):
+        guest.write(0, page, 1)
+    loop = Loop(guest, FixedRoundsPolicy(1), live=False)
+    counted, rtt_ns = loop.link.sender.counters, rtt_ms * 1_000_000
+    monkeypatch.setattr(
+        loop.link.sender,
+        "counters",
+        lambda: replace(counted(), rtt_ns=rtt_ns, base_rtt_ns=rtt_ns),
+    )
+    loop.precopy.run()
+    best_bps = max(stats.bandwidth_bps for stats in loop.precopy.rounds)
+    room = best_bps * (trips * rtt_ms + 30) / 1e3
+    assert loop.link.sender.window_bytes == pytest.approx(max(256 << 10, room), abs=1)
+
+
 def test_while_the_windows_grow_the_rounds_set_none(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = LoopGuest([64])
     guest.write(0, 5, 1)

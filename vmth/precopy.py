@@ -43,6 +43,7 @@ LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
 #: Repair passes of damaged pages while paused before giving up.
 MAX_REPAIRS = 3
+FAR_NS, FAR_TRIPS = 5_000_000, 2
 #: Two packets of the smallest size, so that one is on the way while the other is read.
 MIN_WINDOW_BYTES = 256 << 10
 
@@ -302,12 +303,14 @@ class PreCopy:
 
     def _bound_queue(self) -> None:
         """What is in flight at the pause is downtime: at most a tenth of the limit beyond what the
-        link needs (bandwidth x RTT)."""
+        link needs (bandwidth x RTT). Far ones get twice that: a round has the time in it that TCP
+        took to get up to speed."""
         counters = self.sender.counters()
         if counters.opening:  # little is in flight, and the rounds do not tell the link
             return
         best_bps = max(stats.bandwidth_bps for stats in self.rounds)
-        in_flight_ns = counters.rtt_ns + self.tuning.downtime_limit_ns // 10
+        trips = FAR_TRIPS if counters.base_rtt_ns >= FAR_NS else 1
+        in_flight_ns = trips * counters.rtt_ns + self.tuning.downtime_limit_ns // 10
         self.sender.set_window(max(MIN_WINDOW_BYTES, int(best_bps * in_flight_ns / 1e9)))
 
     # -- numbers ---------------------------------------------------------------------------------
