@@ -72,7 +72,8 @@ void test_worker_blocked_on_the_window()
     Stuck stuck;
     stuck.sender->set_window(1);
     stuck.send(0, npages);
-    stuck.cancel_in([&] { stuck.sender->barrier(0, 0); });
+    T_CHECK(!stuck.sender->sent(0, 1000));
+    stuck.cancel_in([&] { stuck.sender->sent(0, 0); });
 }
 
 void test_worker_blocked_on_the_bandwidth()
@@ -100,6 +101,8 @@ struct Waiting {
     void cancel_in_wait(const std::string &thread)
     {
         Blocked blocked([&] {
+            T_CHECK(expect_error([&] { receiver->wait_round(0, 0); }).kind() ==
+                    ErrorKind::cancelled);
             T_CHECK(expect_error([&] { receiver->wait(0); }).kind() == ErrorKind::cancelled);
         });
         blocked.sleeping();

@@ -273,6 +273,36 @@ void test_subdigests_find_a_page()
 }
 
 // Refused for want of a channel, or because its runs overlap: then the pages may be sent.
+// The digest is that of all that was queued as soon as it was sent; the other end knows by itself when
+// it has landed.
+void test_what_was_sent_and_what_has_landed()
+{
+    for (const unsigned channels : {1u, 3u}) {
+        Pair pair(1000, channels, [] { return tcp_pair(); });
+        pair.source.randomize(1);
+        T_CHECK(!pair.receiver->wait_round(0, 1));
+        for (uint32_t round = 0; round < 4; round++) {
+            if (round != 2) {  // one without a page
+                pair.send_all(round);
+            }
+            T_CHECK(pair.sender->sent(round, 0));
+            T_CHECK(pair.sender->sent(round, 0));
+            T_EQUAL(pair.sender->hashes().total().pages, 1000);
+            T_CHECK(pair.receiver->wait_round(round, 0));
+            T_CHECK(pair.digests_equal());
+            T_CHECK(expect_error([&] { pair.sender->sent(round + 1, 0); }).kind() ==
+                    ErrorKind::usage);
+            T_CHECK(expect_error([&] { pair.send_all(round); }).kind() == ErrorKind::usage);
+            T_CHECK(pair.sender->barrier(round, 0));
+            T_CHECK(pair.sender->path_info().base_rtt_ns > 0);
+            T_CHECK(pair.receiver->wait_round(round > 0 ? round - 1 : 0, 1));
+            T_CHECK(!pair.receiver->wait_round(round + 1, 1));
+        }
+        pair.sender->finish();
+        T_CHECK(pair.receiver->wait(0));
+    }
+}
+
 void test_a_refused_send_claims_nothing()
 {
     Pair pair(128, 1, nullptr);
@@ -311,6 +341,7 @@ void test_channels_are_counted_while_they_are_added()
 
 int main()
 {
+    test_what_was_sent_and_what_has_landed();
     test_a_refused_send_claims_nothing();
     test_channels_are_counted_while_they_are_added();
     test_rounds_over_every_kind_of_socket();
