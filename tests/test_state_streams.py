@@ -65,7 +65,7 @@ def test_only_what_gets_smaller_is_packed() -> None:
 
 
 def test_much_state_is_packed_in_part() -> None:
-    messages, _ = carried([StateStream("a", 1, bytes(PACKED_MAX_BYTES + 3))], True)
+    messages, _ = carried([StateStream("a", 1, bytes(PACKED_MAX_BYTES + STATE_CHUNK_BYTES))], True)
     kinds = [type(message) for message in messages]
     assert kinds == [PackedState] * (PACKED_MAX_BYTES // STATE_CHUNK_BYTES) + [State]
 
