@@ -99,7 +99,8 @@ class Guest(Protocol):
         that could still be missing."""
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
-        """Hand each stream of CPU and device state to ``write``. The guest is paused."""
+        """Hand each stream of CPU and device state to ``write``. The guest is paused; the last of
+        its memory may be on its way, so nothing is written to that here."""
 
     def load_state(self, streams: Iterable[StateStream]) -> None:
         """Load them; afterwards ``resume()`` needs nothing more: every resource is held. Raises
