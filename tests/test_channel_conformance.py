@@ -224,20 +224,31 @@ def test_round_trips_are_those_of_the_kernel(name: str, known: bool) -> None:
 
 
 def test_what_was_sent_has_its_digest_before_it_has_landed(pair: Harness) -> None:
-    assert not pair.receiver.wait_round(0, 1)
+    assert not pair.receiver.wait_barriers(1, 1)
     pair.send_all(0)
     assert pair.sender.sent(0)
     digest = pair.sender.digest()
     assert digest[2] == sum(SHAPE)
-    assert pair.receiver.wait_round(0)  # whoever waits at the other end
+    assert pair.receiver.wait_barriers(1)  # whoever waits at the other end
     assert pair.sender.barrier(0)
     assert pair.receiver.digest() == pair.sender.digest() == digest
-    assert not pair.receiver.wait_round(1, 1)
+    assert not pair.receiver.wait_barriers(2, 1)
     assert pair.sender.sent(1)
     with pytest.raises(UsageError, match="round 2, allowed 1"):
         pair.sender.barrier(2)
     assert pair.sender.barrier(1)
-    assert pair.receiver.wait_round(1)
+    assert pair.receiver.wait_barriers(2)
+
+
+def test_barriers_are_counted_whatever_their_round(pair: Harness) -> None:
+    """A round may have several: the second of a name is not the first."""
+    for count in (1, 2, 3):
+        pair.send_all(0)
+        assert pair.sender.barriers() == count - 1
+        assert not pair.receiver.wait_barriers(count, 1)
+        assert pair.sender.barrier(0)
+        assert pair.sender.barriers() == count
+        assert pair.receiver.wait_barriers(count)
 
 
 def test_a_page_twice_between_two_barriers_is_refused(pair: Harness) -> None:

@@ -19,11 +19,14 @@ import pytest
 from memory_guest import PAGE, MemoryGuest
 
 import vmth
+from vmth.channel.sockets import LinkOptions
 from vmth.codec import Codec
 from vmth.errors import MigrationError
 from vmth.handshake import Incoming, make_offer, read_exactly
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.packet import PacketKind, encode_packet
+from vmth.queries import ask_destination
 from vmth.source_session import SourceSession
 from vmth.uri import parse_endpoint
 from vmth.wire.framing import (
@@ -37,10 +40,13 @@ from vmth.wire.framing import (
 from vmth.wire.messages import (
     Abort,
     Accept,
+    Answer,
+    AnswerState,
     DigestRequest,
     DigestSource,
     Grant,
-    LastRound,
+    HashAlgorithm,
+    LastBarrier,
     Message,
     Mismatch,
     PackedState,
@@ -170,7 +176,7 @@ def test_an_offer_that_cannot_be_taken_is_refused_by_name(
 
 PAUSED = Paused(0, True)
 SEAL = Seal(0, 0, 0, 0, 0, 0)
-LAST = LastRound(0)
+LAST = LastBarrier(1)
 #: Nine zeros.
 FRAME = Codec().compress(bytes(9), 1, 100) or b""
 ASK = DigestRequest(DigestSource.TABLE, 0, 0, NPAGES, 1)
@@ -196,7 +202,7 @@ ASK = DigestRequest(DigestSource.TABLE, 0, 0, NPAGES, 1)
         ([Abort(1, "changed my mind")], "changed my mind"),
         ([LAST, PAUSED, SEAL, Abort(1, "changed my mind")], "changed my mind"),
         ([LAST, PAUSED, SEAL, SEAL], "Seal while another waits"),
-        ([LAST, PAUSED, SEAL, LAST], "LastRound of round 0, allowed with 'seal-ahead' offered"),
+        ([LAST, PAUSED, SEAL, LAST], "LastBarrier while a seal waits"),
         ([LAST, SEAL, Grant(bytes(16))], "received receiver 00000000"),
         ([PAUSED, PackedState("cpu", 1, 0, b"x", 8, True)], "zstd"),
         ([PAUSED, PackedState("cpu", 1, 0, FRAME, 8, True)], "8"),
@@ -217,10 +223,47 @@ def test_memory_is_hashed_anew_only_while_paused(stage: Stage) -> None:
     stage.ends("paused False")
 
 
-def test_a_last_round_that_was_not_agreed_on(stage: Stage) -> None:
-    stage.accepted(features=[])
-    stage.say(LAST)
-    stage.ends("LastRound of round 0, allowed with 'seal-ahead' offered")
+@pytest.mark.parametrize(
+    ("message", "changes", "name"),
+    [
+        (LAST, {"features": []}, "LastBarrier, allowed with 'seal-ahead'"),
+        (LAST, {"audit": True}, "LastBarrier, allowed with 'seal-ahead'"),
+        (LAST, {"hash_algorithm": HashAlgorithm.NONE}, "LastBarrier, allowed with 'seal-ahead'"),
+        (
+            PackedState("cpu", 1, 0, FRAME, 9, True),
+            {"features": []},
+            "PackedState, allowed with 'packed-state'",
+        ),
+    ],
+)
+def test_what_was_not_agreed_on(
+    stage: Stage, message: Message, changes: dict[str, Any], name: str
+) -> None:
+    stage.accepted(**changes)
+    stage.say(PAUSED, message)
+    stage.ends(name)
+
+
+def test_a_query_while_the_seal_waits_fences_the_guest(stage: Stage) -> None:
+    """The session ends at once, and the fenced guest is not given a state."""
+    accept = stage.accepted()
+    stage.say(LAST, PAUSED, SEAL)
+    endpoint = stage.listener.endpoint
+    answer = ask_destination(endpoint, LinkOptions(), SESSION, accept.receiver_id)
+    assert isinstance(answer, Answer) and answer.state == AnswerState.ABORTED
+    stage.ends("")  # whichever is first: the query says it, or the seal's turn comes
+    assert "load_state" not in stage.guests[-1].calls
+
+
+def test_channels_that_end_before_the_barrier_of_a_seal(stage: Stage) -> None:
+    accept = stage.accepted()
+    address = ("127.0.0.1", stage.listener.endpoint.port)
+    with socket.create_connection(address, 5) as pages:
+        pages.sendall(Preamble(Role.PAGE, SESSION, 0, accept.token).pack())
+        read_exactly(pages, PREAMBLE_REPLY_BYTES)
+        pages.sendall(encode_packet(PacketKind.END, 1, checksum_seed=7))
+        stage.say(LAST, PAUSED, SEAL)
+        stage.ends("ended before barrier 1")
 
 
 def test_a_grant_while_the_seal_waits_starts_nothing(stage: Stage) -> None:

@@ -68,7 +68,7 @@ MESSAGES: list[m.Message] = [
     m.Answer(ID, TOKEN, m.AnswerState.RUNNING, "since 12:00"),
     m.Ping(1),
     m.Pong((1 << 64) - 1),
-    m.LastRound(7),
+    m.LastBarrier(7),
     m.PackedState("cpu", 1, 0, bytes.fromhex("28b52ffd2000"), 9, True),
     m.HandedOn([1, 2, 5]),
     m.ReuseFilter(ID + TOKEN, 4),

@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmth import __version__
@@ -41,11 +41,13 @@ from vmth.errors import (
 from vmth.guest import CanAnnounce, CanNote, CanReportPopulated, CanTakePages, Guest
 from vmth.handshake import (
     HANDED_ON,
+    PACKED_STATE,
     SCOPE_STREAM,
     SEAL_AHEAD,
     WIRE_PAGE_BYTES,
     Incoming,
     OfferRefused,
+    agreed_scope,
     check_offer,
     common_features,
     compare_blocks,
@@ -65,7 +67,7 @@ from vmth.wire.messages import (
     Grant,
     HandedOn,
     HashAlgorithm,
-    LastRound,
+    LastBarrier,
     Message,
     Mismatch,
     Offer,
@@ -92,7 +94,7 @@ _LOOKS_PER_TIMEOUT = 4
 
 MakeGuest = Callable[[Incoming], Guest]
 #: Messages that belong before the seal is answered.
-_WHILE_RECEIVING = (Paused, State, PackedState, DigestRequest, LastRound, Seal)
+_WHILE_RECEIVING = (Paused, State, PackedState, DigestRequest, LastBarrier, Seal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,8 @@ class DestinationSession:
         self._scope = "memory"
         self._announce_note: tuple[str, ...] = ()
         self._paused = False
-        self._last_round: int | None = None  #: whose pages the next seal waits for
+        self._agreed: Sequence[str] = ()  #: features
+        self._last_barrier: int | None = None  #: before whose pages the next seal is not judged
         self._ahead: Seal | None = None  #: the seal that waits
         self._arrived = False  #: the guest runs here, or stays paused as it was: the outcome
         self._record: DestinationRecord | None = None
@@ -220,7 +223,7 @@ class DestinationSession:
             incoming = check_offer(offer, self._preamble, self._options.max_memory_bytes, self.peer)
             guest = self._guest = self._call_make_guest(incoming)
             compare_blocks(incoming.blocks, guest.blocks)
-            self._scope = _agreed_scope(guest, offer)
+            self._scope = agreed_scope(guest, offer)
             self._memory = self._resources.enter_context(map_blocks(guest.blocks, writable=True))
             receiver = self._receiver = self._make_receiver(guest, offer)
             seed, audit = offer.hash_seed, offer.audit
@@ -241,6 +244,7 @@ class DestinationSession:
         features = self._features(offer)
         if self._scope == "stream":
             features.append(SCOPE_STREAM)
+        self._agreed = features
         record.outgoing.accept = Accept(record.receiver_id, self.token, features, __version__)
         record.apply(DestinationEvent.ACCEPT)
         if HANDED_ON in features:
@@ -375,20 +379,18 @@ class DestinationSession:
 
     def _handle(self, message: Message) -> None:
         assert self._record is not None
-        receiving = self._record.state is DestinationState.RECEIVING
+        if isinstance(message, _WHILE_RECEIVING):
+            self._check_receiving(message)
         if isinstance(message, RoundDone):
             self.progress = message
-        elif isinstance(message, _WHILE_RECEIVING) and not receiving:
-            raise StreamError(
-                f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
-                "Grant, Released or Abort"
-            )
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
             self._paused = True
         elif isinstance(message, State | PackedState):
+            if isinstance(message, PackedState) and PACKED_STATE not in self._agreed:
+                raise StreamError(f"received PackedState, allowed with {PACKED_STATE!r} agreed on")
             self._state.feed(message)
-        elif isinstance(message, LastRound):
+        elif isinstance(message, LastBarrier):
             self._expect_seal_ahead(message)
         elif isinstance(message, DigestRequest):
             assert self._replies is not None
@@ -396,7 +398,7 @@ class DestinationSession:
         elif isinstance(message, Seal):
             if self._ahead is not None:
                 raise StreamError("received Seal while another waits, allowed: after its answer")
-            if self._last_round is None:
+            if self._last_barrier is None:
                 self._seal(message)
             else:
                 self._ahead = message
@@ -414,25 +416,39 @@ class DestinationSession:
                 "what a source sends"
             )
 
-    def _expect_seal_ahead(self, message: LastRound) -> None:
-        assert self._offer is not None
-        if SEAL_AHEAD not in self._features(self._offer) or self._ahead is not None:
+    def _check_receiving(self, message: Message) -> None:
+        """A query on another connection may have ended it meanwhile."""
+        assert self._record is not None
+        if self._record.state is not DestinationState.RECEIVING:
             raise StreamError(
-                f"received LastRound of round {message.round}, allowed with {SEAL_AHEAD!r} offered "
-                "and no seal that waits"
+                f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
+                "Grant, Released or Abort"
             )
-        self._last_round = message.round
+
+    def _expect_seal_ahead(self, message: LastBarrier) -> None:
+        """Only a digest tells that a page was missed, and an audit comes before its seal."""
+        assert self._offer is not None
+        if SEAL_AHEAD not in self._agreed or self._offer.audit or not self._digest_on:
+            raise StreamError(f"received LastBarrier, allowed with {SEAL_AHEAD!r} agreed on")
+        if self._ahead is not None:
+            raise StreamError("received LastBarrier while a seal waits, allowed: after its answer")
+        self._last_barrier = message.count
 
     def _seal_when_landed(self) -> None:
         """A seal that came ahead of the last pages: judged when they have landed, unless the source
         says something first. Whether pages come at all is watched as in every round."""
         if self._ahead is None:
             return
-        assert self._receiver is not None and self._last_round is not None
-        while not self._receiver.wait_round(self._last_round, LANDING_LOOK_NS):
-            if self._control.waits:
-                return
-        seal, self._ahead, self._last_round = self._ahead, None, None
+        assert self._receiver is not None and self._last_barrier is not None
+        try:
+            while not self._receiver.wait_barriers(self._last_barrier, LANDING_LOOK_NS):
+                if self._control.waits:
+                    return
+                self._check_receiving(self._ahead)
+        except ChannelError as error:
+            raise self._handing_on_failed() or error from None
+        seal, self._ahead, self._last_barrier = self._ahead, None, None
+        self._check_receiving(seal)
         self._handling = True
         try:
             self._seal(seal)
@@ -562,25 +578,6 @@ class DestinationSession:
                 self._guest.release()
             except Exception as error:
                 log.error("discarding a guest that was never filled: %s", error)
-
-
-def _agreed_scope(guest: Guest, offer: Offer) -> str:
-    """How far the digest will prove that memory is right. Raises OfferRefused."""
-    if not isinstance(guest, CanTakePages):
-        return "memory"
-    if offer.audit:
-        raise OfferRefused(
-            RefuseCode.FEATURES,
-            "audit: received on, allowed off: guest memory is another program's",
-        )
-    scope = guest.verified_scope
-    if scope == "stream" and SCOPE_STREAM not in offer.features:
-        raise OfferRefused(
-            RefuseCode.FEATURES,
-            f"features: received {offer.features}, allowed with {SCOPE_STREAM!r}: guest memory is "
-            "verified as handed on, not in place",
-        )
-    return scope
 
 
 def _text(error: Exception) -> str:

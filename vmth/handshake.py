@@ -7,7 +7,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from vmth import __version__
@@ -15,6 +15,7 @@ from vmth.channel.forms import FORM_NAMES
 from vmth.channel.reuse import REUSE
 from vmth.channel.sockets import LinkOptions, dial
 from vmth.errors import ChannelError, RefusedError, StreamError
+from vmth.guest import CanTakePages, Guest
 from vmth.options import WIRE_PAGE_BYTES, MigrateOptions
 from vmth.types import BlockFlags, Gpa, Mapping, RamBlock
 from vmth.uri import Endpoint
@@ -47,6 +48,7 @@ __all__ = [
     "Incoming",
     "OfferRefused",
     "accepted_scope",
+    "agreed_scope",
     "check_blocks",
     "check_offer",
     "common_features",
@@ -68,7 +70,7 @@ SCOPE_STREAM = "scope-stream"
 #: Offered: the source keeps dedup and delta away from blocks that the destination hands on.
 #: Accepted: HandedOn follows and names them. Without it such a destination takes neither form.
 HANDED_ON = "handed-on"
-#: Offered: Seal may come, behind LastRound, before the last pages have landed. Accepted: it waits
+#: Offered: Seal may come, behind LastBarrier, before the last pages have landed. Accepted: it waits
 #: for them there, which saves a round trip of downtime.
 SEAL_AHEAD = "seal-ahead"
 #: Offered: pieces of state may come as PackedState. Accepted: they are taken so too.
@@ -136,16 +138,19 @@ def open_page_channels(
 
     if channels == 1:
         return [open_one(0)]
-    with ThreadPoolExecutor(min(channels, OPENED_AT_ONCE), "vmth-dial") as pool:
-        opening = [pool.submit(open_one, index) for index in range(channels)]
-    failed = [future.exception() for future in opening]
-    for error in failed:
-        if error is not None:
-            for future in opening:
-                if future.exception() is None:
-                    future.result()[0].close()
-            raise error
-    return [future.result() for future in opening]
+    pool = ThreadPoolExecutor(min(channels, OPENED_AT_ONCE), "vmth-dial")
+    opening = [pool.submit(open_one, index) for index in range(channels)]
+    try:
+        wait(opening, return_when=FIRST_EXCEPTION)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    try:
+        return [future.result() for future in sorted(opening, key=Future.cancelled)]
+    except BaseException:
+        for future in opening:
+            if not future.cancelled() and future.exception() is None:
+                future.result()[0].close()
+        raise
 
 
 def _open_timed(
@@ -300,6 +305,26 @@ def hear_handed_on(receive: Callable[[], Message], accept: Accept, nblocks: int)
             f"HandedOn.blocks: received {told.blocks[-1]}, allowed 0 to {nblocks - 1}"
         )
     return told.blocks
+
+
+def agreed_scope(guest: Guest, offer: Offer) -> str:
+    """At the destination: how far its digest will prove that memory is right. Raises
+    OfferRefused."""
+    if not isinstance(guest, CanTakePages):
+        return "memory"
+    if offer.audit:
+        raise OfferRefused(
+            RefuseCode.FEATURES,
+            "audit: received on, allowed off: guest memory is another program's",
+        )
+    scope = guest.verified_scope
+    if scope == "stream" and SCOPE_STREAM not in offer.features:
+        raise OfferRefused(
+            RefuseCode.FEATURES,
+            f"features: received {offer.features}, allowed with {SCOPE_STREAM!r}: guest memory is "
+            "verified as handed on, not in place",
+        )
+    return scope
 
 
 def common_features(offer: Offer) -> list[str]:

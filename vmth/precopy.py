@@ -192,7 +192,9 @@ class PreCopy:
         if ahead is not None:
             while not self.sender.sent(number, LOOK_EVERY_NS):
                 self._check_late()
-            ahead.last_pages_sent(number)
+            state_ns = ahead.last_pages_sent()
+            if self._pause_limit_ns:  # it is for pages
+                self._pause_limit_ns += state_ns
         while not self.sender.barrier(number, LOOK_EVERY_NS):
             self._check_late()
         landed_ns = self.clock()
@@ -309,8 +311,9 @@ class PreCopy:
         if counters.opening:  # little is in flight, and the rounds do not tell the link
             return
         best_bps = max(stats.bandwidth_bps for stats in self.rounds)
-        trips = FAR_TRIPS if counters.base_rtt_ns >= FAR_NS else 1
-        in_flight_ns = trips * counters.rtt_ns + self.tuning.downtime_limit_ns // 10
+        rtt_ns, base_ns = counters.rtt_ns, counters.base_rtt_ns
+        trip_ns = FAR_TRIPS * base_ns if base_ns >= FAR_NS else rtt_ns
+        in_flight_ns = trip_ns + self.tuning.downtime_limit_ns // 10
         self.sender.set_window(max(MIN_WINDOW_BYTES, int(best_bps * in_flight_ns / 1e9)))
 
     # -- numbers ---------------------------------------------------------------------------------

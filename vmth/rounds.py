@@ -36,9 +36,10 @@ class FinalPass:
 class SealAhead(Protocol):
     """Says the seal behind the last pages, without waiting for them to land."""
 
-    def last_pages_sent(self, round_: int) -> None:
-        """The guest is paused and no page waits: the digest is that of all memory. Raises what a
-        guest that cannot save its state raises."""
+    def last_pages_sent(self) -> int:
+        """The guest is paused, no page waits and none was kept: the digest is that of all memory
+        before the barrier that was begun last. Returns the ns that the guest's state took. Raises
+        what a guest that cannot save it raises, and what ends the job."""
 
     def pages_missed(self) -> None:
         """Some of those pages have not landed, so the seal cannot have been equal: it is taken

@@ -34,7 +34,7 @@ from vmth.wire.messages import (
     DigestReply,
     DigestRequest,
     DigestSource,
-    LastRound,
+    LastBarrier,
     Mismatch,
     Seal,
     Sealed,
@@ -70,9 +70,11 @@ class Sealer:
     _summary: StateSummary | None = None
     _said: Digest | None = None  #: in a seal that was not answered yet
 
-    def last_pages_sent(self, round_: int) -> None:
-        self.control.send(LastRound(round_))
+    def last_pages_sent(self) -> int:
+        self.control.send(LastBarrier(self.sender.barriers()))
         self._say()
+        from_ns, to_ns = self.state.said_ns
+        return to_ns - from_ns
 
     def pages_missed(self) -> None:
         reply = self._answer()

@@ -315,7 +315,12 @@ class SourceSession:
             return PACKED_STATE in self._agreed and packing_pays(sender.counters(), rounds)
 
         state = StateTeller(
-            control.send, self._guest, lambda: record.was_running, packed, self._clock
+            control.send,
+            self._guest,
+            lambda: record.was_running,
+            packed,
+            self._clock,
+            self._check_wake,
         )
         self._sealer = Sealer(
             control=control,

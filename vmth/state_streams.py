@@ -90,14 +90,21 @@ class StateTeller:
         was_running: Callable[[], bool],
         packed: Callable[[], bool],
         clock: Callable[[], int],
+        check: Callable[[], None],
     ) -> None:
-        """``was_running`` and ``packed`` are asked when it is said."""
-        self._send = send
+        """``was_running`` and ``packed`` are asked when it is said; ``check`` before each piece: it
+        raises what ends the job."""
+        self._tell = send
+        self._check = check
         self._guest = guest
         self._was_running = was_running
         self._packed = packed
         self._clock = clock
         self.said_ns = (0, 0)  #: from, to, on the clock
+
+    def _send(self, message: Message) -> None:
+        self._check()
+        self._tell(message)
 
     def say(self) -> StateSummary:
         """Raises GuestError for a guest that cannot save it, and what ``send`` raises."""

@@ -101,7 +101,7 @@ struct Waiting {
     void cancel_in_wait(const std::string &thread)
     {
         Blocked blocked([&] {
-            T_CHECK(expect_error([&] { receiver->wait_round(0, 0); }).kind() ==
+            T_CHECK(expect_error([&] { receiver->wait_barriers(1, 0); }).kind() ==
                     ErrorKind::cancelled);
             T_CHECK(expect_error([&] { receiver->wait(0); }).kind() == ErrorKind::cancelled);
         });

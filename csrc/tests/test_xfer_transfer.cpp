@@ -280,26 +280,33 @@ void test_what_was_sent_and_what_has_landed()
     for (const unsigned channels : {1u, 3u}) {
         Pair pair(1000, channels, [] { return tcp_pair(); });
         pair.source.randomize(1);
-        T_CHECK(!pair.receiver->wait_round(0, 1));
-        for (uint32_t round = 0; round < 4; round++) {
-            if (round != 2) {  // one without a page
+        T_CHECK(!pair.receiver->wait_barriers(1, 1));
+        T_CHECK(pair.receiver->wait_barriers(0, 1));
+        const uint32_t names[] = {0, 1, 1, 7};  // a round may have more than one
+        for (uint64_t count = 1; count <= 4; count++) {
+            const uint32_t round = names[count - 1];
+            if (count != 3) {  // one without a page
                 pair.send_all(round);
             }
             T_CHECK(pair.sender->sent(round, 0));
             T_CHECK(pair.sender->sent(round, 0));
+            T_EQUAL(pair.sender->barriers(), count);
             T_EQUAL(pair.sender->hashes().total().pages, 1000);
-            T_CHECK(pair.receiver->wait_round(round, 0));
+            T_CHECK(pair.receiver->wait_barriers(count, 0));
             T_CHECK(pair.digests_equal());
             T_CHECK(expect_error([&] { pair.sender->sent(round + 1, 0); }).kind() ==
                     ErrorKind::usage);
             T_CHECK(expect_error([&] { pair.send_all(round); }).kind() == ErrorKind::usage);
             T_CHECK(pair.sender->barrier(round, 0));
+            T_EQUAL(pair.sender->barriers(), count);
             T_CHECK(pair.sender->path_info().base_rtt_ns > 0);
-            T_CHECK(pair.receiver->wait_round(round > 0 ? round - 1 : 0, 1));
-            T_CHECK(!pair.receiver->wait_round(round + 1, 1));
+            T_CHECK(!pair.receiver->wait_barriers(count + 1, 1));
         }
         pair.sender->finish();
         T_CHECK(pair.receiver->wait(0));
+        T_CHECK(pair.receiver->wait_barriers(4, 0));
+        T_CHECK(expect_error([&] { pair.receiver->wait_barriers(5, 0); }).kind() ==
+                ErrorKind::protocol);
     }
 }
 

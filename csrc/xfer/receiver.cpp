@@ -65,10 +65,10 @@ void ReceiverShared::channel_ended()
     changed.notify_all();
 }
 
-void ReceiverShared::round_landed(uint32_t round)
+void ReceiverShared::barrier_landed()
 {
     std::lock_guard<std::mutex> lock(mutex);
-    landed_round = round;
+    landed_barriers++;
     changed.notify_all();
 }
 
@@ -147,9 +147,18 @@ bool Receiver::wait(int64_t timeout_ns)
     return wait_until(timeout_ns, [this] { return shared_.ended == shared_.options.channels; });
 }
 
-bool Receiver::wait_round(uint32_t round, int64_t timeout_ns)
+bool Receiver::wait_barriers(uint64_t count, int64_t timeout_ns)
 {
-    return wait_until(timeout_ns, [&] { return shared_.landed_round >= int64_t{round}; });
+    bool ended = false;
+    const bool over = wait_until(timeout_ns, [&] {
+        ended = shared_.ended == shared_.options.channels && shared_.landed_barriers < count;
+        return ended || shared_.landed_barriers >= count;
+    });
+    if (ended) {
+        throw TransferError(ErrorKind::protocol, "all channels have ended before barrier " +
+                                                     std::to_string(count));
+    }
+    return over;
 }
 
 void Receiver::cancel(const std::string &reason)

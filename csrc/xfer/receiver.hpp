@@ -58,8 +58,8 @@ public:
 
     void fail(const TransferError &error);
     void channel_ended();
-    // All channels have had their barrier; `round` is what the last one calls it.
-    void round_landed(uint32_t round);
+    // All channels have had their barrier, and all before it has landed.
+    void barrier_landed();
 
     const ReceiverOptions options;
     const GuestMemory memory;
@@ -80,7 +80,7 @@ public:
     // Under mutex:
     std::vector<std::unique_ptr<ReceiverChannel>> channels;
     unsigned ended = 0;
-    int64_t landed_round = -1;  // of the last barrier that all channels have had; -1: none
+    uint64_t landed_barriers = 0;
     bool closed = false;
 };
 
@@ -99,9 +99,9 @@ public:
     void attach(int fd, unsigned index);
     // True when every channel has ended with END; false at the timeout (0: none).
     bool wait(int64_t timeout_ns);
-    // True when everything before the barriers of this round, or of a later one, has landed; false at the
-    // timeout (0: none).
-    bool wait_round(uint32_t round, int64_t timeout_ns);
+    // True when so many barriers have come on every channel: all before them has landed. False at the
+    // timeout (0: none). Throws protocol when all channels have ended before.
+    bool wait_barriers(uint64_t count, int64_t timeout_ns);
     void cancel(const std::string &reason);
     void close();
 

@@ -122,7 +122,7 @@ bool ReceiverChannel::step()
         acknowledge(header.seq, 0, {0, 0});
         flush_acks();
         if (last) {
-            shared_.round_landed(header.round);
+            shared_.barrier_landed();
         }
         return true;
     }

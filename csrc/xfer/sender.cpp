@@ -151,7 +151,7 @@ void Sender::add_channel(int fd, unsigned index, uint64_t trip_ns)
                                                   ", allowed 0 to " +
                                                   std::to_string(VMTH_MAX_CHANNELS - 1));
     }
-    if (any_barrier_) {
+    if (barriers_ > 0) {
         throw TransferError(ErrorKind::usage, "channels are added before the first barrier");
     }
     // Only this thread adds channels, so it looks at the list without the lock.
@@ -362,7 +362,7 @@ void Sender::begin_barrier(uint32_t round)
                                                   ": it is not acknowledged yet");
     }
     if (!barrier_pending_) {
-        any_barrier_ = true;
+        barriers_++;
         barrier_pending_ = true;
         pending_round_ = round;
         shared_.unsent_barriers = shared_.channels.size();

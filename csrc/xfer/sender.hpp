@@ -139,6 +139,8 @@ public:
     // Begins the round's barrier. True when each channel has given all that is before it, and it, to its
     // socket: hashes() is then of all that was queued. False at the timeout (0: none). barrier() follows.
     bool sent(uint32_t round, int64_t timeout_ns);
+    // How many were begun: the other end counts them too.
+    uint64_t barriers() const noexcept { return barriers_; }
     // True when everything of the round has landed and the kernel reads no page any more; false when
     // `timeout_ns` (0: none) came first: call again with the same round.
     bool barrier(uint32_t round, int64_t timeout_ns);
@@ -184,7 +186,7 @@ private:
     SenderShared shared_;
     // The calling thread's:
     std::vector<AtomicBitmap> claims_;  // pages sent since the last barrier
-    bool any_barrier_ = false;
+    uint64_t barriers_ = 0;
     bool barrier_pending_ = false;
     uint32_t pending_round_ = 0;
     bool finished_ = false;

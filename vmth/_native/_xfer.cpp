@@ -473,6 +473,7 @@ void bind_sender(py::module_ &module)
             },
             py::arg("block"), py::arg("runs"), py::arg("round_"))
         .def("sent", &Sender::sent, py::arg("round_"), py::arg("timeout_ns"), Release())
+        .def("barriers", &Sender::barriers)
         .def("barrier", &Sender::barrier, py::arg("round_"), py::arg("timeout_ns"), Release())
         .def("take_missed", &take_missed, py::arg("bitmaps"))
         .def("take_missed_pages", &take_missed_pages)
@@ -522,7 +523,7 @@ void bind_receiver(py::module_ &module)
              py::arg("memory_files") = Files())
         .def("attach", &Receiver::attach, py::arg("fd"), py::arg("index"), Release())
         .def("wait", &Receiver::wait, py::arg("timeout_ns"), Release())
-        .def("wait_round", &Receiver::wait_round, py::arg("round_"), py::arg("timeout_ns"),
+        .def("wait_barriers", &Receiver::wait_barriers, py::arg("count"), py::arg("timeout_ns"),
              Release())
         .def("digest", [](const Receiver &self) { return digest_of(self.hashes()); })
         .def(

@@ -75,6 +75,9 @@ class Sender:
         """Begins the round's barrier; True when every channel has given all before it, and it, to
         its socket: digest() is then of all that was queued. False at the timeout (0: none)."""
 
+    def barriers(self) -> int:
+        """How many were begun."""
+
     def barrier(self, round_: int, timeout_ns: int) -> bool:
         """End the round on every channel; True when everything before it has landed. False when the
         timeout (0: none) came first: call again with the same round to go on waiting."""
@@ -153,9 +156,10 @@ class Receiver:
         """True when every channel has ended with END; raises at the first failure; False at the
         timeout."""
 
-    def wait_round(self, round_: int, timeout_ns: int) -> bool:
-        """True when all before the barriers of this round, or of a later one, has landed; raises
-        at the first failure; False at the timeout (0: none)."""
+    def wait_barriers(self, count: int, timeout_ns: int) -> bool:
+        """True when so many barriers have come on every channel, and all before them has landed;
+        False at the timeout (0: none). Raises at the first failure, and when all channels have
+        ended before."""
 
     def digest(self) -> tuple[int, int, int]: ...
     def hashes(self, block: int, page: int, npages: int) -> U64: ...

@@ -134,7 +134,7 @@ class FakeLink:
         self.changed = threading.Condition()
         self.error: VmthError | None = None
         self.ended = False
-        self.landed_round = -1
+        self.landed_barriers = 0
         self.hostless = hostless
         #: (block, page) whose next transfer is damaged on the way, once
         self.damage: set[tuple[int, int]] = set()
@@ -168,6 +168,7 @@ class FakeSender:
         self._claimed = [np.zeros(len(array), dtype=np.bool_) for array in memory]
         self._differing: list[tuple[int, list[int]]] = []  # pages of packets with a wrong digest
         self._pending: int | None = None
+        self._barriers = 0
         self._tickets = 0
         self._read = 0
         self.bandwidth_bps = 0  #: last value set
@@ -271,6 +272,7 @@ class FakeSender:
         if self._pending is None:
             self._check()
             self._pending = round_
+            self._barriers += 1
         if self._pending != round_:
             raise UsageError(f"barrier of round {round_}, allowed {self._pending}")
 
@@ -279,12 +281,15 @@ class FakeSender:
         while self._jobs:
             self._transfer_next()
         if self._link.late_barriers == 0:
-            self._landed(round_)
+            self._landed()
         return True
 
-    def _landed(self, round_: int) -> None:
+    def barriers(self) -> int:
+        return self._barriers
+
+    def _landed(self) -> None:
         with self._link.changed:
-            self._link.landed_round = round_
+            self._link.landed_barriers = self._barriers
             self._link.changed.notify_all()
 
     def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
@@ -294,7 +299,7 @@ class FakeSender:
             return False
         while self._jobs:
             self._transfer_next()
-        self._landed(round_)
+        self._landed()
         for claimed in self._claimed:
             claimed[:] = False
         self._pending = None
@@ -444,11 +449,11 @@ class FakeReceiver:
             self._link.check()
             return self._link.ended
 
-    def wait_round(self, round_: int, timeout_ns: int = 0) -> bool:
+    def wait_barriers(self, count: int, timeout_ns: int = 0) -> bool:
         timeout = timeout_ns / 1e9 if timeout_ns > 0 else None
         with self._link.changed:
             landed = self._link.changed.wait_for(
-                lambda: self._link.landed_round >= round_ or self._link.error is not None, timeout
+                lambda: self._link.landed_barriers >= count or self._link.error is not None, timeout
             )
             self._link.check()
             return landed

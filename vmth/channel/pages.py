@@ -255,6 +255,11 @@ class NativeSender(_NativeEnd):
         with _translate:
             return self._native.sent(round_, timeout_ns)
 
+    def barriers(self) -> int:
+        """How many were begun; a round may have more than one."""
+        with _translate:
+            return self._native.barriers()
+
     def barrier(self, round_: int, timeout_ns: int = 0) -> bool:
         with _translate:
             return self._native.barrier(round_, timeout_ns)
@@ -360,8 +365,8 @@ class NativeReceiver(_NativeEnd):
         with _translate:
             return self._native.wait(timeout_ns)
 
-    def wait_round(self, round_: int, timeout_ns: int = 0) -> bool:
-        """Until all before the barriers of this round, or of a later one, has landed; False at the
-        timeout (0: none)."""
+    def wait_barriers(self, count: int, timeout_ns: int = 0) -> bool:
+        """Until so many barriers have come on every channel: all before them has landed. False at
+        the timeout (0: none). StreamError when all channels have ended before."""
         with _translate:
-            return self._native.wait_round(round_, timeout_ns)
+            return self._native.wait_barriers(count, timeout_ns)

@@ -87,8 +87,9 @@ class QueueBounds:
         queued = bps * most_ns / _SECOND_NS
         trip = bps * rtt_ns / _SECOND_NS
         if far:
+            # Not the round trip as it is now: that has what is queued in it.
             most = max(bps, self.most_bps) * (NEAR_GROWTH if near else GROWTH)
-            trip = most * rtt_ns / _SECOND_NS
+            trip = most * counters.base_rtt_ns / _SECOND_NS
         return Bounds(
             max(MIN_WINDOW_BYTES, int(trip + queued)),
             # A far link holds much, but not of what has not gone out.
@@ -105,7 +106,7 @@ class QueueBounds:
         grew_ns, grew_bps = self._grew
         if self.most_bps > GROWS * grew_bps:
             self._grew = now_ns, self.most_bps
-        elif self._most:
+        elif grew_bps:
             self._settled |= now_ns - grew_ns >= SETTLES * max(MEASURED_NS, 2 * rtt_ns)
         return self._settled
 

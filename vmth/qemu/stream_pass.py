@@ -359,7 +359,7 @@ class StreamPass:
         if ahead is not None:
             while not self.tools.sender.sent(self._round, LOOK_NS):
                 self._check_late()
-            ahead.last_pages_sent(self._round)
+            self._pause_limit_ns += ahead.last_pages_sent()  # it is for pages
         self._finish_round()
         if ahead is not None and len(self._again):
             ahead.pages_missed()
@@ -587,7 +587,7 @@ class StreamPass:
             limited_at_ns=self._limited_at_ns,
             journal_ns=self.tools.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
-            handover_trips=3 if self.tools.seal_ahead is None else 2,
+            handover_trips=4 if len(self._again) else 3 if self.tools.seal_ahead is None else 2,
         )
 
 

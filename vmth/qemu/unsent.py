@@ -21,8 +21,8 @@ TABLE_PAGES = 65536
 
 
 def send_unsent_as_holes(sender: PageSender, blocks: Sequence[RamBlock], round_: int) -> int:
-    """Queue a hole for each page that has no hash, all others having landed; how many. 0 also where
-    the digest is off and none has one. The barrier behind them is the caller's."""
+    """Queue a hole for each page that has no hash, all others having been read; how many. 0 also
+    where the digest is off and none has one. The barrier behind them is the caller's."""
     known = sender.digest()[2]
     unsent = sum(block.npages for block in blocks) - known
     if known == 0 or unsent == 0:

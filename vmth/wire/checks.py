@@ -251,7 +251,7 @@ RULES: dict[type[m.Message], dict[str, Check]] = {
     m.Ping: {"number": _U64},
     m.Pong: {"number": _U64},
     m.HandedOn: {"blocks": _rising_blocks},
-    m.LastRound: {"round": _U32},
+    m.LastBarrier: {"count": between(1, U64)},
     m.PackedState: {
         "name": size(1, 255),
         "version": _U32,

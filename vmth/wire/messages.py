@@ -30,7 +30,7 @@ __all__ = [
     "Grant",
     "HandedOn",
     "HashAlgorithm",
-    "LastRound",
+    "LastBarrier",
     "Message",
     "Mismatch",
     "Mode",
@@ -222,11 +222,12 @@ class PackedState(Message, frozen=True):
     last: bool
 
 
-class LastRound(Message, frozen=True):
-    """Source, with the feature ``seal-ahead``: the next Seal is said behind the pages of this round
-    and may come before they do. It is judged when its barriers were passed on every channel."""
+class LastBarrier(Message, frozen=True):
+    """Source, with the feature ``seal-ahead``: the next Seal is of the pages before this barrier,
+    counted on each channel from 1, and may come before they do. It is judged when so many have
+    come on every channel."""
 
-    round: int
+    count: int
 
 
 class Seal(Message, frozen=True):
@@ -361,7 +362,7 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     0x0015: ReuseFilter,
     0x0016: ReusePart,
     0x0017: HandedOn,
-    0x0018: LastRound,
+    0x0018: LastBarrier,
     0x0019: PackedState,
     0x8001: RoundDone,
 }
