@@ -114,7 +114,11 @@ class StandardPolicy:
             return self._on_stall(view, expected, "the dirty set does not shrink")
         settles_at = _settles_at(view)
         if forecast_downtime(view, settles_at).total_ns > SURELY_BEYOND * view.downtime_limit_ns:
-            why = f"the dirty set will not get below {format_size(settles_at * view.page_bytes)}"
+            why = (
+                f"the dirty set will not get below {format_size(settles_at * view.page_bytes)}"
+                if settles_at
+                else "the limit is too low for any dirty set"
+            )
             if view.on_stall is OnStall.THROTTLE and view.can_throttle and not view.throttled:
                 return self._on_stall(view, expected, why)
             verdict = _verdict(view)
@@ -187,9 +191,7 @@ class StandardPolicy:
                 else "going on without end, as no timeout is set"
             )
             return _decision(Action.CONTINUE, f"{text}; {until}", expected, verdict)
-        # What the guest writes is not what takes so long: it is not slowed down for nothing.
-        in_vain = forecast_downtime(view, 0).total_ns >= view.downtime_limit_ns
-        if view.on_stall is OnStall.CANCEL or in_vain:
+        if view.on_stall is OnStall.CANCEL:
             return _decision(Action.GIVE_UP, text, expected, verdict)
         if not view.can_throttle:
             return _decision(
@@ -341,16 +343,16 @@ def _verdict(view: RoundView) -> _Verdict:
     """Either of two bandwidths converges: one that outruns the first-touch rate, or one that sends
     the whole working set within the limit. All rounds are looked at, as the first are those whose
     length differs, unless a throttle made another workload of the older ones."""
-    nothing_ns = forecast_downtime(view, 0).total_ns
-    if nothing_ns >= view.downtime_limit_ns:
-        return _never(view, nothing_ns)
-    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
     page_cost = bytes_per_page(view)
     rate = bandwidth_bps(view)
+    needed_dirty = rate / CONVERGE_MARGIN * view.page_bytes / page_cost
+    nothing_ns = forecast_downtime(view, 0).total_ns
+    if nothing_ns >= view.downtime_limit_ns:
+        return _Verdict(0.0, needed_dirty, _needed_limit(view, nothing_ns))
+    model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
     outrun = CONVERGE_MARGIN * model.first_touch_pps * page_cost
     at_once = model.working_set_pages * page_cost / (view.downtime_limit_ns - nothing_ns) * NS
     needed_bandwidth = min(outrun, at_once)
-    needed_dirty = rate / CONVERGE_MARGIN * view.page_bytes / page_cost
     if math.isinf(model.first_touch_pps):
         dirty_rate = f"above {format_rate(view.rounds[-1].dirty_rate_bps)}"
     else:
@@ -370,16 +372,14 @@ def _verdict(view: RoundView) -> _Verdict:
     )
 
 
-def _never(view: RoundView, nothing_ns: int) -> _Verdict:
-    """Neither bandwidth nor a guest that writes less would help: the handover itself takes longer
-    than the limit, most often on a far link."""
+def _needed_limit(view: RoundView, nothing_ns: int) -> str:
+    """The handover itself takes longer than the limit, most often on a far link: no bandwidth
+    helps, and of a guest that writes less only one that writes nothing."""
     rtt_ns = view.base_rtt_ns or view.rtt_ns
-    return _Verdict(
-        0.0,
-        0.0,
+    return (
         f"the handover alone takes {format_duration(nothing_ns)}, of it {view.handover_trips} "
         f"round trips of {format_duration(rtt_ns)}: would converge with a downtime limit of "
-        f"{format_duration(math.ceil(LIMIT_MARGIN * nothing_ns / MS) * MS)}",
+        f"{format_duration(math.ceil(LIMIT_MARGIN * nothing_ns / MS) * MS)}"
     )
 
 
