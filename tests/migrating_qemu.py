@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from vmth.handshake import Incoming
 from vmth.types import Mapping as BlockMapping
 from vmth.types import RamBlock
 
-__all__ = ["HALF", "MigratingQemu", "TakingGuest"]
+__all__ = ["HALF", "FakeWatchdog", "MigratingQemu", "TakingGuest"]
 
 GLOBALSTATE = 11
 #: Bytes of a stream up to which a source may be read before it falls silent.
@@ -185,3 +186,24 @@ class TakingGuest:
         for block in self.blocks:
             assert block.mapping.fd is not None
             os.close(block.mapping.fd)
+
+
+@dataclass
+class FakeWatchdog:
+    """Notes what it was told to watch; ``alive`` until ``done()``."""
+
+    made: list[FakeWatchdog] = field(default_factory=list)
+    order: tuple[Any, ...] = ()
+    alive: bool = True
+    told: list[bool] = field(default_factory=list)
+
+    def __call__(self, *order: Any, **options: Any) -> FakeWatchdog:
+        dog = FakeWatchdog(order=(*order, options))
+        self.made.append(dog)
+        return dog
+
+    def stopped_elsewhere(self, elsewhere: bool) -> None:
+        self.told.append(elsewhere)
+
+    def done(self) -> None:
+        self.alive = False

@@ -5,14 +5,14 @@ it is left after every failure."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import qemu_streams as s
 from fake_qmp import FakeError, FakeLimits
-from migrating_qemu import HALF, MigratingQemu, TakingGuest, stream_of
+from migrating_qemu import HALF, FakeWatchdog, MigratingQemu, TakingGuest, stream_of
 from waiting import wait_until
 
 from vmth import source_session
@@ -43,27 +43,6 @@ from vmth.qemu.source import QemuSource, StoppedQemu, find_guest, run_state_in
 from vmth.uri import parse_endpoint
 
 SET = "set-vcpu-dirty-limit"
-
-
-@dataclass
-class FakeWatchdog:
-    """Notes what it was told to watch; ``alive`` until ``done()``."""
-
-    made: list[FakeWatchdog] = field(default_factory=list)
-    order: tuple[Any, ...] = ()
-    alive: bool = True
-    told: list[bool] = field(default_factory=list)
-
-    def __call__(self, *order: Any, **options: Any) -> FakeWatchdog:
-        dog = FakeWatchdog(order=(*order, options))
-        self.made.append(dog)
-        return dog
-
-    def stopped_elsewhere(self, elsewhere: bool) -> None:
-        self.told.append(elsewhere)
-
-    def done(self) -> None:
-        self.alive = False
 
 
 class Scene:
