@@ -89,9 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mbit", type=int, default=1000)
     parser.add_argument("--qemu", default="")
-    parser.add_argument(
-        "--workload", default="idle", help="kind, or kind:MB/s"
-    )
+    parser.add_argument("--workload", default="idle", help="kind, or kind:MB/s")
     given = parser.parse_args()
     kind, _, rate = given.workload.partition(":")
     memory_bytes = given.mib * MIB
