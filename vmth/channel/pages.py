@@ -271,7 +271,7 @@ class NativeSender(_NativeEnd):
     def take_missed_pages(self) -> list[tuple[int, int, bytes]]:
         """Of the pages that ``take_missed()`` told those that came by ``send_pages()`` and were
         missed for what they refer to: (block, page, content), to be sent again behind a barrier.
-        At most 64 MiB are kept for that; beyond it such pages go in forms that cannot be missed."""
+        ``kept_copies_bytes`` bounds it; beyond that such pages go in forms that none can miss."""
         with _translate:
             return self._native.take_missed_pages()
 
