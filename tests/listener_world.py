@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -81,6 +82,7 @@ class World:
 
 @contextlib.contextmanager
 def one_world(tmp_path: Path) -> Iterator[World]:
+    gc.collect()  # what tests before this one left to the collector
     before = (threading.active_count(), open_files())
     world = World(tmp_path)
     with world.resources:
