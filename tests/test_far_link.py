@@ -4,6 +4,7 @@ link is the one of bench/far_link.py: real TCP over two tun devices."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -37,11 +38,12 @@ def test_a_busy_guest_moves_far_within_the_default_limit(tmp_path: Path) -> None
         pytest.skip("network namespaces need root")
     if not Path("/dev/net/tun").exists():
         pytest.skip("no tun devices here: /dev/net/tun is not there")
-    try:
-        with _bench().far_link("far", 1_000_000_000, TRIP_MS) as link:
-            told = _moves(link, tmp_path)
-    except (subprocess.CalledProcessError, OSError) as error:
-        pytest.skip(f"no network namespaces or tun devices here: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            link = stack.enter_context(_bench().far_link("far", 1_000_000_000, TRIP_MS))
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"no network namespaces or tun devices here: {error}")
+        told = _moves(link, tmp_path)
     assert told["error"] is None
     assert told["verified"]
     assert told["transfer"]["base_rtt_ns"] >= TRIP_MS * 1_000_000
