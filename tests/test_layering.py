@@ -41,7 +41,7 @@ LAYERS = [
     ),
     (
         *("vmth.wire", "vmth.policy", "vmth.guest"),
-        *("vmth.kernels", "vmth.codec", "vmth.packet", "vmth.memory"),
+        *("vmth.kernels", "vmth.codec", "vmth.packet", "vmth.memory", "vmth.mapped_ahead"),
     ),
     ("vmth.dirty", "vmth.channel", "vmth.journal", "vmth.events", "vmth.tuning"),
     ("vmth.guests", "vmth.precopy", "vmth.guest_throttle", "vmth.memory_pass", "vmth.rounds"),

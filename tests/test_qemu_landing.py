@@ -3,85 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fake_qmp import FakeError, FakeQmp
+from fake_qmp import FakeError
+from landing_world import MIB, World
 from listener_world import open_files
 
 from vmth.errors import RefusedError
 from vmth.memory import address_of, map_blocks
-from vmth.qemu.landing import MAX_BESIDE_BYTES, Land, Landing, choose_landing, listed_blocks
-from vmth.qemu.qmp import Qmp
+from vmth.qemu.landing import MAX_BESIDE_BYTES, Land, Landing, listed_blocks
 from vmth.types import Gpa, Mapping, RamBlock
-
-MIB = 1 << 20
-HEAD = "              Block Name    PSize              Offset               Used              Total"
-
-
-class World:
-    """A monitor whose peer is this process: its memfds and mappings are QEMU's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.resources = contextlib.ExitStack()
-        self.backends: list[dict[str, Any]] = []
-        self.properties: dict[tuple[str, str], Any] = {}  #: (backend, name) -> value
-        self.rows: list[str] = []
-        self.offered: list[RamBlock] = []
-        self.shows_addresses = False
-        fake = self.resources.enter_context(FakeQmp(folder / "qmp"))
-        fake.answers |= {
-            "query-memdev": lambda _: self.backends,
-            "qom-get": self._qom_get,
-            "human-monitor-command": lambda _: "\r\n".join([HEAD, *self.rows]) + "\r\n",
-        }
-        self.fake = fake
-        self.qmp = self.resources.enter_context(Qmp(fake.path))
-
-    def _qom_get(self, arguments: dict[str, str]) -> Any:
-        asked = arguments["path"].removeprefix("/objects/"), arguments["property"]
-        if asked not in self.properties:
-            raise FakeError("GenericError", "Property not found")
-        return self.properties[asked]
-
-    def memfd(self, nbytes: int = 2 * MIB) -> int:
-        fd = os.memfd_create("memory-backend-memfd")
-        self.resources.callback(os.close, fd)
-        os.ftruncate(fd, nbytes)
-        return fd
-
-    def file(self, path: Path, nbytes: int = 2 * MIB) -> int:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.resources.callback(os.close, fd)
-        os.ftruncate(fd, nbytes)
-        return fd
-
-    def backend(self, name: str, nbytes: int = 2 * MIB, *, share: bool = True) -> None:
-        self.backends.append({"id": name, "size": nbytes, "share": share})
-        self.block(name, nbytes)
-
-    def block(self, idstr: str, nbytes: int, fd: int = -1) -> None:
-        """One that QEMU has and the source offers; mapped shared where there is a file for it."""
-        hva = ""
-        if fd >= 0:
-            view = mmap.mmap(fd, nbytes)
-            self.resources.callback(view.close)
-            with open("/proc/self/maps") as maps:
-                inode = str(os.fstat(fd).st_ino)
-                start = next(line for line in maps if line.split()[4] == inode).split("-")[0]
-            hva = f" 0x{int(start, 16):016x}  rw"
-        self.rows.append(f"{idstr:>24}    4 KiB  0x{0:016x} 0x{nbytes:016x} 0x{nbytes:016x}{hva}")
-        self.offered.append(RamBlock(idstr, nbytes, Gpa(0), Mapping()))
-
-    def choose(self, wanted: Land = Land.AUTO) -> Landing:
-        landing = choose_landing(self.qmp, self.offered, wanted)
-        self.resources.callback(landing.close)
-        return landing
 
 
 @pytest.fixture

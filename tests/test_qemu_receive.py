@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,12 +33,13 @@ class Arrivals(World):
 
     def __init__(self) -> None:
         super().__init__(Walk(), [build("SRC"), build("DST")])
-        self.memfd = False
+        self.memfd = self.prealloc = False
         self.facts: Facts | None = None
         self.entries: dict[str, str] = {}
 
     def backend(self, name: str, shared: bool) -> str:
-        return "memory-backend-memfd,share=on" if self.memfd else super().backend(name, shared)
+        kind = "memory-backend-memfd,share=on" if self.memfd else super().backend(name, shared)
+        return f"{kind},prealloc=on" if self.prealloc else kind
 
     def capture(self) -> bytes:
         source = self.boot("source", build("SRC"))
@@ -127,6 +129,34 @@ def test_a_guest_arrives_and_runs_on(
     assert not [
         row for row in states if row["capability"] == "late-block-activate" and row["state"]
     ]
+
+
+def test_memory_that_is_there_is_mapped_before_a_source_comes(
+    world: Arrivals, source: CapturedSource
+) -> None:
+    world.memfd = world.prealloc = True
+    there = world.await_guest("there", build("DST"), shared=True)
+    uri, receiver = world.receive(there, "memory")
+    pid = receiver.process.pid
+    wait_until(lambda: mapped_bytes(pid, "memory-backend-memfd") >= world.memory_bytes)
+    world.departs(source, uri)
+    told = receiver.answer()
+    assert told["verified_scope"] == "memory" and told["status"] == "running"
+    world.hosts.append(there)
+    there.wait_beats(2)
+    assert world.check(there) > 0
+
+
+def mapped_bytes(pid: int, name: str) -> int:
+    """Of shared files of that name, by the page tables of a process."""
+    total, named = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            named = any(name in word for word in rest)
+        elif key == "Rss:" and named:
+            total += int(rest[0]) << 10
+    return total
 
 
 def test_a_paused_guest_arrives_paused_and_can_move_on(

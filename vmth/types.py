@@ -8,9 +8,10 @@ address, a ``block_page`` a page index inside one ramblock.
 from __future__ import annotations
 
 import enum
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NewType, TypeAlias
+from typing import NewType, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ __all__ = [
     "BlockFlags",
     "BlockPage",
     "Gpa",
+    "MadeMapping",
     "Mapping",
     "RamBlock",
     "bitmap_words",
@@ -45,6 +47,14 @@ class BlockFlags(enum.IntFlag):
     DISCARDABLE = 1 << 2  #: parts may be discarded by the guest (balloon, virtio-mem)
 
 
+class MadeMapping(Protocol):
+    """A file's bytes that were mapped before anybody knew whether they are needed."""
+
+    def take(self) -> tuple[mmap.mmap, bool] | None:
+        """The mapping (shared, writable), the caller's from now on, and whether it has all page
+        tables. None: somebody has it already, or it was given up. Any thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """Where a ramblock's bytes are: a file (``fd`` + ``offset``, mapped shared) or an ``address``
@@ -56,6 +66,9 @@ class Mapping:
     fd: int | None = None
     offset: int = 0
     address: int | None = None
+    #: Of the block's bytes in that file: taken by whoever maps them to write, instead of mapping
+    #: them anew.
+    made: MadeMapping | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,12 @@ def populated_file(fd: int, offset: int, npages: int, bitmap: U64, page: int) ->
 def populated_file_is_exact(fd: int) -> bool:
     """Whether the file's holes are known to be zeros (tmpfs, memfd)."""
 
+def resident(address: int, nbytes: int) -> int:
+    """How many pages of the range are in memory, mapped here or not. Raises OSError."""
+
+def populate_read(address: int, nbytes: int) -> None:
+    """MADV_POPULATE_READ. Raises OSError."""
+
 def sock_take(fd: int, buffer: memoryview, patience_ns: int) -> tuple[int, bool]:
     """Read what arrives on a stream socket until the buffer is full, nothing has come for
     ``patience_ns``, or the peer has closed; never waits for the first byte. (bytes, closed)."""

@@ -59,6 +59,16 @@ cdef extern from "sys/populated.h" nogil:
                             uint64_t page_bytes, uint64_t *words, uint64_t page)
     int vmth_populated_file_is_exact(const vmth_memory_ops *ops, int fd, c_bool *exact)
 
+cdef extern from "sys/populate.h" nogil:
+    enum vmth_populate_kind:
+        VMTH_POPULATE_READ
+    struct vmth_populate_ops:
+        int (*populate)(void *ctx, void *address, size_t nbytes,
+                        vmth_populate_kind kind) noexcept nogil
+        int64_t (*resident)(void *ctx, void *address, size_t nbytes) noexcept nogil
+        void *ctx
+    const vmth_populate_ops *vmth_populate_system_ops()
+
 cdef extern from "sys/sock_take.h" nogil:
     int vmth_sock_take(int fd, uint8_t *buffer, size_t nbytes, int64_t patience_ns, size_t *got,
                        c_bool *ended)
@@ -202,6 +212,25 @@ def populated_file_is_exact(int fd) -> bool:
     if result < 0:
         raise _os_error(result, "fstatfs")
     return exact
+
+
+def resident(uint64_t address, size_t nbytes) -> int:
+    cdef const vmth_populate_ops *ops = vmth_populate_system_ops()
+    cdef int64_t npages
+    with nogil:
+        npages = ops.resident(ops.ctx, <void *>address, nbytes)
+    if npages < 0:
+        raise _os_error(<int>npages, "mincore")
+    return npages
+
+
+def populate_read(uint64_t address, size_t nbytes):
+    cdef const vmth_populate_ops *ops = vmth_populate_system_ops()
+    cdef int result
+    with nogil:
+        result = ops.populate(ops.ctx, <void *>address, nbytes, VMTH_POPULATE_READ)
+    if result < 0:
+        raise _os_error(result, "MADV_POPULATE_READ")
 
 
 def sock_take(int fd, uint8_t[::1] buffer not None, int64_t patience_ns) -> tuple:

@@ -68,8 +68,7 @@ def _areas(memory: Sequence[MappedBlock], page_bytes: int) -> list[tuple[int, in
         nbytes = area.block.used_length if area.hostless else area.view.nbytes
         if page_bytes <= 0 or nbytes % page_bytes:
             raise UsageError(f"block {index}: {nbytes} bytes, allowed multiples of {page_bytes}")
-        # A file was mapped for this transfer; at an address the owner's pages are there already.
-        areas.append((area.address, nbytes // page_bytes, area.block.mapping.fd is not None))
+        areas.append((area.address, nbytes // page_bytes, area.anew))
     return areas
 
 

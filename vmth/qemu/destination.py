@@ -50,6 +50,7 @@ from vmth.qemu.stream.events import (
 )
 from vmth.qemu.stream.fields import RAM_VERSION
 from vmth.qemu.stream.reader import StreamReader
+from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.types import RamBlock
 
 __all__ = ["DEVICE_STREAM", "HeldQemu", "QemuDestination", "find_qemu", "make_destination"]
@@ -284,11 +285,12 @@ def make_destination(
     land: Land,
     process: QemuProcess | None = None,
     facts: Facts | None = None,
+    memory: WaitingMemory | None = None,
 ) -> QemuDestination:
     """Prepare the QEMU behind ``qmp`` for the guest that a source offers; takes both over.
-    ``facts``: of that QEMU since it waits, which saves asking while a source waits. Raises
-    RefusedError: a ``process`` was ended then, another QEMU is as it was, or was quit if it had
-    begun to take the migration in."""
+    ``facts`` and ``memory``: of that QEMU since it waits, which saves time while a source waits.
+    Raises RefusedError: a ``process`` was ended then, another QEMU is as it was, or was quit if it
+    had begun to take the migration in."""
     begun = False
 
     def give_back() -> None:
@@ -304,7 +306,8 @@ def make_destination(
         head = source_head(incoming.guest)
         source = Facts.from_entries(incoming.guest)
         notes = _compare(qmp, source, facts)
-        landing = choose_landing(qmp, incoming.blocks, land)
+        made = () if memory is None else (memory.find,)
+        landing = choose_landing(qmp, incoming.blocks, land, *made)
         undo.callback(landing.close)
         lock_late = source is None or source.status in _LET_RUN
         stream = IncomingStream(

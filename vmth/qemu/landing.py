@@ -17,17 +17,18 @@ import enum
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from vmth.errors import RefusedError
 from vmth.qemu.qmp import Qmp, QmpError
-from vmth.types import Mapping, RamBlock
+from vmth.types import MadeMapping, Mapping, RamBlock
 from vmth.units import format_size
 
 __all__ = [
     "MAX_BESIDE_BYTES",
+    "FindMade",
     "Land",
     "Landing",
     "choose_landing",
@@ -50,6 +51,10 @@ _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<rights>\S{4}) (?P<offset>[0-9a-f]+) \S+ "
     r"(?P<inode>\d+)(?: .*)?"
 )
+
+
+#: (descriptor, offset, bytes) -> what is mapped of that file already.
+FindMade: TypeAlias = Callable[[int, int, int], MadeMapping | None]
 
 
 class Land(enum.Enum):
@@ -125,9 +130,15 @@ def _property(qmp: Qmp, backend: str, key: str) -> Any:
         return None
 
 
-def choose_landing(qmp: Qmp, offered: Sequence[RamBlock], wanted: Land) -> Landing:
-    """For the blocks that a source offers. Raises RefusedError, with nothing left open, when the
-    destination does not have them or does not allow the landing that is ``wanted``."""
+def choose_landing(
+    qmp: Qmp,
+    offered: Sequence[RamBlock],
+    wanted: Land,
+    find_made: FindMade = lambda _fd, _offset, _nbytes: None,
+) -> Landing:
+    """For the blocks that a source offers; ``find_made``: what is mapped already. Raises
+    RefusedError, with nothing left open, when the destination does not have them or does not allow
+    the landing that is ``wanted``."""
     listed = listed_blocks(qmp)
     if listed is not None:
         _compare(qmp, offered, listed)
@@ -141,7 +152,7 @@ def choose_landing(qmp: Qmp, offered: Sequence[RamBlock], wanted: Land) -> Landi
             landing = Landing(
                 Land.MEMORY,
                 tuple(
-                    replace(block, mapping=place.mapping)
+                    replace(block, mapping=_with_made(place.mapping, block, find_made))
                     for block, place in zip(offered, found, strict=True)
                 ),
                 "asked for" if wanted is Land.MEMORY else "QEMU's memory is shared",
@@ -158,6 +169,12 @@ def choose_landing(qmp: Qmp, offered: Sequence[RamBlock], wanted: Land) -> Landi
         why_not,
         (f"landed in QEMU's stream, verified as handed over and not in place: {why_not}",),
     )
+
+
+def _with_made(mapping: Mapping, block: RamBlock, find_made: FindMade) -> Mapping:
+    if mapping.fd is None:
+        return mapping
+    return replace(mapping, made=find_made(mapping.fd, mapping.offset, block.used_length))
 
 
 def open_shared(

@@ -33,6 +33,7 @@ from vmth.qemu.facts import Facts, gather
 from vmth.qemu.landing import Land
 from vmth.qemu.launch import QemuProcess, check_command, sweep
 from vmth.qemu.qmp import Qmp
+from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.reuse.report import FileReused, reused_lines, reused_of
 from vmth.reuse.warm import WarmFile, WarmFiles
 from vmth.units import format_size
@@ -122,14 +123,14 @@ class QemuReceiver:
             self._options = replace(self._options, max_sessions=1)
         else:
             check_command(target.command)
-        self._waiting: tuple[int, Facts] | None = None
+        self._waiting: _Waiting | None = None
         self._prepared = threading.Event()
         self._listener = Listener(endpoint, self._make_guest, self._options, find_qemu)
         self.notes = (*self._listener.fallbacks, *(warm.notes if warm is not None else ()))
         try:  # what an earlier receiver left has been quit now
             self.notes += tuple(sweep(self._state_dir))
             if target.qmp:
-                self._waiting = _waiting(target.qmp)
+                self._waiting = _waiting(target.qmp, land)
             self._prepared.set()
         except BaseException:
             self._prepared.set()
@@ -168,6 +169,8 @@ class QemuReceiver:
     def close(self) -> None:
         """End sessions whose guest does not run yet; QEMU is quit then. Idempotent."""
         self._listener.close()
+        if self._waiting is not None and self._waiting.memory is not None:
+            self._waiting.memory.close()
 
     def __enter__(self) -> QemuReceiver:
         return self
@@ -199,9 +202,11 @@ class QemuReceiver:
         self._prepared.wait()  # the monitor serves one at a time
         if self._target.qmp:
             qmp = Qmp(self._target.qmp)
-            pid, facts = self._waiting or (0, None)
+            waiting = self._waiting
+            if waiting is None or waiting.pid != qmp.pid:
+                return make_destination(qmp, incoming, self._land)
             return make_destination(
-                qmp, incoming, self._land, facts=facts if qmp.pid == pid else None
+                qmp, incoming, self._land, facts=waiting.facts, memory=waiting.memory
             )
         process = QemuProcess(self._target.command, self._state_dir)
         try:
@@ -293,8 +298,16 @@ def outcome_lines(outcome: Arrival | MigrationError) -> list[str]:
     ]
 
 
-def _waiting(path: str) -> tuple[int, Facts]:
-    """(process, facts) of a QEMU that waits; better now than when a source waits for us."""
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What was found of a QEMU that waits; better now than when a source waits for us."""
+
+    pid: int
+    facts: Facts
+    memory: WaitingMemory | None  #: None: pages do not land there
+
+
+def _waiting(path: str, land: Land) -> _Waiting:
     with Qmp(path) as qmp:
         status = qmp.status()
         if status != "inmigrate":
@@ -302,7 +315,8 @@ def _waiting(path: str) -> tuple[int, Facts]:
                 f"the QEMU at {path} is {status!r}, allowed 'inmigrate': start it with "
                 "-incoming defer"
             )
-        return qmp.pid, gather(qmp)
+        facts = gather(qmp)
+        return _Waiting(qmp.pid, facts, None if land is Land.STREAM else WaitingMemory(qmp))
 
 
 def _arrival(
