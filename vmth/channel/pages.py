@@ -219,18 +219,21 @@ class NativeSender(_NativeEnd):
         # Unknown until the call returns; if it fails midway, some of it may have been queued.
         self._lent.append((_AT_CLOSE, view))
         try:
-            with _translate:
-                queued, ticket = self._native.send_pages(runs, view, round_)
-        except UsageError:
-            self._lent.pop()
-            raise
+            queued, ticket = self._native.send_pages(runs, view, round_)
+        except _xfer.TransferError as error:
+            translated = _translated(error)
+            if isinstance(translated, UsageError):
+                self._lent.pop()
+            raise translated from error
         self._lent[-1] = (ticket, view)
         return queued, ticket
 
     def pages_read(self) -> int:
         """The last ticket of which, and of all before it, no page is read any more. Any thread."""
-        with _translate:
+        try:  # as the context manager, which takes longer than the call
             return self._native.pages_read()
+        except _xfer.TransferError as error:
+            raise _translated(error) from error
 
     def wait_read(self, ticket: int, timeout_ns: int = 0) -> bool:
         """Until ``pages_read()`` has reached ``ticket``; False at the timeout (0: none). Any

@@ -184,6 +184,7 @@ class OutgoingStream:
         self._reader = StreamReader(opaque_devices=True)
         self._merger = MultifdMerger(self._reader, multifd_channels) if multifd_channels else None
         self._main: _Connection | None = None
+        self._main_poll = select.poll()
         self._channels: list[_Connection] = []
         self._tail = bytearray()
         self._passing = False
@@ -250,6 +251,7 @@ class OutgoingStream:
             reader = self._reader
             give_back = partial(reader.give_back, LEAST_READ_BYTES)
             self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, give_back)
+            self._main_poll.register(mains[0], select.POLLIN)
         for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
             assert self._merger is not None
             feed = partial(self._merger.feed_channel, index)
@@ -390,6 +392,9 @@ class OutgoingStream:
     def _wait(self, deadline: float) -> list[_Connection]:
         merger, main = self._merger, self._main
         assert main is not None
+        left_ms = 1000 * min(max(0.0, deadline - time.monotonic()), QUIET_S)
+        if merger is None and not main.ended:  # the same one again and again
+            return [main] if self._main_poll.poll(left_ms) else []
         asked = [main] if merger is None or merger.main_may_read() else []
         asked += (
             channel
@@ -404,8 +409,7 @@ class OutgoingStream:
                 poll.register(connection.sock, select.POLLIN)
         if not by_fd:
             raise self._ended_early()
-        left_s = max(0.0, deadline - time.monotonic())
-        return [by_fd[fd] for fd, _ in poll.poll(1000 * min(left_s, QUIET_S))]
+        return [by_fd[fd] for fd, _ in poll.poll(left_ms)]
 
     def _at_end(self, connection: _Connection) -> None:
         if connection is not self._main:

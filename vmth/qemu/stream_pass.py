@@ -114,6 +114,7 @@ class StreamPass:
     _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
     _ahead_bytes: int = 0
     _ahead_limit_bytes: int = START_AHEAD_BYTES
+    _all_pages: int = field(init=False)
     _seen_pages: int = 0  #: of this round, a page that came twice once
     _again: PagesAgain = field(init=False)
     _near_end: bool = False  #: of QEMU's pass, as far as is known
@@ -135,6 +136,7 @@ class StreamPass:
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
+        self._all_pages = sum(block.npages for block in self.guest.blocks)
 
     def run(self) -> FinalPass:
         """Returns when all pages have landed and all state is here: QEMU then waits, its guest
@@ -239,7 +241,7 @@ class StreamPass:
         queued, ticket = self.tools.sender.send_pages(runs, data, self._round)
         if queued:
             npages = runs["npages"][:queued]
-            self._hold_back(ticket, int((npages * runs["nbytes"][:queued]).sum()))
+            self._hold_back(ticket, int(npages @ runs["nbytes"][:queued]))
             self._seen_pages += int(npages.sum())
         return queued
 
@@ -379,9 +381,7 @@ class StreamPass:
         self._send_kept()
 
     def _expected_pages(self) -> int:
-        if self._round == 0:
-            return sum(block.npages for block in self.guest.blocks)
-        return self._remaining_pages()
+        return self._remaining_pages() if self._round else self._all_pages
 
     def _next_round(self) -> None:
         """A round that had nothing but what was kept goes on instead."""
