@@ -15,7 +15,7 @@ from vmth.qemu.landing import Land, Landing, choose_landing
 from vmth.qemu.qmp import Qmp
 from vmth.types import Gpa, Mapping, RamBlock
 
-__all__ = ["HEAD", "MIB", "World"]
+__all__ = ["HEAD", "MIB", "World", "mappings_of"]
 
 MIB = 1 << 20
 HEAD = "              Block Name    PSize              Offset               Used              Total"
@@ -62,11 +62,11 @@ class World:
         self.backends.append({"id": name, "size": nbytes, "share": share})
         self.block(name, nbytes)
 
-    def block(self, idstr: str, nbytes: int, fd: int = -1) -> None:
+    def block(self, idstr: str, nbytes: int, fd: int = -1, offset: int = 0) -> None:
         """One that QEMU has and the source offers; mapped shared where there is a file for it."""
         hva = ""
         if fd >= 0:
-            view = mmap.mmap(fd, nbytes)
+            view = mmap.mmap(fd, nbytes, offset=offset)
             self.resources.callback(view.close)
             with open("/proc/self/maps") as maps:
                 inode = str(os.fstat(fd).st_ino)
@@ -79,3 +79,11 @@ class World:
         landing = choose_landing(self.qmp, self.offered, wanted)
         self.resources.callback(landing.close)
         return landing
+
+
+def mappings_of(fd: int) -> int:
+    """How often this process has mapped the file."""
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with open("/proc/self/maps") as maps:
+        return sum(line.split()[3:5] == [device, str(status.st_ino)] for line in maps)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -247,6 +249,20 @@ def test_a_bad_run_is_refused_and_nothing_is_queued(
         pair.sender.send_pages(np.concatenate([good, runs]), bytes(2 * PAGE), 0)
     assert pair.sender.send_pages(good, random_pages(1).reshape(-1), 0) == (1, 1)
     assert pair.sender.barrier(0)
+
+
+def test_what_was_refused_is_the_callers_at_once(pair: Harness) -> None:
+    """Not when a collector comes: it may be the memory of a guest."""
+    pages = random_pages(1)
+    gone = weakref.ref(pages)
+    gc.disable()
+    try:
+        with contextlib.suppress(UsageError):
+            pair.sender.send_pages(run(0, 99, 2), pages.reshape(-1), 0)
+        del pages
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_that_is_not_here_cannot_be_sent(pair: Harness) -> None:

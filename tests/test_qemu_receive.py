@@ -6,6 +6,7 @@ The source is a captured stream that the core moves; tests/test_qemu_migrate.py 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ from waiting import wait_until
 
 from vmth.errors import MigrationError, RefusedError
 from vmth.qemu.facts import Facts, gather
+from vmth.qemu.landing import Land, choose_landing, shared_blocks
 from vmth.qemu.launch import wait_for_exit
 from vmth.qemu.qmp import Qmp
+from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.stats import MigrationResult
 
 pytestmark = pytest.mark.slow
@@ -136,6 +139,11 @@ def test_memory_that_is_there_is_mapped_before_a_source_comes(
 ) -> None:
     world.memfd = world.prealloc = True
     there = world.await_guest("there", build("DST"), shared=True)
+    with WaitingMemory(there.monitor) as memory, contextlib.ExitStack() as opened:
+        offered = shared_blocks(there.monitor, opened)
+        landing = choose_landing(there.monitor, offered, Land.MEMORY, memory.find)
+        opened.callback(landing.close)
+        assert landing.blocks and all(block.mapping.made for block in landing.blocks)
     uri, receiver = world.receive(there, "memory")
     pid = receiver.process.pid
     wait_until(lambda: mapped_bytes(pid, "memory-backend-memfd") >= world.memory_bytes)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from landing_world import MIB, World
+from landing_world import MIB, World, mappings_of
 from listener_world import open_files
 from waiting import wait_until
 
 from vmth.memory import map_blocks
+from vmth.qemu import waiting_memory
 from vmth.qemu.landing import Land, choose_landing
 from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.types import Gpa, Mapping, RamBlock
@@ -38,12 +39,6 @@ def populated(world: World, nbytes: int = 2 * MIB) -> int:
     fd = world.memfd(nbytes)
     os.pwrite(fd, bytes(nbytes), 0)
     return fd
-
-
-def is_mapped(fd: int) -> bool:
-    inode = str(os.fstat(fd).st_ino)
-    with open("/proc/self/maps") as maps:
-        return any(line.split()[4] == inode for line in maps)
 
 
 def test_the_landing_takes_what_is_mapped(world: World) -> None:
@@ -71,6 +66,34 @@ def test_a_thread_makes_the_page_tables(world: World) -> None:
             assert not mapped.anew
 
 
+def test_a_block_within_a_file_is_found_by_its_address(world: World) -> None:
+    """A file that has grown, for example: the block does not begin where the file does."""
+    fd = world.memfd(3 * MIB)
+    world.backends.append({"id": "pc.ram", "size": 2 * MIB, "share": True})
+    world.block("pc.ram", 2 * MIB, fd, offset=MIB)
+    with WaitingMemory(world.qmp) as memory:
+        assert memory.find(fd, 0, 2 * MIB) is None
+        landing = choose_landing(world.qmp, world.offered, Land.MEMORY, memory.find)
+        world.resources.callback(landing.close)
+        made = landing.blocks[0].mapping.made
+        assert made is not None and landing.blocks[0].mapping.offset == MIB
+        with map_blocks(landing.blocks, writable=True) as (mapped,):
+            mapped.view[:5] = list(b"pages")
+            assert made.take() is None and os.pread(fd, 5, MIB) == b"pages"
+
+
+def test_what_the_landing_does_not_need_is_let_go(world: World) -> None:
+    needed = populated(world)
+    world.backend("dimm", 4 * MIB)
+    other = world.memfd(4 * MIB)
+    with WaitingMemory(world.qmp) as memory:
+        assert mappings_of(needed) == mappings_of(other) == 1
+        made = memory.find(needed, 0, 2 * MIB)
+        memory.close_rest()
+        assert mappings_of(other) == 0
+        assert made is not None and made.take() is not None
+
+
 def test_other_bytes_are_not_found(world: World) -> None:
     fd = populated(world)
     with WaitingMemory(world.qmp) as memory:
@@ -81,8 +104,8 @@ def test_other_bytes_are_not_found(world: World) -> None:
 def test_what_nobody_took_is_let_go_with_it(world: World) -> None:
     fd = populated(world)
     with WaitingMemory(world.qmp):
-        assert is_mapped(fd)
-    assert not is_mapped(fd)
+        assert mappings_of(fd) == 1
+    assert mappings_of(fd) == 0
 
 
 def test_what_was_taken_stays(world: World) -> None:
@@ -96,7 +119,7 @@ def test_what_was_taken_stays(world: World) -> None:
     assert os.pread(fd, 1, 0) == b"\x09"
     del mapped
     views.__exit__(None, None, None)
-    assert not is_mapped(fd)
+    assert mappings_of(fd) == 0
 
 
 def test_a_qemu_that_ends_takes_its_memory_with_it(
@@ -109,9 +132,9 @@ def test_a_qemu_that_ends_takes_its_memory_with_it(
     fd = populated(world)
     try:
         with WaitingMemory(world.qmp) as memory:
-            assert is_mapped(fd)
+            assert mappings_of(fd) == 1
             qemu.communicate(b"\n")
-            wait_until(lambda: not is_mapped(fd))
+            wait_until(lambda: mappings_of(fd) == 0)
             made = memory.find(fd, 0, 2 * MIB)
             assert made is not None and made.take() is None
     finally:
@@ -128,14 +151,24 @@ def test_a_process_that_cannot_be_watched_is_left_alone(
     monkeypatch.setattr(os, "pidfd_open", refuse)
     fd = populated(world)
     with WaitingMemory(world.qmp) as memory:
-        assert memory.find(fd, 0, 2 * MIB) is None and not is_mapped(fd)
+        assert memory.find(fd, 0, 2 * MIB) is None and mappings_of(fd) == 0
 
 
 def test_memory_that_is_not_shared_is_left_alone(world: World) -> None:
     world.backend("pc.ram", share=False)
     fd = world.memfd()
     with WaitingMemory(world.qmp) as memory:
-        assert memory.find(fd, 0, 2 * MIB) is None and not is_mapped(fd)
+        assert memory.find(fd, 0, 2 * MIB) is None and mappings_of(fd) == 0
+
+
+def test_a_file_on_a_disk_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be read; and huge pages of a file system would be reserved."""
+    monkeypatch.setattr(waiting_memory, "holes_are_exact", lambda _: False)
+    fd = populated(world)
+    before = open_files(), threading.active_count()
+    with WaitingMemory(world.qmp) as memory:
+        assert memory.find(fd, 0, 2 * MIB) is None and mappings_of(fd) == 0
+        assert (open_files(), threading.active_count()) == before
 
 
 def test_a_monitor_that_does_not_know_backends_is_left_alone(world: World) -> None:
@@ -154,6 +187,7 @@ def test_a_thread_that_does_not_start_leaves_nothing_open(
     before = open_files()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="start new thread"):
-            WaitingMemory(world.qmp)
-    assert open_files() == before and not is_mapped(fd)
+        memory = WaitingMemory(world.qmp)
+    made = memory.find(fd, 0, 2 * MIB)
+    assert made is None or made.take() is None
+    assert open_files() == before and mappings_of(fd) == 0

@@ -221,10 +221,9 @@ class NativeSender(_NativeEnd):
         try:
             queued, ticket = self._native.send_pages(runs, view, round_)
         except _xfer.TransferError as error:
-            translated = _translated(error)
-            if isinstance(translated, UsageError):
+            if error.kind == "usage":
                 self._lent.pop()
-            raise translated from error
+            raise _translated(error) from error
         self._lent[-1] = (ticket, view)
         return queued, ticket
 

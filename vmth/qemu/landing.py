@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 from vmth.errors import RefusedError
 from vmth.qemu.qmp import Qmp, QmpError
-from vmth.types import MadeMapping, Mapping, RamBlock
+from vmth.types import Gpa, MadeMapping, Mapping, RamBlock
 from vmth.units import format_size
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "listed_blocks",
     "memory_backends",
     "open_shared",
+    "shared_blocks",
 ]
 
 #: Of blocks that cannot be written in place although the landing is "memory".
@@ -184,6 +185,19 @@ def open_shared(
     Mapping for one that QEMU does not share, or that cannot be opened here."""
     found = _Search(qmp, listed_blocks(qmp) or {}, opened).all(blocks)
     return [place.mapping for place in found]
+
+
+def shared_blocks(qmp: Qmp, opened: contextlib.ExitStack) -> list[RamBlock]:
+    """What QEMU lists and shares, with the files, which are opened into ``opened``. Raises QmpError
+    for a QEMU that does not know the questions."""
+    listed = listed_blocks(qmp) or {}
+    blocks = [RamBlock(row.idstr, row.used_length, Gpa(0), Mapping()) for row in listed.values()]
+    found = _Search(qmp, listed, opened).all(blocks)
+    return [
+        replace(block, mapping=place.mapping)
+        for block, place in zip(blocks, found, strict=True)
+        if place.mapping.fd is not None
+    ]
 
 
 def _compare(qmp: Qmp, offered: Sequence[RamBlock], listed: dict[str, ListedBlock]) -> None:

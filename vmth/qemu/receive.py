@@ -205,9 +205,12 @@ class QemuReceiver:
             waiting = self._waiting
             if waiting is None or waiting.pid != qmp.pid:
                 return make_destination(qmp, incoming, self._land)
-            return make_destination(
+            guest = make_destination(
                 qmp, incoming, self._land, facts=waiting.facts, memory=waiting.memory
             )
+            if waiting.memory is not None:
+                waiting.memory.close_rest()
+            return guest
         process = QemuProcess(self._target.command, self._state_dir)
         try:
             qmp = process.connect()

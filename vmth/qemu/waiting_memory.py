@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Self
 
 from vmth.mapped_ahead import MappedAhead
-from vmth.qemu.landing import listed_blocks, open_shared
+from vmth.memory import holes_are_exact
+from vmth.qemu.landing import shared_blocks
 from vmth.qemu.qmp import Qmp, QmpError
-from vmth.types import Gpa, Mapping, RamBlock
 
 __all__ = ["WaitingMemory"]
 
@@ -32,35 +32,53 @@ class WaitingMemory:
     def __init__(self, qmp: Qmp) -> None:
         self._resources = contextlib.ExitStack()
         self._mapped: list[MappedAhead] = []
+        self._found: list[MappedAhead] = []
         try:
             process = os.pidfd_open(qmp.pid)
-        except OSError:
+        except (OSError, AttributeError):  # a Python without it: built on old headers
             return
         self._resources.callback(os.close, process)
         try:
             self._mapped = _map_shared_blocks(qmp)
-            stopped, stop = os.pipe2(os.O_CLOEXEC)
-            self._resources.callback(os.close, stopped)
-            work = threading.Thread(
-                target=self._work, args=(process, stopped), name="vmth-ahead", daemon=True
-            )
-            self._resources.callback(lambda: work.join() if work.is_alive() else None)
-            self._resources.callback(os.close, stop)
-            work.start()
+            if self._mapped:
+                self._start(process)
+        except (OSError, RuntimeError):  # of pipe, thread
+            self.close()
         except BaseException:
             self.close()
             raise
+        if not self._mapped:
+            self.close()
+
+    def _start(self, process: int) -> None:
+        stopped, stop = os.pipe2(os.O_CLOEXEC)
+        self._resources.callback(os.close, stopped)
+        work = threading.Thread(
+            target=self._work, args=(process, stopped), name="vmth-ahead", daemon=True
+        )
+        self._resources.callback(lambda: work.join() if work.is_alive() else None)
+        self._resources.callback(os.close, stop)
+        work.start()
 
     def find(self, fd: int, offset: int, nbytes: int) -> MappedAhead | None:
         """What is mapped of these very bytes."""
-        found = (ahead for ahead in self._mapped if ahead.is_of(fd, offset, nbytes))
-        return next(found, None)
+        for ahead in self._mapped:
+            if ahead.is_of(fd, offset, nbytes):
+                self._found.append(ahead)
+                return ahead
+        return None
+
+    def close_rest(self) -> None:
+        """Let go of what was not found: the landing is chosen, and nobody needs it any more."""
+        for ahead in self._mapped:
+            if ahead not in self._found:
+                ahead.close()
 
     def close(self) -> None:
         """Let go of what nobody has taken. Idempotent."""
+        self._resources.close()
         for ahead in self._mapped:
             ahead.close()
-        self._resources.close()
 
     def _work(self, process: int, stopped: int) -> None:
         poll = select.poll()
@@ -85,14 +103,14 @@ class WaitingMemory:
 
 
 def _map_shared_blocks(qmp: Qmp) -> list[MappedAhead]:
-    blocks = [
-        RamBlock(listed.idstr, listed.used_length, Gpa(0), Mapping())
-        for listed in (listed_blocks(qmp) or {}).values()
-    ]
+    """But for files on a disk, which would be read, and huge pages of a file system, which a
+    mapping reserves and which need next to no page tables."""
     mapped: list[MappedAhead] = []
     with contextlib.ExitStack() as opened, contextlib.suppress(QmpError):
-        for block, place in zip(blocks, open_shared(qmp, blocks, opened), strict=True):
-            if place.fd is not None:
-                with contextlib.suppress(OSError):
+        for block in shared_blocks(qmp, opened):
+            place = block.mapping
+            # ValueError: the file is shorter by now.
+            with contextlib.suppress(OSError, ValueError):
+                if place.fd is not None and holes_are_exact(place.fd):
                     mapped.append(MappedAhead(place.fd, place.offset, block.used_length))
     return mapped
