@@ -29,13 +29,14 @@ from vmth.listener import Listener
 from vmth.options import ReceiveOptions
 from vmth.source_session import SourceSession
 from vmth.wire.framing import PreambleStatus
-from vmth.wire.handover import Record
+from vmth.wire.handover import Action, Record
 from vmth.wire.messages import (
     Abort,
     AbortCode,
     Answer,
     AnswerState,
     Grant,
+    Message,
     Paused,
     Query,
     Released,
@@ -270,11 +271,15 @@ def _receive(world: World, **options: Any) -> tuple[threading.Thread, Any, list[
 def _move_and_vanish(place: Any) -> bytes:
     """A source that is gone right after Running. Returns the receiver's id."""
     with Stranger(place) as source:
-        accept = source.begin(SESSION, digest=False)
-        _seal(source)
-        source.say(Grant(accept.receiver_id))
-        assert isinstance(source.hear(), Running)
-        return accept.receiver_id
+        return _move(source)
+
+
+def _move(source: Stranger) -> bytes:
+    accept = source.begin(SESSION, digest=False)
+    _seal(source)
+    source.say(Grant(accept.receiver_id))
+    assert isinstance(source.hear(), Running)
+    return accept.receiver_id
 
 
 def test_receive_answers_a_source_that_lost_its_connection(world: World) -> None:
@@ -291,6 +296,32 @@ def test_receive_answers_a_source_that_lost_its_connection(world: World) -> None
         assert isinstance(asker.hear(), ReleasedSeen)
     thread.join(60)
     assert [one.session_id for one in arrived] == [SESSION.hex()]
+    world.moves(world.listen())
+
+
+def test_receive_does_not_end_before_it_has_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's last word comes while the session, whose connection is lost, ends."""
+    thread, place, arrived = _receive(world)
+    tell = DestinationRecord._tell
+
+    def tell_late(record: DestinationRecord, action: Action, send: Any, message: Message) -> None:
+        source.sock.close()
+        thread.join(1.0)
+        tell(record, action, send, message)
+
+    with Stranger(place) as source, Stranger(place) as asker:
+        receiver_id = _move(source)
+        assert asker.status(Role.QUERY, SESSION) is PreambleStatus.OK
+        asker.say(Query(SESSION, receiver_id))
+        assert isinstance(asker.hear(), Answer)
+        monkeypatch.setattr(DestinationRecord, "_tell", tell_late)
+        asker.say(Released())
+        assert isinstance(asker.hear(), ReleasedSeen)
+    thread.join(60)
+    assert [one.session_id for one in arrived] == [SESSION.hex()]
+    monkeypatch.undo()
     world.moves(world.listen())
 
 

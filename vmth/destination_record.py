@@ -84,6 +84,7 @@ class DestinationRecord:
         self._lock = threading.RLock()
         self._owner: threading.Thread | None = None
         self._discard_due = False
+        self._telling = 0  #: transitions whose messages are being sent
         #: A grant may have been given, as far as one knows here; a restart cannot tell
         self.sealed_said = state is not DestinationState.NO_RECORD
         #: RUNNING was reached in this process: the guest is nobody's to discard any more
@@ -92,6 +93,12 @@ class DestinationRecord:
     @property
     def state(self) -> DestinationState:
         return self._handover.state
+
+    @property
+    def over(self) -> bool:
+        """Nothing is remembered, and everybody who is to be told has been."""
+        # In this order, and not under the lock, which is held while a guest is resumed.
+        return self.state is DestinationState.NO_RECORD and not self._telling
 
     @property
     def runs_here(self) -> bool:
@@ -104,13 +111,18 @@ class DestinationRecord:
         unsent: list[_Unsent] = []
         try:
             with self._lock:
+                self._telling += 1
                 self._carry_out(event, reply, unsent)
                 if self.state in _SETTLED:
                     self._journal.close()  # nothing is appended now; remove() works all the same
         finally:
             # Not under the lock: a peer that does not read holds up nobody but itself.
-            for action, send, message in unsent:
-                self._tell(action, send, message)
+            try:
+                for action, send, message in unsent:
+                    self._tell(action, send, message)
+            finally:
+                with self._lock:
+                    self._telling -= 1
 
     def _carry_out(
         self, event: DestinationEvent, reply: Send | None, unsent: list[_Unsent]

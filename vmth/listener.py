@@ -432,8 +432,9 @@ class Listener:
                 session.cancel("the source asked on another connection: this session is over")
 
     def _forget(self, session_id: bytes, record: DestinationRecord) -> None:
-        """Let a record go that the table has ended, unless its session goes on."""
-        if record.state is DestinationState.NO_RECORD:
+        """Let a record go that the table has ended, unless its session goes on, or somebody is
+        being told so: whoever tells calls this as well, and until then nobody may close."""
+        if record.over:
             with self._lock:
                 if session_id in self._sessions or self._records.get(session_id) is not record:
                     return
