@@ -15,6 +15,7 @@ from landing_world import mappings_of
 from waiting import wait_until
 
 from vmth import mapped_ahead
+from vmth.channel.pages import _areas
 from vmth.mapped_ahead import PIECE_BYTES, MappedAhead
 from vmth.memory import MappedBlock, make_page_tables, map_blocks, map_shared
 from vmth.types import Gpa, Mapping, RamBlock
@@ -75,6 +76,17 @@ def test_it_is_taken_with_its_page_tables(memory: int) -> None:
         assert page_table_bytes(mapped.address) == NBYTES
         mapped.view[PAGE : PAGE + 5] = list(b"pages")
         assert os.pread(memory, 5, 2 * PAGE) == b"pages"
+
+
+@pytest.mark.usefixtures("page_tables")
+@pytest.mark.parametrize("populated", [True, False])
+def test_a_receiver_makes_the_page_tables_that_are_missing(memory: int, populated: bool) -> None:
+    made = ahead_of(memory)
+    if populated:
+        made.populate()
+    for mapped in mapped_with(memory, made):
+        ((_, _, anew),) = _areas([mapped], PAGE)
+        assert anew is not populated
 
 
 def test_only_the_first_takes_it(memory: int) -> None:

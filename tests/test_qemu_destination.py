@@ -37,7 +37,8 @@ from vmth.qemu.destination import (
     source_head,
 )
 from vmth.qemu.facts import Facts
-from vmth.qemu.landing import Land
+from vmth.qemu.landing import Land, Landing
+from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.types import Gpa, Mapping, RamBlock
 
 MIB = 1 << 20
@@ -274,6 +275,22 @@ def test_land_memory_that_is_not_possible_is_refused(world: World) -> None:
     with pytest.raises(RefusedError, match="land memory: no block"):
         make_destination(world.qmp, incoming(), Land.MEMORY)
     assert "migrate-incoming" not in world.fake.commands()
+
+
+def test_the_landing_is_asked_for_what_is_mapped_already(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def choose(*arguments: object) -> Landing:
+        asked.extend(arguments[3:])
+        raise RefusedError("seen enough")
+
+    monkeypatch.setattr(module, "choose_landing", choose)
+    with WaitingMemory(world.qmp) as memory:
+        with pytest.raises(RefusedError, match="seen enough"):
+            make_destination(world.qmp, incoming(), Land.MEMORY, memory=memory)
+        assert asked == [memory.find]
 
 
 def test_the_head_keeps_what_both_must_agree_on() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,34 @@ def test_memory_that_is_there_is_mapped_before_a_source_comes(
     uri, receiver = world.receive(there, "memory")
     pid = receiver.process.pid
     wait_until(lambda: mapped_bytes(pid, "memory-backend-memfd") >= world.memory_bytes)
-    world.departs(source, uri)
-    told = receiver.answer()
+    with seen(lambda: mapped_bytes(pid, "memory-backend-memfd")) as page_tables:
+        world.departs(source, uri)
+        told = receiver.answer()
+    # A mapping that is made anew has few of them at first; none is left in the end.
+    assert page_tables - {0} == {world.memory_bytes}
     assert told["verified_scope"] == "memory" and told["status"] == "running"
     world.hosts.append(there)
     there.wait_beats(2)
     assert world.check(there) > 0
+
+
+@contextlib.contextmanager
+def seen(look: Callable[[], int]) -> Iterator[set[int]]:
+    """All that a thread sees meanwhile, looking again and again."""
+    found, over = {look()}, threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):  # the process has ended
+            while not over.wait(0.005):
+                found.add(look())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
 
 
 def mapped_bytes(pid: int, name: str) -> int:
