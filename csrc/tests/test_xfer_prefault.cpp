@@ -181,6 +181,38 @@ void test_refusal_is_named_and_harmless()
     }
 }
 
+// The index of dedup: for the pages that the destination keeps, when it is first wanted, once; and a kernel
+// that does not want to costs nothing but time.
+void test_the_index_is_there_before_it_is_wanted()
+{
+    constexpr uint32_t dedup = vmth::form_bit(VMTH_FORM_DEDUP);
+    constexpr uint64_t kept = 131072, handed_on = 65536, at_once = 2u << 20;
+    const auto needed = uint64_t{2} * kept * VMTH_CONTENT_ENTRY_BYTES;
+    for (int result : {0, -EINVAL}) {
+        for (bool keeps : {true, false}) {
+            Memory mine(kept), other(handed_on);
+            std::vector<vmth::MemoryBlock> blocks{mine.block(), other.block()};
+            blocks[0].handed_on = !keeps;
+            blocks[1].handed_on = true;
+            Kernel kernel{&mine, result};
+            const vmth_populate_ops ops = kernel.ops();
+            vmth::SenderOptions options;
+            options.forms = dedup;
+            options.populate = &ops;
+            vmth::Sender sender(blocks, page_bytes, options);
+            sender.set_forms({0, 1});
+            T_CHECK(kernel.calls.empty());
+            sender.set_forms({dedup, 1});
+            sender.set_forms({0, 1});
+            sender.set_forms({dedup, 1});
+            T_EQUAL(kernel.pages(VMTH_POPULATE_READ), 0);
+            const uint64_t asked = kernel.pages(VMTH_POPULATE_WRITE) * page_bytes;
+            T_EQUAL(asked, keeps ? (result == 0 ? needed : at_once) : 0);
+            T_EQUAL(kernel.calls.size(), keeps ? (result == 0 ? needed / at_once : 1) : 0);
+        }
+    }
+}
+
 // The kernel's own call: the range becomes resident, its neighbours stay holes.
 void test_system_call()
 {
@@ -211,6 +243,7 @@ int main()
     test_all_pages_once_and_no_hole();
     test_only_holes_of_memory_mapped_before();
     test_refusal_is_named_and_harmless();
+    test_the_index_is_there_before_it_is_wanted();
     test_system_call();
     return T_PASS;
 }

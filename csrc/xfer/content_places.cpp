@@ -14,6 +14,8 @@ namespace vmth {
 namespace {
 
 constexpr size_t entries_at_once = 64;
+// A huge page of most machines: whoever else changes mappings waits for no more than one.
+constexpr size_t ready_at_once = 2u << 20;
 
 // The largest power of two of bytes that is allowed, or the smallest that has two entries a page: then
 // one content in thirty is lost to a full bucket.
@@ -23,14 +25,24 @@ size_t index_bytes(uint64_t allowed, uint64_t npages)
     while (2 * nbytes <= allowed && nbytes < 2 * npages * VMTH_CONTENT_ENTRY_BYTES) {
         nbytes *= 2;
     }
-    return nbytes <= allowed ? static_cast<size_t>(nbytes) : 0;
+    return npages != 0 && nbytes <= allowed ? static_cast<size_t>(nbytes) : 0;
+}
+
+// Pages that the destination only hands on are no place to copy from.
+uint64_t pages_kept(const GuestMemory &memory)
+{
+    uint64_t npages = 0;
+    for (size_t block = 0; block < memory.nblocks(); block++) {
+        npages += memory.handed_on(block) ? 0 : memory.npages(block);
+    }
+    return npages;
 }
 
 }  // namespace
 
 ContentPlaces::ContentPlaces(const GuestMemory &memory, const HashTable &hashes,
                              const KnownLanded &known, uint64_t nbytes)
-    : memory_(memory), hashes_(hashes), known_(known), nbytes_(index_bytes(nbytes, memory.total_pages()))
+    : memory_(memory), hashes_(hashes), known_(known), nbytes_(index_bytes(nbytes, pages_kept(memory)))
 {
     if (nbytes_ == 0) {
         return;
@@ -55,6 +67,21 @@ ContentPlaces::~ContentPlaces()
 {
     if (entries_ != nullptr) {
         munmap(entries_, nbytes_);
+    }
+}
+
+void ContentPlaces::make_ready(const vmth_populate_ops *ops) noexcept
+{
+    if (!enabled() || ready_.exchange(true, std::memory_order_relaxed)) {
+        return;
+    }
+    const vmth_populate_ops *const with = ops != nullptr ? ops : vmth_populate_system_ops();
+    for (size_t done = 0; done < nbytes_; done += ready_at_once) {
+        const size_t take = std::min(ready_at_once, nbytes_ - done);
+        if (with->populate(with->ctx, static_cast<uint8_t *>(entries_) + done, take,
+                           VMTH_POPULATE_WRITE) != 0) {
+            return;  // allocated as it is used
+        }
     }
 }
 

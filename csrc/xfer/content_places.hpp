@@ -18,6 +18,7 @@
 #include <optional>
 #include <vector>
 
+#include "sys/populate.h"
 #include "vmth/content_index.h"
 #include "xfer/atomic_bitmap.hpp"
 #include "xfer/guest_memory.hpp"
@@ -33,7 +34,8 @@ struct ContentPlace {
 
 class ContentPlaces {
 public:
-    // Uses at most `nbytes`, and no more than the guest's pages need; less than a bucket: nothing at all.
+    // Uses at most `nbytes`, and no more than the pages need that the destination keeps; less than a
+    // bucket: nothing at all.
     ContentPlaces(const GuestMemory &memory, const HashTable &hashes, const KnownLanded &known,
                   uint64_t nbytes);
     ~ContentPlaces();
@@ -41,7 +43,11 @@ public:
     ContentPlaces &operator=(const ContentPlaces &) = delete;
 
     bool enabled() const noexcept { return nbytes_ != 0; }
-    // Has anything landed here yet? Until then the index takes no memory.
+    // Before entries are wanted, by whoever has the time: allocates the index, once. Contents are spread
+    // over all of it, so else the first packet to land would wait, and all acknowledgements behind it.
+    // Where the kernel refuses, it does. `ops` nullptr: the kernel's. Any thread.
+    void make_ready(const vmth_populate_ops *ops) noexcept;
+    // Has anything landed here yet? Until then the index is empty.
     bool used() const noexcept { return used_.load(std::memory_order_relaxed); }
     uint64_t bytes() const noexcept { return nbytes_; }
 
@@ -69,6 +75,7 @@ private:
     void *entries_ = nullptr;
     vmth_content_index index_ = {};
     std::atomic<bool> used_{false};
+    std::atomic<bool> ready_{false};
     std::vector<AtomicBitmap> queued_;
 };
 

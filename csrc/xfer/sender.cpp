@@ -535,6 +535,14 @@ std::vector<ChannelInfo> Sender::channel_infos() const
     return infos;
 }
 
+void Sender::set_forms(const FormsSetting &setting)
+{
+    if ((setting.mask & form_bit(VMTH_FORM_DEDUP)) != 0) {
+        shared_.places.make_ready(shared_.options.populate);
+    }
+    shared_.forms.set(setting);
+}
+
 void Sender::set_window(uint64_t nbytes)
 {
     shared_.flow.set_window(nbytes);

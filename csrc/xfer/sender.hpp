@@ -161,8 +161,9 @@ public:
     // In the order in which they were added; none after close(). Any thread.
     std::vector<ChannelInfo> channel_infos() const;
     void set_bandwidth(uint64_t bytes_per_second) { shared_.flow.set_bandwidth(bytes_per_second); }
-    // Obeyed from the next packet of each channel on; see FormsSwitch. Any thread.
-    void set_forms(const FormsSetting &setting) { shared_.forms.set(setting); }
+    // Obeyed from the next packet of each channel on; see FormsSwitch. Any thread. The first time with
+    // dedup takes as long as its index takes to be allocated: milliseconds.
+    void set_forms(const FormsSetting &setting);
     // The destination may hold something else in these pages than is known: they are sent again even if
     // they are the same. Called before they are queued; the range is checked (usage).
     void forget(uint32_t block, uint64_t page, uint64_t npages);
