@@ -103,6 +103,7 @@ class FakeStream:
         self._until: Callable[[], object] | None = None
         self.given_out_bytes = self._fed = 0
         self.read_bytes = 0  #: last limit
+        self.patience: list[float] = []  #: in seconds, as it was asked for
 
     @property
     def unread_bytes(self) -> int:
@@ -113,6 +114,9 @@ class FakeStream:
 
     def limit_read(self, nbytes: int) -> None:
         self.read_bytes = nbytes
+
+    def wait_for_more(self, patience_s: float) -> None:
+        self.patience.append(patience_s)
 
     def next_event(self, timeout_s: float) -> q.Event | None:
         while (event := self._reader.next_event()) is None:

@@ -263,6 +263,27 @@ def test_warnings_of_the_comparison_are_notes(
     assert guest.notes() == ("versions: far apart",)
 
 
+@pytest.mark.parametrize("land", [Land.STREAM, Land.AUTO])
+def test_a_source_waits_for_no_question_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch, land: Land
+) -> None:
+    """What was asked ahead is what is asked then."""
+    monkeypatch.setattr(module, "compare", lambda _source, _destination: [])
+    facts = Facts([7, 2, 0], "host", "inmigrate")
+    guest = make_destination(world.qmp, incoming(entries() | facts.entries()), land, facts=facts)
+    asked = [name for name in world.fake.commands() if name.startswith("query")]
+    guest.close()
+    assert sorted(asked) == sorted(
+        [
+            *["query-status"] * 2,  # before anything is compared, and before anything is changed
+            "query-memdev",
+            "query-migrate",
+            "query-migrate-capabilities",
+            "query-migrate-parameters",
+        ]
+    )
+
+
 def test_a_block_list_that_qemu_does_not_take_is_refused_and_qemu_quit(world: World) -> None:
     world.on_connect = lambda: world.fails("Unknown ramblock")
     with pytest.raises(RefusedError, match="Unknown ramblock"):

@@ -123,6 +123,19 @@ def test_the_socket_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         assert world.folder is not None and not world.folder.exists()
 
 
+def test_the_place_where_qemu_listened_is_let_go_here(tmp_path: Path) -> None:
+    """A directory that was removed goes to its disk with the last descriptor: not with QEMU's."""
+    with IncomingWorld(tmp_path) as world:
+        stream = world.started()
+        assert world.folder is not None
+        place = f"{world.folder}/stream (deleted)"
+        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert held.count(place) == 1
+        stream.close()
+        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert place not in held
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_what_is_written_may_be_ahead_of_qemu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool

@@ -57,6 +57,46 @@ def test_an_error_keeps_the_words_and_the_class_of_qemu(fake: FakeQmp) -> None:
         assert qmp.status() == "running", "an error ended the connection"
 
 
+def test_what_was_asked_ahead_is_answered_once(fake: FakeQmp) -> None:
+    numbers = iter(range(100))
+    fake.answers["migrate"] = lambda arguments: {"for": arguments, "n": next(numbers)}
+    fake.answers["quit"] = FakeError("GenericError", "not now")
+    with Qmp(fake.path) as qmp:
+        qmp.ask_ahead(("migrate", {"uri": "x"}), ("query-status", None), ("quit", {}))
+        wait_until(lambda: fake.commands() == ["migrate", "query-status", "quit"])
+        assert qmp.execute("migrate", {"uri": "x"}) == {"for": {"uri": "x"}, "n": 0}
+        assert qmp.status() == "running"
+        with pytest.raises(QmpError, match="not now"):
+            qmp.execute("quit")
+        assert fake.commands() == ["migrate", "query-status", "quit"]
+        assert qmp.execute("migrate", {"uri": "x"}) == {"for": {"uri": "x"}, "n": 1}
+
+
+@pytest.mark.parametrize("other", ["execute", "execute_many", "ask_ahead"])
+def test_no_answer_is_older_than_what_was_ordered_since(fake: FakeQmp, other: str) -> None:
+    with Qmp(fake.path) as qmp:
+        qmp.ask_ahead(("query-status", None), ("query-migrate", None))
+        change = ("migrate-set-parameters", {"downtime-limit": 7})
+        if other == "execute":
+            qmp.execute(*change)
+        elif other == "execute_many":
+            qmp.execute_many([change])
+        else:
+            qmp.ask_ahead(change)
+        fake.answers["query-status"] = {"status": "paused"}
+        assert qmp.status() == "paused"
+
+
+def test_the_end_of_qemu_is_the_answer_to_what_was_asked_ahead(fake: FakeQmp) -> None:
+    fake.answers["query-status"] = HangUp
+    with Qmp(fake.path) as qmp:
+        qmp.ask_ahead(("query-status", None))
+        with pytest.raises(ChannelError):
+            qmp.status()
+        with pytest.raises(UnreadError):
+            qmp.ask_ahead(("query-status", None))
+
+
 def test_many_commands_are_answered_in_order_errors_among_them(fake: FakeQmp) -> None:
     def odd_fail(arguments: Any) -> Any:
         if arguments["value"] % 2:

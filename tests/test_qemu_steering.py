@@ -138,6 +138,28 @@ def test_passes_stops_and_what_is_left_are_heard(fake: FakeQmp, steering: Steeri
     wait_until(lambda: steering.stopped_ns is None)
 
 
+def test_a_pass_that_ended_in_a_stop_asks_nothing(fake: FakeQmp, steering: Steering) -> None:
+    """The order waits behind another one until the guest has stopped."""
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(arguments: Mapping[str, Any]) -> Any:
+        entered.set()
+        assert go.wait(10)
+        return fake._set_parameters(arguments)
+
+    fake.answers["migrate-set-parameters"] = slow
+    steering._qmp.timeout_s = 10
+    steering.allow_downtime(1)
+    assert entered.wait(10)
+    fake.emit("MIGRATION_PASS", **{"pass": 2})
+    fake.emit("STOP")
+    wait_until(lambda: steering.stopped_ns is not None)
+    go.set()
+    steering.close()
+    assert steering.passes == 2
+    assert "query-migrate" not in fake.commands()
+
+
 def test_a_stop_by_somebody_else_is_told_apart_from_the_migrations_own(fake: FakeQmp) -> None:
     told: list[bool] = []
     state = "running"

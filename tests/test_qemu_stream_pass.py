@@ -31,6 +31,7 @@ from vmth.errors import (
 from vmth.events import GuestPaused, RoundFinished, Throttled
 from vmth.policy.interface import Action, Decision, OnStall
 from vmth.qemu import queue_bounds, stream_pass, unsent
+from vmth.qemu.outgoing import PATIENCE_S
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS
 from vmth.stats import ChannelCounters, TransferCounters
@@ -45,13 +46,20 @@ def test_all_that_the_stream_says_lands_and_the_guest_is_paused() -> None:
     assert world.page(0, 3) == s.page_of(777)
     assert world.page(0, 5) == bytes(s.PAGE)
     assert world.page(1, 2) == s.page_of(1002)
-    assert bytes(world.engine.state) == DEVICES
+    assert world.engine.state.copy() == DEVICES
     sender, receiver = world.link.sender.digest(), world.link.receiver.digest()
     assert sender == receiver and sender[2] == 67
     # Page 5 went out twice: a barrier before that. The last pages went with it.
     assert [stats.pages for stats in final.rounds] == [67, 2]
     assert [stats.paused for stats in final.rounds] == [False, False]
     assert [type(event) for event in world.events if isinstance(event, GuestPaused)]
+
+
+def test_nothing_is_waited_for_that_makes_the_guest_wait() -> None:
+    world = World([every_page(), END, DEVICES])
+    world.engine.run()
+    near, *_, stopped = world.stream.patience
+    assert 0 == stopped < near < PATIENCE_S
 
 
 def test_the_round_that_begins_with_the_last_pages_is_the_paused_one() -> None:

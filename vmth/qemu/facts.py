@@ -126,9 +126,13 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
             text = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_JSON_BYTES)
             if not unpacker.eof:
                 raise StreamError(f"facts of the source: more than {MAX_JSON_BYTES} bytes, or torn")
-            return msgspec.json.decode(text, type=Facts)
+            return _DECODER.decode(text)
         except (ValueError, zlib.error, msgspec.MsgspecError) as error:
             raise StreamError(f"facts of the source: received {error}") from None
+
+
+#: Made before a source waits for it.
+_DECODER = msgspec.json.Decoder(Facts)
 
 
 def gather(qmp: Qmp) -> Facts:

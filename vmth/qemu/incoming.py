@@ -23,7 +23,7 @@ from types import TracebackType
 
 from vmth.errors import MigrationError, RefusedError, StreamError, UsageError, VmthError
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
-from vmth.qemu.settings import MigrationSettings
+from vmth.qemu.settings import QUESTIONS, MigrationSettings
 from vmth.qemu.stream.events import Command, CommandCode, Event
 from vmth.qemu.stream.fields import BE32
 from vmth.qemu.stream.returnpath import Pong, ReturnMessage, ReturnPathReader, Shut
@@ -86,6 +86,7 @@ class IncomingStream:
         self._writer = StreamWriter()
         self._returned = ReturnPathReader()
         self._sock: socket.socket | None = None
+        self._place: int | None = None  #: where QEMU listened
         self._pings = 0
         self._ending = False
         self._loaded = False
@@ -93,7 +94,9 @@ class IncomingStream:
     def start(self) -> None:
         """Prepare QEMU and connect to it. Raises RefusedError for a QEMU that does not wait for a
         migration (nothing was changed), MigrationError when it does not listen."""
+        self._qmp.ask_ahead(("query-status", None), ("query-migrate", None))
         self._check_waits()
+        self._qmp.ask_ahead(("stop", None), *QUESTIONS)
         self._execute("stop", {})  # it shall not run by itself once loaded, even without -S
         try:
             late = {"late-block-activate": self._lock_late}
@@ -221,6 +224,9 @@ class IncomingStream:
             self._sock = None
             if self._loaded:
                 self.notes += self._settings.restore()
+        if self._place is not None:
+            os.close(self._place)
+            self._place = None
 
     def __enter__(self) -> IncomingStream:
         return self
@@ -253,7 +259,9 @@ class IncomingStream:
             )
 
     def _connect(self) -> socket.socket:
-        """QEMU listens in a directory that only it and we may enter; it is gone once connected."""
+        """QEMU listens in a directory that only it and we may enter; it is gone once connected.
+        Whoever lets go last of a directory that was removed may wait for the disk. QEMU would, when
+        it closes, with its guest paused: so it is held here until ``close()``."""
         folder = Path(tempfile.mkdtemp(prefix="vmth-"))
         try:
             if os.geteuid() == 0:
@@ -268,6 +276,8 @@ class IncomingStream:
             except OSError as error:
                 sock.close()
                 raise MigrationError(f"{self._who} does not listen at {path}: {error}") from error
+            with contextlib.suppress(OSError):
+                self._place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             return sock
         finally:
             shutil.rmtree(folder, ignore_errors=True)

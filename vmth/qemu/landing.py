@@ -19,10 +19,10 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from vmth.errors import RefusedError
-from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.qmp import Qmp, QmpError, Question
 from vmth.types import Gpa, MadeMapping, Mapping, RamBlock
 from vmth.units import format_size
 
@@ -97,10 +97,17 @@ class Landing:
             os.close(self._files.pop())
 
 
+#: What ``listed_blocks`` and ``memory_backends`` ask, for ``Qmp.ask_ahead``.
+QUESTIONS: Final[tuple[Question, ...]] = (
+    ("human-monitor-command", {"command-line": "info ramblock"}),
+    ("query-memdev", None),
+)
+
+
 def listed_blocks(qmp: Qmp) -> dict[str, ListedBlock] | None:
     """The blocks that QEMU has, by name; None for one whose human monitor is switched off."""
     try:
-        text = qmp.execute("human-monitor-command", {"command-line": "info ramblock"})
+        text = qmp.execute(*QUESTIONS[0])
     except QmpError:
         return None
     found = {}
@@ -116,7 +123,7 @@ def listed_blocks(qmp: Qmp) -> dict[str, ListedBlock] | None:
 def memory_backends(qmp: Qmp) -> dict[str, dict[str, Any]]:
     """By their id, what ``query-memdev`` says of QEMU's memory backends; ``share`` is always there.
     Raises QmpError for a QEMU that does not know the question."""
-    backends = {str(row["id"]): dict(row) for row in qmp.execute("query-memdev") if "id" in row}
+    backends = {str(row["id"]): dict(row) for row in qmp.execute(*QUESTIONS[1]) if "id" in row}
     for name, row in backends.items():
         if "share" not in row:  # before QEMU 6.1 only the object itself says it
             row["share"] = _property(qmp, name, "share") is True

@@ -34,6 +34,7 @@ import msgspec
 
 from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
+from vmth.qemu.state_store import StateStore
 from vmth.qemu.stream import (
     Command,
     CommandCode,
@@ -45,7 +46,6 @@ from vmth.qemu.stream import (
     Shut,
     StreamFinished,
     StreamReader,
-    description_at_end,
     encode_return_message,
 )
 from vmth.qemu.stream.fields import MAX_DESCRIPTION_BYTES
@@ -60,7 +60,7 @@ FIRST_READ_BYTES = 2 << 20
 #: Of a multifd channel, whose packets have up to 512 KiB of pages.
 CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
-#: So long the next bytes are waited for before those that are there are parsed.
+#: So long the next bytes are waited for before those that are there are parsed, until it is set.
 PATIENCE_S = 0.0005
 #: A buffer with less room is full.
 LEAST_READ_BYTES = 64 << 10
@@ -114,6 +114,7 @@ class _Connection:
         self.sock = sock
         self.ended = False
         self.read_bytes = nbytes  #: of one read, at most
+        self.patience_s = PATIENCE_S
         self.received_bytes = 0
         self._feed = feed
         self._give_back = give_back
@@ -126,7 +127,7 @@ class _Connection:
 
     def read(self) -> None:
         """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
-        longer than PATIENCE_S for the next bytes, since each costs as much as many pages."""
+        longer than patience_s for the next bytes, since each costs as much as many pages."""
         self._unfed += self._give_back()
         if len(self._buffers[0].view) - self._filled < LEAST_READ_BYTES:
             self._next_buffer()
@@ -138,7 +139,7 @@ class _Connection:
     def _take(self, end: int) -> None:
         try:
             n, self.ended = take_arrived(
-                self.sock, self._buffers[0].view[self._filled : end], PATIENCE_S
+                self.sock, self._buffers[0].view[self._filled : end], self.patience_s
             )
         except OSError as error:
             raise ChannelError(f"the source QEMU's stream: {error}") from error
@@ -186,9 +187,9 @@ class OutgoingStream:
         self._main: _Connection | None = None
         self._main_poll = select.poll()
         self._channels: list[_Connection] = []
-        self._tail = bytearray()
+        self._tail = StateStore(2 * TAIL_BYTES)
         self._passing = False
-        self._raw_bytes = self._checked_bytes = 0  #: of the state; at the last look for its end
+        self._checked_bytes = 0  #: of the state, at the last look for its end
         self._last_read_s = 0.0
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
@@ -332,6 +333,12 @@ class OutgoingStream:
         for connection in bringing:
             connection.read_bytes = max(LEAST_READ_BYTES, nbytes // len(bringing))
 
+    def wait_for_more(self, patience_s: float) -> None:
+        """So long the next bytes are waited for before those that are there are given out: larger
+        pieces cost less, and come later. Under a channel that brings pages nothing changes."""
+        for connection in self._connections()[:1]:
+            connection.patience_s = patience_s
+
     def _connections(self) -> list[_Connection]:
         return [*([self._main] if self._main is not None else []), *self._channels]
 
@@ -346,9 +353,7 @@ class OutgoingStream:
 
     def _seen(self, event: Event) -> Event:
         if isinstance(event, RawBytes):
-            self._tail += event.data
-            self._raw_bytes += len(event.data)
-            del self._tail[: max(0, len(self._tail) - 2 * TAIL_BYTES)]
+            self._tail.add(event.data)
         elif isinstance(event, PassThrough):
             self._passing = True
         elif isinstance(event, Command) and event.code == CommandCode.PING:
@@ -367,13 +372,15 @@ class OutgoingStream:
         if self._main is None or self._main.unread_bytes():
             return False
         # Each look takes time for the size of the tail, and the guest stands still.
-        if self._tail.endswith(b"}") and self._raw_bytes != self._checked_bytes:
-            self._checked_bytes = self._raw_bytes
-            said = description_at_end(bytes(self._tail[-TAIL_BYTES:]))
-            if said is not None and _is_description(said):
-                return True
+        if self._tail.ends_with(b"}") and self._tail.total_bytes != self._checked_bytes:
+            self._checked_bytes = self._tail.total_bytes
+            said = self._tail.description()
+            if said is not None:
+                with said:
+                    if _is_description(said):
+                        return True
         quiet_s = time.monotonic() - self._last_read_s
-        tail = self._tail[-FOOTER_AND_END:]
+        tail = self._tail.last(FOOTER_AND_END)
         return quiet_s > QUIET_S and len(tail) == FOOTER_AND_END and (tail[0], tail[5]) == (0x7E, 0)
 
     def _read(self, deadline: float) -> bool:
@@ -477,7 +484,7 @@ class _Description(msgspec.Struct):
 _DESCRIPTION: Final = msgspec.json.Decoder(_Description)
 
 
-def _is_description(said: bytes) -> bool:
+def _is_description(said: memoryview) -> bool:
     try:
         _DESCRIPTION.decode(said)
     except (msgspec.MsgspecError, ValueError, RecursionError):

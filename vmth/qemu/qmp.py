@@ -23,20 +23,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vmth.errors import ChannelError, MigrationError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from qemu.qmp import Message, QMPClient
 
-__all__ = ["MAX_EVENTS", "Qmp", "QmpError", "QmpEvent", "UnreadError"]
+__all__ = ["MAX_EVENTS", "Qmp", "QmpError", "QmpEvent", "Question", "UnreadError"]
 
 log = logging.getLogger(__name__)
 
 #: Events kept for ``wait_event``; the oldest goes first.
 MAX_EVENTS = 1024
 THREAD = "vmth-qmp"
+#: A command and its arguments.
+Question: TypeAlias = tuple[str, Mapping[str, Any] | None]
 #: Commands in flight at once. asyncio complains on stderr of the fifth write to a QEMU that ended.
 PIPELINED = 4
 _PEER = struct.Struct("iII")
@@ -102,6 +104,10 @@ class Qmp:
         self._cause: BaseException | None = None
         self._lost: str | None = None
         self._commands: frozenset[str] | None = None
+        #: Sent by ``ask_ahead`` and not taken: command, arguments, the answer.
+        self._asked: collections.deque[
+            tuple[str, dict[str, Any], concurrent.futures.Future[Any]]
+        ] = collections.deque()
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._no_calls: asyncio.Event
@@ -138,12 +144,32 @@ class Qmp:
         """What QEMU returns for the command; names are QEMU's own, dashes and all. Raises QmpError
         with QEMU's words, ChannelError when QEMU is gone or gave no answer in time (whether the
         command was carried out is then not known), UnreadError when it certainly was not."""
+        asked = self._take_asked(command, arguments)
+        if asked is not None:
+            return asked.result()
         bound_s = self.timeout_s if timeout_s is None else timeout_s
         return self._submit(command, arguments, bound_s, out_of_band).result()
 
-    def execute_many(
-        self, commands: Iterable[tuple[str, Mapping[str, Any] | None]]
-    ) -> list[Any | QmpError]:
+    def ask_ahead(self, *commands: Question) -> None:
+        """Send at once what ``execute`` is called for next, in this order, at most PIPELINED; each
+        of those calls takes the answer to its own. Whatever else is sent drops the answers that
+        are left, so that none is older than the last change that was made here."""
+        asked = [
+            (name, dict(given or {}), self._submit(name, given, self.timeout_s, False))
+            for name, given in commands[:PIPELINED]
+        ]
+        with self._lock:
+            self._asked.extend(asked)
+
+    def _take_asked(
+        self, command: str, arguments: Mapping[str, Any] | None
+    ) -> concurrent.futures.Future[Any] | None:
+        with self._lock:
+            if self._asked and self._asked[0][:2] == (command, dict(arguments or {})):
+                return self._asked.popleft()[2]
+        return None
+
+    def execute_many(self, commands: Iterable[Question]) -> list[Any | QmpError]:
         """The answers in the same order, errors of QEMU among them; asked without waiting for one
         before the next, which for hundreds of questions is several times faster."""
         flying: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -255,6 +281,7 @@ class Qmp:
             if self._lost is not None:
                 raise UnreadError(self._lost)
             self._calls += 1
+            self._asked.clear()
             return asyncio.run_coroutine_threadsafe(
                 self._call(command, arguments, bound_s, out_of_band), self._loop
             )

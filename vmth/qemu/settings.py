@@ -11,14 +11,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from vmth.errors import ChannelError, RefusedError, UsageError
 from vmth.qemu.dirty_limit import limits_of, put_limits_back
-from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.qmp import Qmp, QmpError, Question
 
 __all__ = [
     "MIGRATION_OVER",
+    "QUESTIONS",
     "MigrationSettings",
     "capabilities_of",
     "is_over",
@@ -34,6 +35,13 @@ PUT_BACK_S = 10.0
 _LOOK_AGAIN_S = 0.02
 
 
+#: What ``capabilities_of`` and ``parameters_of`` ask, for ``Qmp.ask_ahead``.
+QUESTIONS: Final[tuple[Question, ...]] = (
+    ("query-migrate-capabilities", None),
+    ("query-migrate-parameters", None),
+)
+
+
 def migration_status(qmp: Qmp) -> str:
     """The status of ``query-migrate``; "" where no migration ever began."""
     return str(qmp.execute("query-migrate").get("status", ""))
@@ -46,13 +54,13 @@ def is_over(status: str) -> bool:
 
 def capabilities_of(qmp: Qmp) -> dict[str, bool]:
     """Every capability that this QEMU knows, and whether it is on."""
-    rows = qmp.execute("query-migrate-capabilities")
+    rows = qmp.execute(*QUESTIONS[0])
     return {str(row["capability"]): bool(row["state"]) for row in rows}
 
 
 def parameters_of(qmp: Qmp) -> dict[str, Any]:
     """Every parameter that this QEMU knows, with its value."""
-    return dict(qmp.execute("query-migrate-parameters"))
+    return dict(qmp.execute(*QUESTIONS[1]))
 
 
 class MigrationSettings:

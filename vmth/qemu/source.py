@@ -165,6 +165,7 @@ class QemuSource(StoppedQemu):
         self._throttle = throttle
         self._pass: StreamPass | None = None
         self._held = False
+        self._state = b""  #: complete once the guest was paused
         self._head = b""
         self._machine = ""
         self._page_bits = 12
@@ -228,14 +229,14 @@ class QemuSource(StoppedQemu):
     def pause(self) -> bool:
         """QEMU has stopped its guest and sent all; was it running until then?"""
         assert self._pass is not None
-        state = run_state_in(bytes(self._pass.state))
+        self._state = self._pass.state.copy()
+        state = run_state_in(self._state)
         if state is not None:  # somebody may have stopped it meanwhile: it is not to run again
             self.was_running = state in RUNS
         return self.was_running
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
-        assert self._pass is not None
-        write(StateStream(DEVICE_STREAM, DEVICE_STREAM_VERSION, bytes(self._pass.state)))
+        write(StateStream(DEVICE_STREAM, DEVICE_STREAM_VERSION, self._state))
 
     def hold(self) -> None:
         """The destination holds all: QEMU is told, and from its ``completed`` on does not resume

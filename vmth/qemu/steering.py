@@ -16,11 +16,20 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmth.errors import ChannelError, VmthError
+from vmth.policy.interface import Decision, RoundView
 from vmth.qemu.dirty_limit import VcpuLimits
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.settings import MigrationSettings
 
-__all__ = ["HELD_DOWNTIME_MS", "MAX_DOWNTIME_LIMIT_MS", "OWN_STOPS", "RUNS", "Helm", "Steering"]
+__all__ = [
+    "HELD_DOWNTIME_MS",
+    "MAX_DOWNTIME_LIMIT_MS",
+    "OWN_STOPS",
+    "RUNS",
+    "Helm",
+    "Steering",
+    "room_in_downtime_bytes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +146,7 @@ class Steering:
         """On the monitor's thread."""
         if event.name == "MIGRATION_PASS":
             self.passes = int(event.data.get("pass", self.passes + 1))
-            if self.stopped_ns is None:  # nothing is left to decide, and asking takes a core
-                self._orders.put(self._look)
+            self._orders.put(self._look)
         elif event.name in ("STOP", "RESUME"):
             self.stopped_ns = self._clock() if event.name == "STOP" else None
             if self._on_stopped_elsewhere is not None:
@@ -158,6 +166,8 @@ class Steering:
                 self._trouble = self._trouble or error
 
     def _look(self) -> None:
+        if self.stopped_ns is not None:
+            return  # nothing is left to decide, and asking takes a core
         answer = self._qmp.execute("query-migrate", timeout_s=ANSWER_TIMEOUT_S)
         self.throttle_percent = int(answer.get("cpu-throttle-percentage", 0))
         ram = answer.get("ram")
@@ -187,3 +197,12 @@ class Steering:
         self._settings.apply(
             parameters={"avail-switchover-bandwidth": bps, "downtime-limit": limit_ms}
         )
+
+
+def room_in_downtime_bytes(decision: Decision, view: RoundView) -> int:
+    """Of pages that the downtime limit leaves time for, as the forecast has it."""
+    expected = decision.forecast
+    if expected.pages_ns <= 0:
+        return 0
+    room_ns = view.downtime_limit_ns - (expected.total_ns - expected.pages_ns)
+    return max(0, view.dirty_pages * view.page_bytes * room_ns // expected.pages_ns)

@@ -30,7 +30,8 @@ from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.pages_again import PagesAgain, without_ends
 from vmth.qemu.queue_bounds import START_AHEAD_BYTES, QueueBounds
 from vmth.qemu.ram import PageKind, Runs
-from vmth.qemu.steering import Helm
+from vmth.qemu.state_store import StateStore
+from vmth.qemu.steering import Helm, room_in_downtime_bytes
 from vmth.qemu.stream import (
     DeviceState,
     Event,
@@ -57,6 +58,8 @@ LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
 #: Left of a pass, near whose end QEMU may stop its guest.
 NEAR_BYTES = 64 << 20
+#: So long more bytes are waited for from then on: what waits for others may be downtime.
+NEAR_PATIENCE_S = 0.0001
 #: Before the end of a pass: QEMU looks ten times a second at what it may, so that some orders come
 #: too late and some too soon. Either costs another pass.
 ORDER_NS = 60_000_000
@@ -80,6 +83,7 @@ class PageStream(Protocol):
     def next_event(self, timeout_s: float) -> Event | None: ...
     def in_use(self, until: partial[None]) -> None: ...
     def limit_read(self, nbytes: int) -> None: ...
+    def wait_for_more(self, patience_s: float) -> None: ...
 
 
 class _Landing(enum.Enum):
@@ -101,7 +105,8 @@ class StreamPass:
     throttle: ThrottleWay = ThrottleWay.NONE
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     notes: list[str] = field(default_factory=list)
-    state: bytearray = field(default_factory=bytearray)  #: all bytes behind ram's END
+    #: All bytes behind ram's END.
+    state: StateStore = field(default_factory=lambda: StateStore(2 * STATE_MAX_BYTES))
     taken_back_ns: int = 0  #: a QEMU that has stopped its guest is not called back
     throttle_percent: int = 0
     dirty_limit_bps: int = 0  #: to which QEMU holds its vCPUs; 0: not
@@ -232,6 +237,7 @@ class StreamPass:
             runs = runs[self._queue(runs, data) :]
         if not self._near_end and self._left_bytes() < NEAR_BYTES:
             self._near_end = True
+            self.stream.wait_for_more(0 if self._ended_ns else NEAR_PATIENCE_S)
             self._bound_ahead(self.tools.clock())
         if self._may_be_allowed() and self._left_bytes() <= self._allow_at_bytes:
             self._allow(self._room_bytes or 0)
@@ -305,16 +311,17 @@ class StreamPass:
             self._check_late()
 
     def _keep(self, data: memoryview) -> None:
-        if len(self.state) + len(data) > STATE_MAX_BYTES:
+        nbytes = len(self.state) + len(data)
+        if nbytes > STATE_MAX_BYTES:
             raise MigrationError(
-                f"device state: received {len(self.state) + len(data)} bytes, allowed "
-                f"{STATE_MAX_BYTES}"
+                f"device state: received {nbytes} bytes, allowed {STATE_MAX_BYTES}"
             )
-        self.state += data
+        self.state.add(data)
 
     def _guest_stopped(self) -> None:
         """QEMU stops its guest before it sends the last pages."""
         self._ended_ns = self.tools.clock()
+        self.stream.wait_for_more(0)  # so does the guest
         self._pause_limit_ns = LATE_FACTOR * max(
             self.tools.tuning.downtime_limit_ns,
             self.rounds[-1].expected_downtime_ns if self.rounds else 0,
@@ -455,9 +462,9 @@ class StreamPass:
         elif decision.forecast.total_ns > tuning.downtime_limit_ns:
             self._stop_now()
         elif self.dirty_limit_bps:
-            self._allow_near_end(_room_bytes(decision, view), view)
+            self._allow_near_end(room_in_downtime_bytes(decision, view), view)
         else:
-            self._allow(_room_bytes(decision, view))
+            self._allow(room_in_downtime_bytes(decision, view))
         if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
             self._hold_dirty_rate(int(decision.dirty_limit_bps))
 
@@ -589,12 +596,3 @@ class StreamPass:
             base_rtt_ns=counters.base_rtt_ns,
             handover_trips=4 if len(self._again) else 3 if self.tools.seal_ahead is None else 2,
         )
-
-
-def _room_bytes(decision: Decision, view: RoundView) -> int:
-    """Of pages that the downtime limit leaves time for, as the forecast has it."""
-    expected = decision.forecast
-    if expected.pages_ns <= 0:
-        return 0
-    room_ns = view.downtime_limit_ns - (expected.total_ns - expected.pages_ns)
-    return max(0, view.dirty_pages * view.page_bytes * room_ns // expected.pages_ns)

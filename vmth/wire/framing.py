@@ -343,8 +343,9 @@ class FrameDecoder:
                 )
             needed += length
             if len(self._buffer) >= needed:
-                body = bytes(self._buffer[HEADER_BYTES:needed])
-                computed = zlib.crc32(body, zlib.crc32(self._buffer[: HEADER_BYTES - 4]))
+                with memoryview(self._buffer) as whole:
+                    body = bytes(whole[HEADER_BYTES:needed])
+                    computed = zlib.crc32(body, zlib.crc32(whole[: HEADER_BYTES - 4]))
                 if crc != computed:
                     raise StreamError(
                         f"frame checksum: received {crc:#010x}, computed {computed:#010x}"

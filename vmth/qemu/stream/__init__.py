@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """QEMU's migration stream, without I/O: bytes to events and back (docs/qemu-stream.md)."""
 
-from vmth.qemu.stream.devices import description_at_end, device_sizes, run_state_in
+from vmth.qemu.stream.devices import (
+    description_at_end,
+    description_begin,
+    device_sizes,
+    run_state_in,
+)
 from vmth.qemu.stream.events import (
     BlockListed,
     Command,
@@ -94,6 +99,7 @@ __all__ = [
     "StreamWriter",
     "SwitchoverAck",
     "description_at_end",
+    "description_begin",
     "device_sizes",
     "encode_return_message",
     "run_state_in",

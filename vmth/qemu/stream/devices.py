@@ -20,6 +20,7 @@ from vmth.qemu.stream.fields import BE32, MAX_DESCRIPTION_BYTES, MAX_DEVICE_BYTE
 __all__ = [
     "DeviceSizes",
     "description_at_end",
+    "description_begin",
     "device_sizes",
     "find_end",
     "footer_pattern",
@@ -36,11 +37,17 @@ MAX_DEPTH = 64
 
 def description_at_end(tail: bytes) -> bytes | None:
     """The JSON with which a stored stream ends, or None. ``tail``: the file's last bytes."""
-    at = len(tail)
-    while (at := tail.rfind(b"\x00\x06", 0, at)) >= 0:
-        length = int.from_bytes(tail[at + 2 : at + 6], "big")
-        if at + 6 + length == len(tail) and 0 < length <= MAX_DESCRIPTION_BYTES:
-            return tail[at + 6 :]
+    begin = description_begin(tail, len(tail))
+    return None if begin is None else tail[begin:]
+
+
+def description_begin(data: bytes | bytearray, end: int) -> int | None:
+    """Where the JSON begins with which a stored stream ends at ``end``, or None. Copies nothing."""
+    at, first = end, max(0, end - MAX_DESCRIPTION_BYTES - 6)
+    while (at := data.rfind(b"\x00\x06", first, at)) >= 0:
+        length = int.from_bytes(data[at + 2 : at + 6], "big")
+        if at + 6 + length == end and length > 0:
+            return at + 6
     return None
 
 
@@ -51,9 +58,9 @@ def run_state_in(state: bytes) -> str | None:
     at = state.find(name)
     if at < 5 or state[at - 5] != 4:
         return None
-    body = state[at + len(name) + 8 :]
-    size = int.from_bytes(body[:4], "big")
-    text = body[4 : 4 + min(size, 100)].partition(b"\0")[0]
+    begin = at + len(name) + 8
+    size = int.from_bytes(state[begin : begin + 4], "big")
+    text = state[begin + 4 : begin + 4 + min(size, 100)].partition(b"\0")[0]
     return text.decode("ascii", "replace") or None
 
 
