@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,28 @@ def test_a_command_that_qemu_never_read_was_not_carried_out(fake: FakeQmp) -> No
                 qmp.execute("cont")
             assert qmp.lost is not None
     assert set(fake.commands()) == {"query-status"}
+
+
+def test_a_command_to_a_qemu_that_had_closed_was_not_read(fake: FakeQmp) -> None:
+    """Its end waits to be seen while the command waits to be sent: either may come first."""
+    for _ in range(20):
+        entered, go = threading.Event(), threading.Event()
+
+        def hold(_event: QmpEvent, entered: threading.Event = entered) -> None:
+            entered.set()
+            assert go.wait(PATIENCE_S)  # noqa: B023 - of this round
+
+        with Qmp(fake.path) as qmp, ThreadPoolExecutor() as pool:
+            qmp.on_event(hold)
+            fake.emit("STOP")
+            assert entered.wait(PATIENCE_S)
+            fake.hang_up()
+            cont = pool.submit(qmp.execute, "cont")
+            wait_until(lambda: qmp._calls == 1)
+            go.set()
+            with pytest.raises(UnreadError):
+                cont.result(PATIENCE_S)
+    assert fake.commands() == []
 
 
 def test_only_of_the_last_command_is_it_known_that_it_was_not_read(fake: FakeQmp) -> None:

@@ -58,8 +58,31 @@ class QmpError(MigrationError):
 class UnreadError(ChannelError):
     """QEMU is gone and has not carried out the command: it was not sent any more, or it was the
     last one and QEMU had not read all of it. A unix socket tells: closed with unread bytes in it,
-    it resets its peer; and nothing is sent behind the brace that ends a command.
+    it resets its peer; closed already, it takes no more; and nothing is sent behind the brace that
+    ends a command.
     """
+
+
+class _MonitorSocket(socket.socket):
+    """asyncio sends through it, on the monitor's thread: what it has sent it does not tell."""
+
+    sent_bytes = 0
+    refused = False  #: QEMU had closed when more was sent
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        return self._note(super().send, data, flags)
+
+    def sendmsg(self, buffers: Any, *rest: Any) -> int:
+        return self._note(super().sendmsg, buffers, *rest)
+
+    def _note(self, send: Callable[..., int], *arguments: Any) -> int:
+        try:
+            nbytes = send(*arguments)
+        except (BrokenPipeError, ConnectionResetError):
+            self.refused = True
+            raise
+        self.sent_bytes += nbytes
+        return nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +136,7 @@ class Qmp:
         self._no_calls: asyncio.Event
         self._over: asyncio.Event
         connection = _connect_when_there(self.path, timeout_s, appears_within_s)
+        self._socket = connection
         try:
             self.pid = _PEER.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
@@ -366,7 +390,7 @@ class Qmp:
         from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError
 
         self._sent += 1
-        number = self._sent
+        number, sent_bytes = self._sent, self._socket.sent_bytes
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -391,7 +415,9 @@ class Qmp:
         try:
             await self._over.wait()
             text = f"{self.path}: {command}: QEMU closed the monitor ({interruption})"
-            if number == self._sent and _is_reset(self._cause):
+            if self._socket.sent_bytes == sent_bytes:
+                raise UnreadError(f"{text}, and this was not sent")
+            if number == self._sent and (_is_reset(self._cause) or self._socket.refused):
                 raise UnreadError(f"{text}, and had not read this")
             raise ChannelError(text) from interruption
         finally:
@@ -440,7 +466,7 @@ def _make_client() -> QMPClient:
     return QMPClient("vmth")
 
 
-def _connect_when_there(path: str, timeout_s: float, appears_within_s: float) -> socket.socket:
+def _connect_when_there(path: str, timeout_s: float, appears_within_s: float) -> _MonitorSocket:
     give_up_s = time.monotonic() + appears_within_s
     while True:
         try:
@@ -451,7 +477,7 @@ def _connect_when_there(path: str, timeout_s: float, appears_within_s: float) ->
         time.sleep(_LOOK_AGAIN_S)
 
 
-def _connect(path: str, timeout_s: float) -> socket.socket:
+def _connect(path: str, timeout_s: float) -> _MonitorSocket:
     """A connected socket, or the reason in the words of who gave the path."""
     allowed = "allowed: the socket of a running QEMU's -qmp unix:PATH,server=on,wait=off"
     try:
@@ -459,7 +485,7 @@ def _connect(path: str, timeout_s: float) -> socket.socket:
             raise UsageError(f"{path} is no socket; {allowed}")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; {allowed}") from None
-    connection = socket.socket(socket.AF_UNIX)
+    connection = _MonitorSocket(socket.AF_UNIX)
     try:
         connection.settimeout(timeout_s)
         connection.connect(path)
