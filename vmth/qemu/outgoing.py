@@ -335,7 +335,7 @@ class OutgoingStream:
 
     def wait_for_more(self, patience_s: float) -> None:
         """So long the next bytes are waited for before those that are there are given out: larger
-        pieces cost less, and come later. Under a channel that brings pages nothing changes."""
+        pieces cost less, and come later. Of the main connection; multifd's stay as they are."""
         for connection in self._connections()[:1]:
             connection.patience_s = patience_s
 
