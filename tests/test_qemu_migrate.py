@@ -138,7 +138,14 @@ def test_checks_are_tried_on_a_migration_without_vmth() -> None:
         a, b = world.boot("a", qemu), world.await_guest("b", qemu)
         world.qemu_moves(a, b)
         b.wait_beats(3)
-        assert world.check(b) > 1
+        passes = world.check(b)
+        for _ in range(60):
+            if passes > 1:
+                break
+            b.execute("cont")  # on a busy machine it has begun one pass in that time
+            b.wait_beats(1)
+            passes = world.check(b)
+        assert passes > 1
         world.same_but_counters(a.memory(), b.memory())
         # And they can fail.
         good = b.memory()
