@@ -58,29 +58,23 @@ class QmpError(MigrationError):
 class UnreadError(ChannelError):
     """QEMU is gone and has not carried out the command: it was not sent any more, or it was the
     last one and QEMU had not read all of it. A unix socket tells: closed with unread bytes in it,
-    it resets its peer; closed already, it takes no more; and nothing is sent behind the brace that
+    it resets its peer; closed already, it takes nothing; and nothing is sent behind the brace that
     ends a command.
     """
 
 
 class _MonitorSocket(socket.socket):
-    """asyncio sends through it, on the monitor's thread: what it has sent it does not tell."""
+    """asyncio sends through it, on the monitor's thread, and does not tell what it has sent."""
 
     sent_bytes = 0
-    refused = False  #: QEMU had closed when more was sent
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        return self._note(super().send, data, flags)
+        nbytes = super().send(data, flags)
+        self.sent_bytes += nbytes
+        return nbytes
 
     def sendmsg(self, buffers: Any, *rest: Any) -> int:
-        return self._note(super().sendmsg, buffers, *rest)
-
-    def _note(self, send: Callable[..., int], *arguments: Any) -> int:
-        try:
-            nbytes = send(*arguments)
-        except (BrokenPipeError, ConnectionResetError):
-            self.refused = True
-            raise
+        nbytes = super().sendmsg(buffers, *rest)
         self.sent_bytes += nbytes
         return nbytes
 
@@ -417,7 +411,7 @@ class Qmp:
             text = f"{self.path}: {command}: QEMU closed the monitor ({interruption})"
             if self._socket.sent_bytes == sent_bytes:
                 raise UnreadError(f"{text}, and this was not sent")
-            if number == self._sent and (_is_reset(self._cause) or self._socket.refused):
+            if number == self._sent and _is_reset(self._cause):
                 raise UnreadError(f"{text}, and had not read this")
             raise ChannelError(text) from interruption
         finally:
