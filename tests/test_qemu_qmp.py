@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -270,6 +271,55 @@ def test_a_command_to_a_qemu_that_had_closed_was_not_read(fake: FakeQmp) -> None
             with pytest.raises(UnreadError):
                 cont.result(PATIENCE_S)
     assert fake.commands() == []
+
+
+class OtherLoop(asyncio.SelectorEventLoop):
+    """As uvloop: of a socket it takes only the descriptor, and sends by that."""
+
+    async def create_connection(self, *arguments: Any, sock: Any = None, **rest: Any) -> Any:
+        plain = None if sock is None else socket.socket(fileno=sock.detach())
+        return await super().create_connection(*arguments, sock=plain, **rest)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_what_qemu_read_counts_as_read_in_any_loop(
+    fake: FakeQmp, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    """A guest that was told to run would run twice."""
+
+    class Policy(asyncio.DefaultEventLoopPolicy):
+        def new_event_loop(self) -> asyncio.AbstractEventLoop:
+            return OtherLoop()
+
+    if forced:  # whatever is done to have a loop that tells
+        monkeypatch.setattr(asyncio, "SelectorEventLoop", OtherLoop)
+    fake.answers["cont"] = HangUp
+    asyncio.set_event_loop_policy(Policy())
+    try:
+        with Qmp(fake.path) as qmp:
+            with pytest.raises(ChannelError) as lost:
+                qmp.execute("cont")
+            assert not isinstance(lost.value, UnreadError)
+    finally:
+        asyncio.set_event_loop_policy(None)
+    assert fake.commands() == ["cont"]
+
+
+def test_a_callback_is_refused_what_was_asked_ahead_too(fake: FakeQmp) -> None:
+    said: list[Exception] = []
+    with Qmp(fake.path) as qmp:
+
+        def ask(_event: QmpEvent) -> None:
+            try:
+                qmp.status()
+            except UsageError as error:
+                said.append(error)
+
+        fake.answers["query-status"] = Silence
+        qmp.ask_ahead(("query-status", None))
+        qmp.on_event(ask)
+        fake.emit("STOP")
+        wait_until(lambda: len(said) == 1)
 
 
 def test_only_of_the_last_command_is_it_known_that_it_was_not_read(fake: FakeQmp) -> None:

@@ -137,7 +137,7 @@ class Qmp:
             )[0]  #: who listens at the socket: QEMU, unless a manager opened it on QEMU's behalf
             ready: concurrent.futures.Future[None] = concurrent.futures.Future()
             self._thread = threading.Thread(
-                target=lambda: asyncio.run(self._serve(connection, ready)), name=THREAD, daemon=True
+                target=lambda: self._run(connection, ready), name=THREAD, daemon=True
             )
             self._thread.start()
         except BaseException:
@@ -162,6 +162,7 @@ class Qmp:
         """What QEMU returns for the command; names are QEMU's own, dashes and all. Raises QmpError
         with QEMU's words, ChannelError when QEMU is gone or gave no answer in time (whether the
         command was carried out is then not known), UnreadError when it certainly was not."""
+        self._check_thread(command)
         asked = self._take_asked(command, arguments)
         if asked is not None:
             return asked.result()
@@ -171,12 +172,13 @@ class Qmp:
     def ask_ahead(self, *commands: Question) -> None:
         """Send at once what ``execute`` is called for next, in this order, at most PIPELINED; each
         of those calls takes the answer to its own. Whatever else is sent drops the answers that
-        are left, so that none is older than the last change that was made here."""
-        asked = [
-            (name, dict(given or {}), self._submit(name, given, self.timeout_s, False))
-            for name, given in commands[:PIPELINED]
-        ]
-        with self._lock:
+        are left, so that none is older than the last change that was made here; what QEMU does by
+        itself meanwhile they do not tell. For whoever has the monitor to itself."""
+        with self._lock:  # all or none, and no order of another thread between them
+            asked = [
+                (name, dict(given or {}), self._submit_locked(name, given, self.timeout_s, False))
+                for name, given in commands[:PIPELINED]
+            ]
             self._asked.extend(asked)
 
     def _take_asked(
@@ -286,6 +288,10 @@ class Qmp:
     ) -> None:
         self.close()
 
+    def _check_thread(self, command: str) -> None:
+        if threading.current_thread() is self._thread:
+            raise UsageError(f"{command} from a callback of on_event: allowed from other threads")
+
     def _submit(
         self,
         command: str,
@@ -293,18 +299,31 @@ class Qmp:
         bound_s: float,
         out_of_band: bool,
     ) -> concurrent.futures.Future[Any]:
-        if threading.current_thread() is self._thread:
-            raise UsageError(f"{command} from a callback of on_event: allowed from other threads")
+        self._check_thread(command)
         with self._lock:
-            if self._lost is not None:
-                raise UnreadError(self._lost)
-            self._calls += 1
-            self._asked.clear()
-            return asyncio.run_coroutine_threadsafe(
-                self._call(command, arguments, bound_s, out_of_band), self._loop
-            )
+            return self._submit_locked(command, arguments, bound_s, out_of_band)
+
+    def _submit_locked(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        bound_s: float,
+        out_of_band: bool,
+    ) -> concurrent.futures.Future[Any]:
+        if self._lost is not None:
+            raise UnreadError(self._lost)
+        self._calls += 1
+        self._asked.clear()
+        return asyncio.run_coroutine_threadsafe(
+            self._call(command, arguments, bound_s, out_of_band), self._loop
+        )
 
     # ---- on the thread ---------------------------------------------------------------------------
+
+    def _run(self, connection: _MonitorSocket, ready: concurrent.futures.Future[None]) -> None:
+        """Whatever loop this process prefers: one that takes only the descriptor sends by it."""
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(self._serve(connection, ready))
 
     async def _serve(
         self, connection: socket.socket, ready: concurrent.futures.Future[None]
@@ -409,7 +428,7 @@ class Qmp:
         try:
             await self._over.wait()
             text = f"{self.path}: {command}: QEMU closed the monitor ({interruption})"
-            if self._socket.sent_bytes == sent_bytes:
+            if 0 < self._socket.sent_bytes == sent_bytes:  # 0: the greeting was not seen either
                 raise UnreadError(f"{text}, and this was not sent")
             if number == self._sent and _is_reset(self._cause):
                 raise UnreadError(f"{text}, and had not read this")

@@ -33,10 +33,10 @@ class StateStore:
         if self._filled + len(data) > self._most_bytes:
             self._drop(self._filled - self._most_bytes // 2)
         begin, self._filled = self._filled, self._filled + len(data)
-        if self._filled > len(self._bytes):
-            self._bytes += bytes(max(self._filled - len(self._bytes), len(self._bytes)))
+        fits = min(len(data), len(self._bytes) - begin)
         with memoryview(self._bytes) as room:
-            room[begin : self._filled] = data
+            room[begin : begin + fits] = data[:fits]
+        self._bytes += data[fits:]
 
     def _drop(self, nbytes: int) -> None:
         if nbytes > 0:
