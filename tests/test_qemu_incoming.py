@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_qmp import FakeError
 from incoming_world import IncomingWorld
 
 from vmth.errors import MigrationError, RefusedError, UsageError
@@ -123,16 +124,35 @@ def test_the_socket_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         assert world.folder is not None and not world.folder.exists()
 
 
+def open_places() -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found.append(os.readlink(link))
+    return found
+
+
+def test_a_qemu_that_does_not_stop_is_left_as_it_is(tmp_path: Path) -> None:
+    with IncomingWorld(tmp_path) as world:
+        world.fake.answers["stop"] = FakeError("GenericError", "not now")
+        before = dict(world.fake.capabilities), dict(world.fake.parameters)
+        with pytest.raises(RefusedError, match="not now"):
+            world.started()
+        assert (world.fake.capabilities, world.fake.parameters) == before
+        told = set(world.fake.commands()) - {"stop"}
+        assert all(name.startswith("query-") for name in told), told
+
+
 def test_the_place_where_qemu_listened_is_let_go_here(tmp_path: Path) -> None:
     """A directory that was removed goes to its disk with the last descriptor: not with QEMU's."""
     with IncomingWorld(tmp_path) as world:
         stream = world.started()
         assert world.folder is not None
         place = f"{world.folder}/stream (deleted)"
-        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        held = open_places()
         assert held.count(place) == 1
         stream.close()
-        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        held = open_places()
         assert place not in held
 
 

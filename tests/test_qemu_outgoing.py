@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from outgoing_world import FakeSource, LentPages, drain, started
 from qemu_process import MEMORY_BYTES, RAM_ID, Qemu, fill
 from waiting import wait_until
 
+from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError
 from vmth.qemu import outgoing
 from vmth.qemu import stream as q
@@ -42,6 +44,29 @@ def test_a_plain_stream_is_complete_with_its_description() -> None:
     state = s.plain()[s.plain().index(s.full(7, "timer", s.TRICKY)) :]
     assert opaque(events) == state
     assert pages_of(events)["pc.ram", 6] == s.page_of(103)
+
+
+def test_more_is_waited_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def take(sock: socket.socket, buffer: memoryview, patience_s: float) -> tuple[int, bool]:
+        waited.append(patience_s)
+        return take_arrived(sock, buffer, patience_s)
+
+    monkeypatch.setattr(outgoing, "take_arrived", take)
+    with started(FakeSource(s.plain())) as stream:
+        while not waited:
+            stream.next_event(5)
+        assert set(waited) == {outgoing.PATIENCE_S}
+        waited.clear()
+        stream.wait_for_more(0.25)
+        drain(stream.next_event)
+    assert set(waited) <= {0.25}
+    with started(FakeSource(s.plain())) as stream:
+        stream.wait_for_more(0.25)
+        waited.clear()
+        drain(stream.next_event)
+    assert set(waited) == {0.25}
 
 
 def test_pings_are_answered_and_shut_is_told() -> None:

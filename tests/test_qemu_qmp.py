@@ -78,6 +78,7 @@ def test_what_was_asked_ahead_is_answered_once(fake: FakeQmp) -> None:
 def test_no_answer_is_older_than_what_was_ordered_since(fake: FakeQmp, other: str) -> None:
     with Qmp(fake.path) as qmp:
         qmp.ask_ahead(("query-status", None), ("query-migrate", None))
+        wait_until(lambda: "query-migrate" in fake.commands())  # the first is answered as it was
         change = ("migrate-set-parameters", {"downtime-limit": 7})
         if other == "execute":
             qmp.execute(*change)
@@ -300,6 +301,7 @@ def test_what_qemu_read_counts_as_read_in_any_loop(
             with pytest.raises(ChannelError) as lost:
                 qmp.execute("cont")
             assert not isinstance(lost.value, UnreadError)
+            assert (qmp._socket.sent_bytes == 0) == forced
     finally:
         asyncio.set_event_loop_policy(None)
     assert fake.commands() == ["cont"]

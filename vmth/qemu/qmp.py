@@ -110,7 +110,7 @@ class Qmp:
         self.path = os.path.abspath(path)
         self.timeout_s = timeout_s
         self._client = _make_client()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._events: collections.deque[QmpEvent] = collections.deque(maxlen=MAX_EVENTS)
         self._callbacks: list[Callable[[QmpEvent], None]] = []
@@ -176,7 +176,7 @@ class Qmp:
         itself meanwhile they do not tell. For whoever has the monitor to itself."""
         with self._lock:  # all or none, and no order of another thread between them
             asked = [
-                (name, dict(given or {}), self._submit_locked(name, given, self.timeout_s, False))
+                (name, dict(given or {}), self._submit(name, given, self.timeout_s, False))
                 for name, given in commands[:PIPELINED]
             ]
             self._asked.extend(asked)
@@ -301,22 +301,13 @@ class Qmp:
     ) -> concurrent.futures.Future[Any]:
         self._check_thread(command)
         with self._lock:
-            return self._submit_locked(command, arguments, bound_s, out_of_band)
-
-    def _submit_locked(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None,
-        bound_s: float,
-        out_of_band: bool,
-    ) -> concurrent.futures.Future[Any]:
-        if self._lost is not None:
-            raise UnreadError(self._lost)
-        self._calls += 1
-        self._asked.clear()
-        return asyncio.run_coroutine_threadsafe(
-            self._call(command, arguments, bound_s, out_of_band), self._loop
-        )
+            if self._lost is not None:
+                raise UnreadError(self._lost)
+            self._calls += 1
+            self._asked.clear()
+            return asyncio.run_coroutine_threadsafe(
+                self._call(command, arguments, bound_s, out_of_band), self._loop
+            )
 
     # ---- on the thread ---------------------------------------------------------------------------
 
@@ -428,7 +419,7 @@ class Qmp:
         try:
             await self._over.wait()
             text = f"{self.path}: {command}: QEMU closed the monitor ({interruption})"
-            if 0 < self._socket.sent_bytes == sent_bytes:  # 0: the greeting was not seen either
+            if 0 < self._socket.sent_bytes == sent_bytes:  # 0: nothing is counted
                 raise UnreadError(f"{text}, and this was not sent")
             if number == self._sent and _is_reset(self._cause):
                 raise UnreadError(f"{text}, and had not read this")
