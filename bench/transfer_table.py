@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmth import kernels
+from vmth.channel.congestion import set_congestion_control
 from vmth.channel.pages import NativeReceiver, NativeSender
 from vmth.memory import MappedBlock, address_of
 from vmth.types import Mapping, RamBlock
@@ -60,11 +61,15 @@ def filled(nbytes: int, *, random: bool) -> Memory:
 
 @contextlib.contextmanager
 def sockets(channels: int) -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    """Connected over loopback, with the congestion control that vmth chooses there: bare sockets
+    have the same."""
     with contextlib.ExitStack() as stack:
         pairs = []
         for _ in range(channels):
+            near = stack.enter_context(socket.socket())
             with socket.create_server(("127.0.0.1", 0)) as listener:
-                near = stack.enter_context(socket.create_connection(listener.getsockname()))
+                set_congestion_control(near, listener.getsockname(), "")
+                near.connect(listener.getsockname())
                 far, _ = listener.accept()
                 pairs.append((near, stack.enter_context(far)))
         yield pairs

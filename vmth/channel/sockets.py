@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 
 from vmth._native import _sys, _xfer
+from vmth.channel.congestion import check_congestion_control, set_congestion_control
 from vmth.errors import ChannelError, UsageError
 from vmth.uri import Endpoint, Scheme
 
@@ -48,6 +49,8 @@ class LinkOptions:
     user_timeout_ms: int = 10_000  #: TCP_USER_TIMEOUT: unacknowledged for so long = lost
     send_buffer_bytes: int = 0
     receive_buffer_bytes: int = 0
+    congestion_control: str = ""  #: of the connections that this end makes; empty: on the same host
+    #: one without pacing
 
     def __post_init__(self) -> None:
         for address in self.source_addresses:
@@ -57,6 +60,8 @@ class LinkOptions:
                 raise UsageError(
                     f"interface: received {name!r}, allowed names of 1 to {_INTERFACE_BYTES} bytes"
                 )
+        if self.congestion_control:
+            check_congestion_control(self.congestion_control)
         if not UNMARKED <= self.dscp <= 63:
             raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
         if not 0 < self.connect_timeout_s <= 3600:
@@ -68,9 +73,14 @@ class LinkOptions:
                 raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 to {most}")
 
     def check_for(self, endpoint: Endpoint) -> None:
-        """UsageError where connections to ``endpoint`` cannot take the addresses and interfaces
-        that were chosen for them: only TCP has such."""
-        for option, names in (("--bind", self.source_addresses), ("--interface", self.interfaces)):
+        """UsageError where connections to ``endpoint`` cannot take the addresses, interfaces and
+        congestion control that were chosen for them: only TCP has such."""
+        control = (self.congestion_control,) if self.congestion_control else ()
+        for option, names in (
+            ("--bind", self.source_addresses),
+            ("--interface", self.interfaces),
+            ("--congestion-control", control),
+        ):
             if names and endpoint.scheme is not Scheme.TCP:
                 raise UsageError(
                     f"{option}: received {','.join(names)} for {endpoint.display}, allowed with "
@@ -182,6 +192,7 @@ def _dial_tcp(endpoint: Endpoint, options: LinkOptions, index: int) -> socket.so
                 )
             if source_address:
                 sock.bind((source_address, 0))
+            set_congestion_control(sock, address, options.congestion_control)
             sock.connect(address)
             set_link_options(sock, options)
         except OSError as error:

@@ -12,7 +12,15 @@ from vmth.channel.sockets import UNMARKED, LinkOptions
 from vmth.cli.values import NAMES
 from vmth.errors import UsageError
 
-__all__ = ["dscp_choice", "link_choices", "link_options"]
+__all__ = ["congestion_option", "dscp_choice", "link_choices", "link_options"]
+
+congestion_option = click.option(
+    "--congestion-control",
+    default="",
+    metavar="NAME",
+    help="TCP congestion control of the connections, as the kernel names it (cubic, bbr, reno).  "
+    "[default: the system's; on the same host one without pacing]",
+)
 
 _OPTIONS = (
     click.option(
@@ -31,11 +39,12 @@ _OPTIONS = (
         help="Local network interfaces to use, in turns too.",
     ),
     click.option("--dscp", type=int, help="DSCP of every packet, 0 to 63."),
+    congestion_option,
 )
 
 
 def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: ``--bind``, ``--interface`` and ``--dscp``."""
+    """Decorator: ``--bind``, ``--interface``, ``--dscp`` and ``--congestion-control``."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -53,4 +62,5 @@ def link_choices(given: dict[str, Any]) -> LinkOptions:
         source_addresses=given["bind"],
         interfaces=given["interface"],
         dscp=dscp_choice(given),
+        congestion_control=given["congestion_control"],
     )

@@ -9,7 +9,7 @@ import click
 
 from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer, say
-from vmth.cli.link import dscp_choice
+from vmth.cli.link import congestion_option, dscp_choice
 from vmth.qemu.relay import Peer, RelayOptions, report_lines, report_values, run_relay
 
 __all__ = ["relay"]
@@ -30,6 +30,7 @@ __all__ = ["relay"]
 @click.option("--bind", default="", metavar="ADDRESS", help="Local address to connect from.")
 @click.option("--interface", default="", help="Local network interface to use.")
 @click.option("--dscp", type=int, help="DSCP of every packet, 0 to 63.")
+@congestion_option
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
 )
@@ -59,6 +60,7 @@ def relay(context: click.Context, /, as_json: bool, **given: Any) -> None:
             source_addresses=(given["bind"],) if given["bind"] else (),
             interfaces=(given["interface"],) if given["interface"] else (),
             dscp=dscp_choice(given),
+            congestion_control=given["congestion_control"],
             user_timeout_ms=0,
         ),
     )
