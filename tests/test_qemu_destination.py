@@ -37,7 +37,9 @@ from vmth.qemu.destination import (
     source_head,
 )
 from vmth.qemu.facts import Facts
-from vmth.qemu.landing import Land, Landing
+from vmth.qemu.landing import LANDING_QUESTIONS, Land, Landing
+from vmth.qemu.qmp import Qmp
+from vmth.qemu.settings import SETTINGS_QUESTIONS
 from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.types import Gpa, Mapping, RamBlock
 
@@ -145,8 +147,16 @@ def test_the_guest_is_loaded_and_runs_when_it_is_told_to(world: World) -> None:
     )
     assert not guest.is_running() and "cont" not in world.fake.commands()
     guest.resume()
+    held: list[bool] = []
+
+    def announced(_: object) -> dict[str, Any]:
+        held.append(world.place_is_held())
+        return {}
+
+    world.fake.answers["announce-self"] = announced
     guest.announce()
     assert guest.is_running()
+    assert held == [True] and not world.place_is_held()  # the network waits for no disk
     assert [given for name, given in world.fake.received if name == "announce-self"] == [
         {"initial": 50, "max": 550, "rounds": 5, "step": 100}
     ]
@@ -267,12 +277,23 @@ def test_warnings_of_the_comparison_are_notes(
 def test_a_source_waits_for_no_question_twice(
     world: World, monkeypatch: pytest.MonkeyPatch, land: Land
 ) -> None:
-    """What was asked ahead is what is asked then."""
+    """What was asked ahead, all of it together, is what is asked then."""
+    ahead: list[tuple[Any, ...]] = []
+    ask_ahead = Qmp.ask_ahead
+
+    def observed(qmp: Qmp, *questions: Any) -> None:
+        ahead.append(questions)
+        ask_ahead(qmp, *questions)
+
+    monkeypatch.setattr(Qmp, "ask_ahead", observed)
     monkeypatch.setattr(module, "compare", lambda _source, _destination: [])
     facts = Facts([7, 2, 0], "host", "inmigrate")
     guest = make_destination(world.qmp, incoming(entries() | facts.entries()), land, facts=facts)
     asked = [name for name in world.fake.commands() if name.startswith("query")]
     guest.close()
+    together = [{name for name, _ in questions} for questions in ahead]
+    for questions in (LANDING_QUESTIONS, SETTINGS_QUESTIONS):
+        assert any({name for name, _ in questions} <= batch for batch in together)
     assert sorted(asked) == sorted(
         [
             *["query-status"] * 2,  # before anything is compared, and before anything is changed

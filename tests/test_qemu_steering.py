@@ -118,6 +118,18 @@ def test_a_refusal_is_told_at_the_next_check(fake: FakeQmp, steering: Steering) 
         steering.check()
 
 
+def test_what_was_not_asked_of_a_stopped_guest_is_asked_when_it_runs_again(
+    fake: FakeQmp, steering: Steering
+) -> None:
+    fake.answers["query-migrate"] = {"status": "active", "ram": {"remaining": 8192}}
+    fake.emit("STOP")
+    wait_until(lambda: steering.stopped_ns is not None)
+    fake.emit("MIGRATION_PASS", **{"pass": 2})
+    wait_until(lambda: steering.passes == 2)
+    fake.emit("RESUME")
+    wait_until(lambda: steering.remaining_bytes == 8192)
+
+
 def test_passes_stops_and_what_is_left_are_heard(fake: FakeQmp, steering: Steering) -> None:
     fake.answers["query-migrate"] = {
         "status": "active",

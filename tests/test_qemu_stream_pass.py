@@ -31,7 +31,7 @@ from vmth.errors import (
 from vmth.events import GuestPaused, RoundFinished, Throttled
 from vmth.policy.interface import Action, Decision, OnStall
 from vmth.qemu import queue_bounds, stream_pass, unsent
-from vmth.qemu.outgoing import PATIENCE_S
+from vmth.qemu.outgoing import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.ram import MAX_BLOCKS
 from vmth.qemu.stream_pass import LOOK_NS
 from vmth.stats import ChannelCounters, TransferCounters
@@ -60,6 +60,18 @@ def test_nothing_is_waited_for_that_makes_the_guest_wait() -> None:
     world.engine.run()
     near, *_, stopped = world.stream.patience
     assert 0 == stopped < near < PATIENCE_S
+
+
+def test_each_pass_begins_as_patient_as_the_first() -> None:
+    def before(piece: int) -> None:
+        if piece == 2:
+            world.helm.passes, world.helm.remaining_bytes = 2, 40 * s.PAGE
+
+    world = World(
+        [every_page(), s.part(s.zero(5, "pc.ram") + s.eos()), END, DEVICES], before=before
+    )
+    world.engine.run()
+    assert world.stream.patience == [NEAR_PATIENCE_S, PATIENCE_S, NEAR_PATIENCE_S, 0]
 
 
 def test_the_round_that_begins_with_the_last_pages_is_the_paused_one() -> None:

@@ -202,6 +202,9 @@ void test_the_index_is_there_before_it_is_wanted()
             vmth::Sender sender(blocks, page_bytes, options);
             sender.set_forms({0, 1});
             T_CHECK(kernel.calls.empty());
+            vmth::TransferError refused = expect_error([&] { sender.set_forms({dedup, 0}); });
+            T_CHECK(refused.kind() == vmth::ErrorKind::usage);
+            T_CHECK(kernel.calls.empty());
             sender.set_forms({dedup, 1});
             sender.set_forms({0, 1});
             sender.set_forms({dedup, 1});

@@ -74,7 +74,7 @@ FormsSwitch::FormsSwitch(uint32_t agreed, bool digest)
 {
 }
 
-void FormsSwitch::set(const FormsSetting &setting)
+void FormsSwitch::check(const FormsSetting &setting) const
 {
     if ((setting.mask & ~agreed_) != 0) {
         throw refused("forms", setting.mask, agreed_);
@@ -89,6 +89,11 @@ void FormsSwitch::set(const FormsSetting &setting)
                                 std::to_string(VMTH_CODEC_MIN_LEVEL) + " to " +
                                 std::to_string(VMTH_CODEC_MAX_LEVEL) + " but 0");
     }
+}
+
+void FormsSwitch::set(const FormsSetting &setting)
+{
+    check(setting);
     setting_.store(packed(setting), std::memory_order_relaxed);
 }
 

@@ -51,8 +51,10 @@ public:
         return (agreed_ & form_bit(form) & (digest_ ? ~0u : ~hashing_forms)) != 0;
     }
     bool hashing() const noexcept { return (agreed_ & hashing_forms) != 0 && digest_; }
-    // Throws TransferError(usage), and changes nothing, for a form that was not agreed on, one that needs
-    // the digest where it is off, and a level outside vmth/codec.h's range.
+    // Throws TransferError(usage) for a form that was not agreed on, one that needs the digest where it
+    // is off, and a level outside vmth/codec.h's range.
+    void check(const FormsSetting &setting) const;
+    // The same, and changes nothing then.
     void set(const FormsSetting &setting);
     FormsSetting get() const noexcept;
 

@@ -537,6 +537,7 @@ std::vector<ChannelInfo> Sender::channel_infos() const
 
 void Sender::set_forms(const FormsSetting &setting)
 {
+    shared_.forms.check(setting);
     if ((setting.mask & form_bit(VMTH_FORM_DEDUP)) != 0) {
         shared_.places.make_ready(shared_.options.populate);
     }

@@ -30,7 +30,7 @@ from vmth.handshake import Incoming
 from vmth.qemu.check import Level, compare, raise_if_refused
 from vmth.qemu.facts import Facts, gather, refreshed
 from vmth.qemu.incoming import IncomingStream
-from vmth.qemu.landing import QUESTIONS, Land, Landing, choose_landing
+from vmth.qemu.landing import LANDING_QUESTIONS, Land, Landing, choose_landing
 from vmth.qemu.launch import QemuProcess, process_identity, wait_for_exit
 from vmth.qemu.qmp import Qmp, QmpError, UnreadError
 from vmth.qemu.stream.devices import run_state_in
@@ -266,8 +266,10 @@ class QemuDestination(HeldQemu):
         return self._stream.trouble()
 
     def announce(self) -> None:
-        self._stream.close()
-        super().announce()
+        try:
+            super().announce()
+        finally:
+            self._stream.close()  # which may wait for a disk
 
     def notes(self) -> Sequence[str]:
         return (*self._notes, *self._stream.notes, *self.landing.notes)
@@ -304,7 +306,7 @@ def make_destination(
     with contextlib.ExitStack() as undo:
         undo.callback(give_back)
         if facts is not None:
-            qmp.ask_ahead(("query-status", None), *QUESTIONS)
+            qmp.ask_ahead(("query-status", None), *LANDING_QUESTIONS)
         head = source_head(incoming.guest)
         source = Facts.from_entries(incoming.guest)
         notes = _compare(qmp, source, facts)

@@ -23,7 +23,7 @@ from types import TracebackType
 
 from vmth.errors import MigrationError, RefusedError, StreamError, UsageError, VmthError
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
-from vmth.qemu.settings import QUESTIONS, MigrationSettings
+from vmth.qemu.settings import SETTINGS_QUESTIONS, MigrationSettings
 from vmth.qemu.stream.events import Command, CommandCode, Event
 from vmth.qemu.stream.fields import BE32
 from vmth.qemu.stream.returnpath import Pong, ReturnMessage, ReturnPathReader, Shut
@@ -96,7 +96,7 @@ class IncomingStream:
         migration (nothing was changed), MigrationError when it does not listen."""
         self._qmp.ask_ahead(("query-status", None), ("query-migrate", None))
         self._check_waits()
-        self._qmp.ask_ahead(("stop", None), *QUESTIONS)
+        self._qmp.ask_ahead(("stop", None), *SETTINGS_QUESTIONS)
         self._execute("stop", {})  # it shall not run by itself once loaded, even without -S
         try:
             late = {"late-block-activate": self._lock_late}

@@ -98,7 +98,7 @@ class Landing:
 
 
 #: What ``listed_blocks`` and ``memory_backends`` ask, for ``Qmp.ask_ahead``.
-QUESTIONS: Final[tuple[Question, ...]] = (
+LANDING_QUESTIONS: Final[tuple[Question, ...]] = (
     ("human-monitor-command", {"command-line": "info ramblock"}),
     ("query-memdev", None),
 )
@@ -107,7 +107,7 @@ QUESTIONS: Final[tuple[Question, ...]] = (
 def listed_blocks(qmp: Qmp) -> dict[str, ListedBlock] | None:
     """The blocks that QEMU has, by name; None for one whose human monitor is switched off."""
     try:
-        text = qmp.execute(*QUESTIONS[0])
+        text = qmp.execute(*LANDING_QUESTIONS[0])
     except QmpError:
         return None
     found = {}
@@ -123,7 +123,9 @@ def listed_blocks(qmp: Qmp) -> dict[str, ListedBlock] | None:
 def memory_backends(qmp: Qmp) -> dict[str, dict[str, Any]]:
     """By their id, what ``query-memdev`` says of QEMU's memory backends; ``share`` is always there.
     Raises QmpError for a QEMU that does not know the question."""
-    backends = {str(row["id"]): dict(row) for row in qmp.execute(*QUESTIONS[1]) if "id" in row}
+    backends = {
+        str(row["id"]): dict(row) for row in qmp.execute(*LANDING_QUESTIONS[1]) if "id" in row
+    }
     for name, row in backends.items():
         if "share" not in row:  # before QEMU 6.1 only the object itself says it
             row["share"] = _property(qmp, name, "share") is True

@@ -62,6 +62,8 @@ CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
 #: So long the next bytes are waited for before those that are there are parsed, until it is set.
 PATIENCE_S = 0.0005
+#: The same near the end of a pass: what waits for others may be downtime.
+NEAR_PATIENCE_S = 0.0001
 #: A buffer with less room is full.
 LEAST_READ_BYTES = 64 << 10
 MAX_CHANNELS = 255

@@ -19,7 +19,7 @@ from vmth.qemu.qmp import Qmp, QmpError, Question
 
 __all__ = [
     "MIGRATION_OVER",
-    "QUESTIONS",
+    "SETTINGS_QUESTIONS",
     "MigrationSettings",
     "capabilities_of",
     "is_over",
@@ -36,7 +36,7 @@ _LOOK_AGAIN_S = 0.02
 
 
 #: What ``capabilities_of`` and ``parameters_of`` ask, for ``Qmp.ask_ahead``.
-QUESTIONS: Final[tuple[Question, ...]] = (
+SETTINGS_QUESTIONS: Final[tuple[Question, ...]] = (
     ("query-migrate-capabilities", None),
     ("query-migrate-parameters", None),
 )
@@ -54,13 +54,13 @@ def is_over(status: str) -> bool:
 
 def capabilities_of(qmp: Qmp) -> dict[str, bool]:
     """Every capability that this QEMU knows, and whether it is on."""
-    rows = qmp.execute(*QUESTIONS[0])
+    rows = qmp.execute(*SETTINGS_QUESTIONS[0])
     return {str(row["capability"]): bool(row["state"]) for row in rows}
 
 
 def parameters_of(qmp: Qmp) -> dict[str, Any]:
     """Every parameter that this QEMU knows, with its value."""
-    return dict(qmp.execute(*QUESTIONS[1]))
+    return dict(qmp.execute(*SETTINGS_QUESTIONS[1]))
 
 
 class MigrationSettings:

@@ -165,7 +165,7 @@ class QemuSource(StoppedQemu):
         self._throttle = throttle
         self._pass: StreamPass | None = None
         self._held = False
-        self._state = b""  #: complete once the guest was paused
+        self._state: bytes | None = None  #: complete once the guest was paused
         self._head = b""
         self._machine = ""
         self._page_bits = 12
@@ -229,13 +229,14 @@ class QemuSource(StoppedQemu):
     def pause(self) -> bool:
         """QEMU has stopped its guest and sent all; was it running until then?"""
         assert self._pass is not None
-        self._state = self._pass.state.copy()
-        state = run_state_in(self._state)
+        self._state = state_bytes = self._pass.state.copy()
+        state = run_state_in(state_bytes)
         if state is not None:  # somebody may have stopped it meanwhile: it is not to run again
             self.was_running = state in RUNS
         return self.was_running
 
     def save_state(self, write: Callable[[StateStream], None]) -> None:
+        assert self._state is not None
         write(StateStream(DEVICE_STREAM, DEVICE_STREAM_VERSION, self._state))
 
     def hold(self) -> None:

@@ -151,6 +151,8 @@ class Steering:
             self.stopped_ns = self._clock() if event.name == "STOP" else None
             if self._on_stopped_elsewhere is not None:
                 self._orders.put(self._ask_who)
+            if event.name == "RESUME":
+                self._orders.put(self._look)  # of passes that began while somebody had stopped it
 
     def _steer(self) -> None:
         while (order := self._orders.get()) is not None:

@@ -27,6 +27,7 @@ from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, 
 from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
+from vmth.qemu.outgoing import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.pages_again import PagesAgain, without_ends
 from vmth.qemu.queue_bounds import START_AHEAD_BYTES, QueueBounds
 from vmth.qemu.ram import PageKind, Runs
@@ -58,8 +59,6 @@ LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
 #: Left of a pass, near whose end QEMU may stop its guest.
 NEAR_BYTES = 64 << 20
-#: So long more bytes are waited for from then on: what waits for others may be downtime.
-NEAR_PATIENCE_S = 0.0001
 #: Before the end of a pass: QEMU looks ten times a second at what it may, so that some orders come
 #: too late and some too soon. Either costs another pass.
 ORDER_NS = 60_000_000
@@ -383,6 +382,8 @@ class StreamPass:
         expected = self._expected_pages() if npages is None else npages
         self._round_started_ns = self.tools.clock()
         self._before = self.tools.sender.counters()
+        if self._near_end and not self._ended_ns:
+            self.stream.wait_for_more(PATIENCE_S)
         self._seen_pages, self._near_end, self._idle_ns = 0, False, 0
         self.tools.emit(RoundStarted(self._round_started_ns, self._round, expected))
         self._send_kept()
