@@ -12,7 +12,8 @@ come from the QEMUs' own events, for every way alike:
 
 CPU seconds are of the move alone, by GiB of guest memory: what an idle vmth takes to start is left
 out. Memory is the private resident set of each vmth at its highest, above an idle import.
-Every way goes over TCP; its congestion control is shown. VMTH_QEMU_SRC names another QEMU.
+Every way goes over TCP. The system's congestion control is shown: QEMU's connection has it, vmth's
+has one without pacing (docs/adr/0026). VMTH_QEMU_SRC names another QEMU.
 """
 
 from __future__ import annotations
