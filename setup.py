@@ -18,7 +18,11 @@ from setuptools import Extension, setup
 ParallelCompile("VMTH_BUILD_JOBS", default=min(os.cpu_count() or 1, 4)).install()
 
 INCLUDE = ["csrc/include", "csrc"]
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.hpp", recursive=True))
+HEADERS = sorted(
+    glob("csrc/**/*.h", recursive=True)
+    + glob("csrc/**/*.hpp", recursive=True)
+    + glob("vmth/_native/*.hpp")
+)
 WERROR = ["-Werror"] if os.environ.get("VMTH_WERROR") == "1" else []
 WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wvla", *WERROR]
 C_FLAGS = [
@@ -79,8 +83,8 @@ def xfer_module() -> list[Extension]:
     return [
         Pybind11Extension(
             "vmth._native._xfer",
-            ["vmth/_native/_xfer.cpp", *sorted(glob("csrc/xfer/*.cpp"))],
-            include_dirs=INCLUDE,
+            [*sorted(glob("vmth/_native/_xfer*.cpp")), *sorted(glob("csrc/xfer/*.cpp"))],
+            include_dirs=[*INCLUDE, "vmth/_native"],
             cxx_std=17,
             extra_compile_args=["-pthread", *WARN],
             extra_link_args=LINK,

@@ -136,7 +136,7 @@ def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def before(piece: int) -> None:
         waited.append(len(world.engine._again))
-        ahead.append(world.engine._ahead_bytes)
+        ahead.append(world.engine._lent.ahead_bytes)
         landed.append(arrived(world, 11))
 
     packets = overlapping(False)
@@ -275,7 +275,7 @@ def test_bytes_and_pages_count_once() -> None:
     def before(piece: int) -> None:
         if piece == 3:
             engine = world.engine
-            assert engine._ahead_bytes == 19 * s.PAGE
+            assert engine._lent.ahead_bytes == 19 * s.PAGE
             assert engine._left_bytes() == (67 - 8 - 19 + 1) * s.PAGE
             checked.append(True)
 

@@ -98,7 +98,7 @@ def test_silence_of_qemu_says_nothing_about_the_link(landed: bool) -> None:
 
     def before(piece: int) -> None:
         if piece == 2 and landed:
-            world.link.sender.wait_read(world.engine._ahead[-1][0])
+            world.link.sender.wait_read(world.engine._lent.last_ticket)
         world.now_ns += 50_000_000 if piece in (2, 3, 4) else 0
 
     again = s.part(s.zero(5, "pc.ram") + s.eos())

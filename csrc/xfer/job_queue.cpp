@@ -102,7 +102,7 @@ size_t JobQueue::add_worker()
 bool JobQueue::push(Job &&job)
 {
     std::unique_lock<std::mutex> lock(mutex_);
-    room_.wait(lock, [this] { return stopped_ || jobs_.size() < capacity_; });
+    room_.wait(lock, [&] { return stopped_ || job.ticket != 0 || jobs_.size() < capacity_; });
     if (stopped_) {
         return false;
     }

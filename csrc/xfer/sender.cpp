@@ -270,6 +270,28 @@ std::pair<size_t, uint64_t> Sender::send_pages(const vmth_qemu_run *runs, size_t
                                                const uint8_t *data, size_t nbytes,
                                                uint32_t round)
 {
+    const std::vector<LentRun> lent = lent_runs(runs, nruns, data, nbytes);
+    const size_t queued = claim(runs, nruns);
+    return {queued, queued == 0 ? shared_.tickets.issued() : push_lent(runs, lent, queued, round)};
+}
+
+std::optional<uint64_t> Sender::send_stretch(const vmth_qemu_run *runs, size_t nruns,
+                                             const uint8_t *data, size_t nbytes, uint32_t round)
+{
+    const std::vector<LentRun> lent = lent_runs(runs, nruns, data, nbytes);
+    const size_t claimed = claim(runs, nruns);
+    if (claimed < nruns) {
+        for (size_t i = 0; i < claimed; i++) {
+            claims_[runs[i].block].clear_range(runs[i].page, runs[i].npages);
+        }
+        return std::nullopt;
+    }
+    return push_lent(runs, lent, nruns, round);
+}
+
+std::vector<LentRun> Sender::lent_runs(const vmth_qemu_run *runs, size_t nruns, const uint8_t *data,
+                                       size_t nbytes) const
+{
     check_open();
     check_no_barrier();
     check_channels();
@@ -278,34 +300,44 @@ std::pair<size_t, uint64_t> Sender::send_pages(const vmth_qemu_run *runs, size_t
     for (size_t i = 0; i < nruns; i++) {
         lent.push_back(lent_run(shared_.memory, runs[i], data, nbytes));
     }
-    size_t queued = 0;
-    uint64_t npages = 0;
-    while (queued < nruns) {
-        const vmth_qemu_run &run = runs[queued];
+    return lent;
+}
+
+// How many, up to the first with a page that is claimed already.
+size_t Sender::claim(const vmth_qemu_run *runs, size_t nruns)
+{
+    size_t claimed = 0;
+    for (; claimed < nruns; claimed++) {
+        const vmth_qemu_run &run = runs[claimed];
         if (claims_[run.block].first_run(run.page, run.npages)) {
             break;
         }
         claims_[run.block].set_range(run.page, run.npages);
         shared_.places.queued(run.block, {run.page, run.npages});
-        npages += run.npages;
-        queued++;
     }
-    if (queued == 0) {
-        return {0, shared_.tickets.issued()};
+    return claimed;
+}
+
+uint64_t Sender::push_lent(const vmth_qemu_run *runs, const std::vector<LentRun> &lent, size_t nruns,
+                           uint32_t round)
+{
+    uint64_t npages = 0;
+    for (size_t i = 0; i < nruns; i++) {
+        npages += lent[i].npages;
     }
     const uint64_t ticket = shared_.tickets.open(npages);
-    for (size_t first = 0; first < queued;) {  // a job a block
+    for (size_t first = 0; first < nruns;) {  // a job a block
         Job job;
         job.block = runs[first].block;
         job.round = round;
         job.ticket = ticket;
-        for (; first < queued && runs[first].block == job.block; first++) {
+        for (; first < nruns && runs[first].block == job.block; first++) {
             job.lent.push_back(lent[first]);
             job.remaining += lent[first].npages;
         }
         push(std::move(job));
     }
-    return {queued, ticket};
+    return ticket;
 }
 
 bool Sender::wait_read(uint64_t ticket, int64_t timeout_ns) const

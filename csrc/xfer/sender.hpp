@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -131,6 +132,12 @@ public:
     // and queues nothing, for a run that is not within its block or its data.
     std::pair<size_t, uint64_t> send_pages(const vmth_qemu_run *runs, size_t nruns,
                                            const uint8_t *data, size_t nbytes, uint32_t round);
+    // The same, of all runs (at least one) or none: nothing where a page of them was sent since the last
+    // barrier, or is in them twice. Returns the ticket.
+    std::optional<uint64_t> send_stretch(const vmth_qemu_run *runs, size_t nruns,
+                                         const uint8_t *data, size_t nbytes, uint32_t round);
+    // Lent memory that stays until no thread of this reads it, however long its owner does.
+    void keep(std::shared_ptr<const void> memory) { kept_.push_back(std::move(memory)); }
     // Any thread. wait_read() is false at the timeout (0: none).
     uint64_t pages_read() const { return shared_.tickets.read(); }
     bool wait_read(uint64_t ticket, int64_t timeout_ns) const;
@@ -178,12 +185,18 @@ private:
     void check_no_barrier() const;
     void check_channels() const;
     void check_reuse() const;
+    std::vector<LentRun> lent_runs(const vmth_qemu_run *runs, size_t nruns, const uint8_t *data,
+                                   size_t nbytes) const;
+    size_t claim(const vmth_qemu_run *runs, size_t nruns);
+    uint64_t push_lent(const vmth_qemu_run *runs, const std::vector<LentRun> &lent, size_t nruns,
+                       uint32_t round);
     void begin_barrier(uint32_t round);
     bool wait(std::unique_lock<std::mutex> &lock, int64_t timeout_ns, const uint64_t &left);
     void join_workers();
     void join_readers();
     void push(Job &&job);
 
+    std::vector<std::shared_ptr<const void>> kept_;
     SenderShared shared_;
     // The calling thread's:
     std::vector<AtomicBitmap> claims_;  // pages sent since the last barrier

@@ -23,6 +23,12 @@ class Blocks:
 class Parser:
     def __init__(self, cap: int) -> None: ...
     def forget(self) -> None: ...
+    def continues(self) -> int:
+        """The block that CONTINUE means, for who parses what comes next."""
+
+    def go_on(self, block: int) -> None:
+        """Behind what somebody else has parsed."""
+
     def parse(
         self, blocks: Blocks, data: bytes | memoryview
     ) -> tuple[int, int, int, int, Runs]: ...

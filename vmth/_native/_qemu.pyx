@@ -59,6 +59,12 @@ cdef class Parser:
     def forget(self):
         self.block = UINT32_MAX
 
+    def continues(self):
+        return self.block
+
+    def go_on(self, uint32_t block):
+        self.block = block
+
     def parse(self, Blocks blocks not None, const uint8_t[::1] data):
         cdef vmth_qemu_parsed parsed
         cdef vmth_qemu_error error

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "_xfer_pump.hpp"
 #include "sys/sock_options.h"
 #include "vmth/kernels.h"
 #include "xfer/receiver.hpp"
@@ -571,6 +572,7 @@ PYBIND11_MODULE(_xfer, module)
     PYBIND11_NUMPY_DTYPE(vmth_qemu_run, page, npages, at, stride, nbytes, block, kind);
     py::register_exception_translator(&translate);
     bind_sender(module);
+    vmth::bind_pump(module);
     bind_receiver(module);
     bind_filter(module);
     module.def("connect_options", &connect_options, py::arg("fd"), py::kw_only(),

@@ -129,6 +129,32 @@ class Sender:
     def close(self) -> None:
         """cancel() and join; frees sockets and threads. Idempotent."""
 
+class StreamPump:
+    def __init__(
+        self,
+        sender: Sender,  # kept
+        lengths: Sequence[int],
+        names: bytes,
+        page_bytes: int,
+        piece_bytes: int,
+        npieces: int,
+    ) -> None: ...
+    def run(
+        self,
+        fd: int,
+        first: bytes,
+        block: int,
+        round_: int,
+        *,
+        time_ns: int,
+        patience_ns: int,
+        pages: int,
+        ahead_bytes: int,
+        piece_bytes: int,
+    ) -> tuple[int, int, int, int, int, int, int, bytes]:
+        """(why it came back, block, bytes read, bytes used, pages, bytes ahead, ticket, what is
+        left): ``vmth.channel.pump``. From the sender's thread."""
+
 class Receiver:
     def __init__(
         self,

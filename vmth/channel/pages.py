@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vmth._native import _xfer
 from vmth.channel.interface import Digest, PageContent, PageRuns, StreamSink
+from vmth.channel.pump import FIRST_BYTES, Pumped, PumpLimits, PumpStop
 from vmth.channel.reuse import ReuseSource, native_files
 from vmth.channel.sockets import local_address
 from vmth.errors import CancelledError, ChannelError, StreamError, UsageError, VmthError
@@ -27,6 +28,9 @@ from vmth.types import Bitmap, Bitmaps
 
 __all__ = ["NativeReceiver", "NativeSender"]
 
+#: A ring of these: as much as may wait to be sent, in pieces that stay in a core's cache.
+PUMP_PIECE_BYTES = 1 << 20
+PUMP_PIECES = 6
 _AT_CLOSE = 1 << 64  # no ticket is ever that high
 
 
@@ -227,6 +231,14 @@ class NativeSender(_NativeEnd):
         self._lent[-1] = (ticket, view)
         return queued, ticket
 
+    def page_pump(self, lengths: Sequence[int], names: bytes, page_bytes: int) -> NativePump:
+        """Of a QEMU's stream with these blocks: ``vmth.channel.pump``."""
+        with _translate:
+            native = _xfer.StreamPump(
+                self._native, lengths, names, page_bytes, PUMP_PIECE_BYTES, PUMP_PIECES
+            )
+        return NativePump(native)
+
     def pages_read(self) -> int:
         """The last ticket of which, and of all before it, no page is read any more. Any thread."""
         try:  # as the context manager, which takes longer than the call
@@ -312,6 +324,30 @@ class NativeSender(_NativeEnd):
     def close(self) -> None:
         super().close()
         self._lent.clear()
+
+
+class NativePump:
+    """``PagePump``; keeps its sender. What it has read stays as long as the sender reads it."""
+
+    def __init__(self, native: _xfer.StreamPump) -> None:
+        self._native = native
+
+    def run(self, fd: int, first: bytes, block: int, round_: int, limits: PumpLimits) -> Pumped:
+        if len(first) > FIRST_BYTES:
+            raise UsageError(f"{len(first)} bytes read before, allowed {FIRST_BYTES}")
+        with _translate:
+            found = self._native.run(
+                fd,
+                first,
+                block,
+                round_,
+                time_ns=limits.time_ns,
+                patience_ns=limits.patience_ns,
+                pages=limits.pages,
+                ahead_bytes=limits.ahead_bytes,
+                piece_bytes=limits.piece_bytes,
+            )
+        return Pumped(PumpStop(found[0]), *found[1:])
 
 
 class NativeReceiver(_NativeEnd):

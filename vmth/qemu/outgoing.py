@@ -32,6 +32,7 @@ from typing import Any, Final, Protocol, Self
 
 import msgspec
 
+from vmth.channel.pump import FIRST_BYTES, CanPump, PagePump, Pumped, PumpLimits
 from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
 from vmth.qemu.state_store import StateStore
@@ -149,6 +150,23 @@ class _Connection:
         self._filled += n
         self._unfed += n
 
+    def take_back(self) -> memoryview:
+        """The last bytes that were fed, now not fed; empty where all, or too few, are used."""
+        self._unfed += self._give_back()
+        return self._buffers[0].view[self._filled - self._unfed : self._filled]
+
+    def put(self, data: bytes, received_bytes: int) -> None:
+        """In place of what was taken back: what is left of it, and of so many bytes that somebody
+        else has read from the socket."""
+        self.received_bytes += received_bytes
+        self._filled -= self._unfed
+        self._unfed = 0
+        if len(self._buffers[0].view) - self._filled < max(len(data), LEAST_READ_BYTES):
+            self._next_buffer()
+        begin, self._filled = self._filled, self._filled + len(data)
+        self._buffers[0].view[begin : self._filled] = data
+        self._feed(self._buffers[0].view[begin : self._filled])
+
     def unread_bytes(self) -> int:
         return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
@@ -189,6 +207,7 @@ class OutgoingStream:
         self._main: _Connection | None = None
         self._main_poll = select.poll()
         self._channels: list[_Connection] = []
+        self._pump: PagePump | None = None
         self._tail = StateStore(2 * TAIL_BYTES)
         self._passing = False
         self._checked_bytes = 0  #: of the state, at the last look for its end
@@ -252,7 +271,7 @@ class OutgoingStream:
             self._main = _Connection(mains[0], self._merger.feed_main, BUFFERS, BUFFER_BYTES)
         else:
             reader = self._reader
-            give_back = partial(reader.give_back, LEAST_READ_BYTES)
+            give_back = partial(reader.give_back, FIRST_BYTES)
             self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, give_back)
             self._main_poll.register(mains[0], select.POLLIN)
         for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
@@ -310,6 +329,26 @@ class OutgoingStream:
                 return StreamFinished()
             if not self._read(deadline):
                 return None
+
+    def pump_pages(self, sender: CanPump, round_: int, limits: PumpLimits) -> Pumped | None:
+        """Have native code read and send pages as long as nothing else comes. What is left is given
+        out by ``next_event()``, behind what was sent. None: the stream is not in the midst of
+        pages, or comes by multifd. Always the same sender."""
+        main = self._main
+        midst = self._reader.in_pages(FIRST_BYTES) if self._merger is None else None
+        if midst is None or main is None or self._closed:
+            return None
+        table, block = midst
+        if self._pump is None:
+            self._pump = sender.page_pump(table.lengths, table.wire_names, table.page_bytes)
+        first = bytes(main.take_back())
+        pumped = self._pump.run(main.sock.fileno(), first, block, round_, limits)
+        self._reader.went_on(pumped.used_bytes, pumped.block)
+        main.put(pumped.left, pumped.read_bytes)
+        self.given_out_bytes = main.received_bytes - len(pumped.left)
+        if pumped.read_bytes:
+            self._last_read_s = time.monotonic()
+        return pumped
 
     def in_use(self, until: Callable[[], object]) -> None:
         """The bytes of the event that was given out last are read until ``until()`` returns, which

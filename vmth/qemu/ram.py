@@ -96,10 +96,10 @@ class BlockTable:
         self.names = tuple(name for name, _ in blocks)
         self.lengths = tuple(length for _, length in blocks)
         self.index = {name: i for i, name in enumerate(self.names)}
+        #: NAME_BYTES of each.
+        self.wire_names = b"".join(_wire_name(name).ljust(NAME_BYTES, b"\0") for name in self.names)
         self.native = _qemu.Blocks(
-            page_bytes,
-            np.array(self.lengths, dtype=np.uint64),
-            b"".join(_wire_name(name).ljust(NAME_BYTES, b"\0") for name in self.names),
+            page_bytes, np.array(self.lengths, dtype=np.uint64), self.wire_names
         )
 
     def __len__(self) -> int:
@@ -121,6 +121,15 @@ class RamParser:
 
     def __init__(self) -> None:
         self._parser = _qemu.Parser(RUNS_A_CALL)
+
+    @property
+    def block(self) -> int:
+        """That CONTINUE means in what comes next: an index, or a number beyond all of them."""
+        return self._parser.continues()
+
+    def go_on(self, block: int) -> None:
+        """Behind records that somebody else has parsed."""
+        self._parser.go_on(block)
 
     def parse(self, blocks: BlockTable, data: bytes | memoryview) -> Parsed:
         """As many records as there are before something stops it.

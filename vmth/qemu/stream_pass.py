@@ -16,20 +16,21 @@ again: damage ends the migration, and the guest runs on at the source.
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
+from vmth.channel.pump import CanPump, PumpLimits, PumpStop
 from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
 from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, Throttled
 from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
+from vmth.qemu.lent_ahead import LentAhead
 from vmth.qemu.outgoing import NEAR_PATIENCE_S, PATIENCE_S
+from vmth.qemu.page_stream import PageStream, PumpedStream
 from vmth.qemu.pages_again import PagesAgain, without_ends
-from vmth.qemu.queue_bounds import START_AHEAD_BYTES, QueueBounds
+from vmth.qemu.queue_bounds import QueueBounds
 from vmth.qemu.ram import PageKind, Runs
 from vmth.qemu.state_store import StateStore
 from vmth.qemu.steering import Helm, room_in_downtime_bytes
@@ -49,7 +50,7 @@ from vmth.state_streams import STATE_MAX_BYTES
 from vmth.stats import RoundStats, TransferCounters, round_stats
 from vmth.units import format_duration
 
-__all__ = ["PageStream", "StreamPass"]
+__all__ = ["StreamPass"]
 
 #: How often a wait looks at the time and at what QEMU tells.
 LOOK_S = 0.05
@@ -68,21 +69,9 @@ HANDOVER_NS = 20_000_000
 #: Fewer where QEMU may stop its guest meanwhile: it counts them as sent.
 MOST_AGAIN_PAGES = 1024
 MOST_AGAIN_AT_END_PAGES = 64
+PUMP_NS = 20_000_000  #: without a look at anything else
+PUMP_PATIENCE_NS = 500_000
 _SECOND_NS = 1_000_000_000
-_TICKET_WAIT_NS = 50_000_000
-
-
-class PageStream(Protocol):
-    """What is needed of ``OutgoingStream``."""
-
-    @property
-    def given_out_bytes(self) -> int: ...
-    @property
-    def unread_bytes(self) -> int: ...
-    def next_event(self, timeout_s: float) -> Event | None: ...
-    def in_use(self, until: partial[None]) -> None: ...
-    def limit_read(self, nbytes: int) -> None: ...
-    def wait_for_more(self, patience_s: float) -> None: ...
 
 
 class _Landing(enum.Enum):
@@ -115,9 +104,7 @@ class StreamPass:
     _idle_ns: int = 0  #: of this round
     _waiting: bool = False  #: the last wait brought nothing
     _before: TransferCounters = field(default_factory=TransferCounters)
-    _ahead: deque[tuple[int, int]] = field(default_factory=deque)  #: (ticket, bytes) not read yet
-    _ahead_bytes: int = 0
-    _ahead_limit_bytes: int = START_AHEAD_BYTES
+    _lent: LentAhead = field(init=False)
     _all_pages: int = field(init=False)
     _seen_pages: int = 0  #: of this round, a page that came twice once
     _again: PagesAgain = field(init=False)
@@ -135,11 +122,11 @@ class StreamPass:
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
     _landing: _Landing = _Landing.NOT_YET
-    _last_ticket: int = 0
     _filled: bool = False  #: what QEMU has never sent was sent as holes
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
+        self._lent = LentAhead(self.tools.sender, self._check_late)
         self._all_pages = sum(block.npages for block in self.guest.blocks)
 
     def run(self) -> FinalPass:
@@ -149,6 +136,7 @@ class StreamPass:
         self._passes = self.helm.passes
         self._begin_round()
         while not self._take(self._next_event()):
+            self._pump()
             self._look()
         self.was_running = self.tools.pause_guest()
         self._land_all()
@@ -195,8 +183,7 @@ class StreamPass:
     def _all_landed(self) -> bool:
         sender = self.tools.sender
         counters = sender.counters()
-        read = not self._ahead or self._ahead[-1][0] <= sender.pages_read()
-        return read and counters.acked_bytes == counters.wire_bytes
+        return self._lent.all_read() and counters.acked_bytes == counters.wire_bytes
 
     def _take(self, event: Event | None) -> bool:
         """True when all is here."""
@@ -240,6 +227,36 @@ class StreamPass:
             self._bound_ahead(self.tools.clock())
         if self._may_be_allowed() and self._left_bytes() <= self._allow_at_bytes:
             self._allow(self._room_bytes or 0)
+
+    def _pump(self) -> None:
+        """Far from a pass's end, while QEMU may not stop its guest, pages go without events."""
+        sender, stream = self.tools.sender, self.stream
+        if not isinstance(sender, CanPump) or not isinstance(stream, PumpedStream):
+            return
+        while self._plain_sailing():
+            pages = (self._left_bytes() - NEAR_BYTES) // self.tools.page_bytes
+            most = self._lent.limit_bytes
+            limits = PumpLimits(PUMP_NS, PUMP_PATIENCE_NS, pages, most, most // 2)
+            pumped = stream.pump_pages(sender, self._round, limits)
+            if pumped is None:
+                return
+            self._seen_pages += pumped.pages
+            if pumped.ticket:
+                self._lent.note(pumped.ticket, pumped.ahead_bytes)
+            if pumped.stop is not PumpStop.TIME:
+                return
+            self._look()
+
+    def _plain_sailing(self) -> bool:
+        return not (
+            self._near_end
+            or self._ended_ns
+            or self._allowed
+            or self._room_bytes is not None
+            or self._pass_ends_at
+            or self._left_bytes() <= NEAR_BYTES
+            or self.helm.passes != self._passes
+        )
 
     def _queue(self, runs: Runs, data: memoryview) -> int:
         """How many of the runs: up to the first with a page that went out since the barrier."""
@@ -291,23 +308,8 @@ class StreamPass:
 
     def _hold_back(self, ticket: int, nbytes: int) -> None:
         """The bytes stay until they were read; not more than the bound is read ahead."""
-        self._last_ticket = ticket
-        self.stream.in_use(partial(self._wait_read, ticket))
-        self._ahead.append((ticket, nbytes))
-        self._ahead_bytes += nbytes
-        done = self.tools.sender.pages_read()
-        while self._ahead and (
-            self._ahead[0][0] <= done or self._ahead_bytes > self._ahead_limit_bytes
-        ):
-            oldest, of_it = self._ahead.popleft()
-            self._ahead_bytes -= of_it
-            if oldest > done:
-                self._wait_read(oldest)
-                done = oldest
-
-    def _wait_read(self, ticket: int) -> None:
-        while not self.tools.sender.wait_read(ticket, _TICKET_WAIT_NS):
-            self._check_late()
+        self.stream.in_use(partial(self._lent.wait, ticket))
+        self._lent.add(ticket, nbytes)
 
     def _keep(self, data: memoryview) -> None:
         nbytes = len(self.state) + len(data)
@@ -349,7 +351,7 @@ class StreamPass:
         """What QEMU has never sent goes behind its last pages, once; False: they are still read."""
         if not self._filled:
             sender = self.tools.sender
-            if not sender.wait_read(self._last_ticket, timeout_ns):
+            if not sender.wait_read(self._lent.last_ticket, timeout_ns):
                 return False
             self._filled = True
             unsent = send_unsent_as_holes(sender, self.guest.blocks, self._round)
@@ -406,8 +408,7 @@ class StreamPass:
         self._landed()
 
     def _landed(self) -> None:
-        self._ahead.clear()
-        self._ahead_bytes = 0
+        self._lent.landed()
         self._again.keep_missed(self.tools.sender, self.guest.blocks)
 
     def _finish_round(self) -> None:
@@ -560,7 +561,7 @@ class StreamPass:
         )
         if bounds is not None:
             tools.sender.set_window(bounds.window_bytes)
-            self._ahead_limit_bytes = bounds.ahead_bytes
+            self._lent.limit_bytes = bounds.ahead_bytes
             self.stream.limit_read(bounds.ahead_bytes // 2)
 
     def _show_throttle(self) -> None:

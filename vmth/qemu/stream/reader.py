@@ -133,6 +133,25 @@ class StreamReader:
         self._want = 1
         return self._window.forget()
 
+    def in_pages(self, at_most: int) -> tuple[BlockTable, int] | None:
+        """In the midst of page records, nothing else to tell, at most so many bytes not used: what
+        somebody needs who parses on from here (the blocks, and the one that CONTINUE means).
+        Else None."""
+        amid = self._state == self._ram_records and self._package_left is None
+        if self._table is None or not amid or self._events or self._failure:
+            return None
+        if self._window.eof or self._window.available > at_most:
+            return None
+        return self._table, self._ram.block
+
+    def went_on(self, used_bytes: int, block: int) -> None:
+        """Somebody else has parsed so many bytes, from the first on that was fed here and not used:
+        what is left of those is fed again."""
+        self._window.forget()
+        self._window.position += used_bytes
+        self._want = 1
+        self._ram.go_on(block)
+
     def feed_eof(self) -> None:
         """Nothing comes any more."""
         self._window.eof = True
