@@ -254,6 +254,7 @@ def run_qemu_path(case: Case, link: Link, binary: Sequence[str], land: str) -> O
                         *("--qmp", str(source.vmth_path), "--channels", "2"),
                         *("--downtime-limit", f"{DOWNTIME_LIMIT_MS}ms", "--on-success", "keep"),
                         *("--timeout", f"{case.limit_s}s", "--on-stall", "cancel"),
+                        *("--delta-cache", "256MiB"),  # as xbzrle's: more than is rewritten
                     ],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

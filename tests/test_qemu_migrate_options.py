@@ -65,6 +65,8 @@ def test_the_session_gets_all_that_it_knows() -> None:
         (["--dedup-index", "2MiB"], "dedup_index_bytes", 2 << 20),
         (["--delta-cache", "3MiB"], "delta_cache_bytes", 3 << 20),
         ([], "kept_copies_bytes", 64 << 20),
+        ([], "delta_cache_bytes", 64 << 20),
+        ([], "delta_cache_bytes", QemuMigrateOptions().delta_cache_bytes),
     ],
 )
 def test_bounds_of_memory_come_from_the_command_line(

@@ -130,7 +130,7 @@ _OF_DESTINATION = frozenset(
 @click.option(
     "--zero-copy", type=ON_OFF, default="on", show_default=True, help="MSG_ZEROCOPY where it helps."
 )
-@form_options
+@form_options("256MiB")
 @reuse_options
 @click.option(
     "--keep-image",

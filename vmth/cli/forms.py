@@ -16,13 +16,24 @@ __all__ = ["form_choices", "form_options"]
 Command = Callable[..., Any]
 
 
-def form_options(command: Command) -> Command:
-    """Adds ``--forms``, ``--fixed-forms``, ``--zstd-level`` and the two bounds."""
-    for option in (
+def form_options(delta_cache: str) -> Callable[[Command], Command]:
+    """Adds ``--forms``, ``--fixed-forms``, ``--zstd-level`` and the two bounds, of which that of
+    the delta cache is ``delta_cache`` where the user says nothing."""
+
+    def decorate(command: Command) -> Command:
+        for option in _options(delta_cache):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _options(delta_cache: str) -> tuple[Callable[[Command], Command], ...]:
+    return (
         click.option(
             "--delta-cache",
             type=SIZE,
-            default="256MiB",
+            default=delta_cache,
             show_default=True,
             help="Memory for what was sent, at most; pays up to the size of what is rewritten.",
         ),
@@ -51,9 +62,7 @@ def form_options(command: Command) -> Command:
             metavar="NAME,...",
             help="Which forms pages may take.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def form_choices(given: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ __all__ = ["migrate"]
     show_default=True,
     help="Digest of all memory, compared before the source is let go. Off: nothing is verified.",
 )
-@form_options
+@form_options("64MiB")
 @click.option(
     "--kept-copies",
     type=SIZE,

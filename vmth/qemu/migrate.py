@@ -97,7 +97,7 @@ class QemuMigrateOptions:
     fixed_forms: bool = False
     zstd_level: int = 0
     dedup_index_bytes: int = 64 << 20
-    delta_cache_bytes: int = 256 << 20
+    delta_cache_bytes: int = 64 << 20  #: less than a session's: beside a QEMU a mover is small
     kept_copies_bytes: int = 64 << 20  #: of pages sent as dedup or reuse, until they have landed
     zerocopy: bool = True
     insecure: bool = False
