@@ -29,12 +29,13 @@ from stream_pass_world import (
 )
 from test_lent_pages import NAMES, SHAPE, Program, native
 
+from vmth.channel import pages
 from vmth.channel.pages import NativeSender
 from vmth.channel.pump import FIRST_BYTES, CanPump, Pumped, PumpLimits, PumpStop
-from vmth.errors import CancelledError, StreamError, UsageError
+from vmth.errors import CancelledError, ChannelError, MigrationError, StreamError, UsageError
 from vmth.policy.interface import Action, Decision, OnStall
+from vmth.qemu import outgoing, stream_pass
 from vmth.qemu import stream as q
-from vmth.qemu import stream_pass
 from vmth.qemu.outgoing import OutgoingStream
 from vmth.qemu.ram import BlockTable
 from vmth.qemu.stream_pass import StreamPass
@@ -68,8 +69,10 @@ def sending(source: FakeSource, data: bytes) -> Iterator[None]:
     """More than a socket holds."""
     thread = threading.Thread(target=source.send_more, args=(data,))
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def next_of(stream: OutgoingStream, kind: type[q.Event]) -> q.Event:
@@ -154,32 +157,61 @@ def test_a_lost_channel_is_told() -> None:
                 stream.pump_pages(sender, 0, LIMITS)
 
 
+def test_a_source_that_closes_within_pages_is_told_of() -> None:
+    """Of the pages that came none is lost, and the end is seen by who reads on."""
+    source = FakeSource(HEAD + s.part(s.normal(0, NAMES[0]) + s.normal(1))[:-5])
+    source.closes_after_sending = True
+    with running() as program, native(program) as (sender, _), started(source) as stream:
+        stream.limit_read(64 << 10)
+        next_of(stream, q.SectionFinished)
+        next_of(stream, q.SectionStarted)
+        source.status = {"status": "failed", "error-desc": "had enough"}
+        pumped = stream.pump_pages(sender, 0, LIMITS)
+        assert pumped is None or pumped.stop is PumpStop.IDLE
+        with pytest.raises(MigrationError, match="had enough"):
+            deque(iter(lambda: stream.next_event(1), None), maxlen=0)
+
+
+def test_a_stream_that_was_closed_is_not_read() -> None:
+    """By the pump's own descriptor; it is let go."""
+    source = FakeSource(HEAD + s.part(s.normal(0, NAMES[0]) + s.normal(1))[:-5])
+    with running() as program, native(program) as (sender, _), started(source) as stream:
+        next_of(stream, q.RamPages)
+        assert stream.pump_pages(sender, 0, LIMITS) is not None
+        stream.close()
+        assert stream.pump_pages(sender, 0, LIMITS) is None
+        with pytest.raises(ChannelError, match="closed"):
+            stream.next_event(1)
+
+
 def test_what_a_pump_does_not_take() -> None:
     with running() as program, native(program) as (sender, _):
         assert isinstance(sender, CanPump)
         with pytest.raises(UsageError, match="bytes of names"):
-            sender.page_pump(table().lengths, b"", s.PAGE)
-        pump = sender.page_pump(table().lengths, table().wire_names, s.PAGE)
+            sender.page_pump(0, table().lengths, b"", s.PAGE)
+        with pytest.raises(ChannelError, match="Bad file descriptor"):
+            sender.page_pump(-1, table().lengths, table().wire_names, s.PAGE)
+        pump = sender.page_pump(0, table().lengths, table().wire_names, s.PAGE)
         with pytest.raises(UsageError, match="allowed 65536"):
-            pump.run(-1, bytes(FIRST_BYTES + 1), 0, 0, LIMITS)
+            pump.run(bytes(FIRST_BYTES + 1), 0, 0, LIMITS)
 
 
 def test_a_pump_may_outlive_its_sender_and_the_reverse() -> None:
     """The ring is the threads' that read it, and the sender the pump's."""
     near, far = socket.socketpair()
     with near, far, running() as program, native(program) as (sender, receiver):
-        pump = sender.page_pump(table().lengths, table().wire_names, s.PAGE)
+        pump = sender.page_pump(near.fileno(), table().lengths, table().wire_names, s.PAGE)
         far.sendall(s.normal(0, NAMES[0]) + s.normal(1))
-        assert pump.run(near.fileno(), b"", NO_BLOCK, 0, LIMITS).pages == 2
+        assert pump.run(b"", NO_BLOCK, 0, LIMITS).pages == 2
         del pump
-        other = sender.page_pump(table().lengths, table().wire_names, s.PAGE)
+        other = sender.page_pump(near.fileno(), table().lengths, table().wire_names, s.PAGE)
         assert sender.barrier(0)
         sender.finish()
         assert receiver.wait()
         sender.close()
         far.sendall(s.normal(2, NAMES[0]))
         with pytest.raises(UsageError):
-            other.run(near.fileno(), b"", NO_BLOCK, 1, LIMITS)
+            other.run(b"", NO_BLOCK, 1, LIMITS)
     assert program.memory[0][1].tobytes() == s.page_of(1)
 
 
@@ -246,6 +278,9 @@ def test_the_last_content_of_every_page_arrives(
         started(FakeSource(data + TAIL)) as stream,
     ):
         patch.setattr(stream_pass, "NEAR_BYTES", -(1 << 40))
+        patch.setattr(outgoing, "BUFFER_BYTES", 192 << 10)
+        patch.setattr(pages, "PUMP_PIECE_BYTES", 128 << 10)
+        patch.setattr(pages, "PUMP_PIECES", 2)
         stream.limit_read(64 << 10)
         while not isinstance(stream.next_event(10), q.RamEnd):
             pass
@@ -304,7 +339,7 @@ class PumpingStream:
     """A World's stream that answers pumps from a list, and notes what was asked."""
 
     inner: FakeStream
-    answers: list[Pumped] = field(default_factory=list)
+    answers: list[Pumped | None] = field(default_factory=list)
     asked: list[PumpLimits] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> object:
@@ -318,13 +353,13 @@ class PumpingStream:
 
 
 def pumping(
-    pieces: Sequence[bytes], answers: Sequence[Pumped], **more: object
+    pieces: Sequence[bytes], answers: Sequence[Pumped | None], **more: object
 ) -> tuple[World, PumpingStream]:
     """A World of one large block of which only ``pieces`` are sent."""
     world = World(pieces, blocks=[("pc.ram", 400 * s.PAGE)], **more)  # type: ignore[arg-type]
     world.link.sender.page_pump = lambda *_: None  # type: ignore[attr-defined]
     stream = PumpingStream(world.stream, list(answers))
-    world.engine.stream = stream  # type: ignore[assignment]
+    world.engine = StreamPass(world.guest, world.tools, stream, world.helm)  # type: ignore[arg-type]
     return world, stream
 
 
@@ -394,10 +429,14 @@ def test_a_pass_that_has_begun_at_qemus_is_found_between_pumps(
 
 
 def test_nothing_that_a_pump_has_lent_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ticket is waited for where the last pages are: what QEMU left out goes behind them."""
+    """Its last ticket is waited for before what QEMU left out goes behind its pages."""
     monkeypatch.setattr(stream_pass, "NEAR_BYTES", 0)
     waited: list[int] = []
-    world, _ = pumping([*PIECES, *LAST], [])
+    one = s.part(s.normal(0, "pc.ram") + s.eos())
+    lent = replace(SENT, stop=PumpStop.IDLE, pages=0, ticket=77)
+    cut = len(one) - len(s.eos() + s.footer(s.RAM_ID))
+    pieces = [one[:cut], one[cut:], s.end(s.eos()), DEVICES]
+    world, stream = pumping(pieces, [None, None, lent])  # behind its page
     sender = world.link.sender
     wait_read = sender.wait_read
 
@@ -406,8 +445,24 @@ def test_nothing_that_a_pump_has_lent_is_forgotten(monkeypatch: pytest.MonkeyPat
         return wait_read(min(ticket, sender._tickets), timeout_ns)
 
     monkeypatch.setattr(sender, "wait_read", wait)
-    world.engine.stream.answers.append(  # type: ignore[attr-defined]
-        replace(SENT, stop=PumpStop.IDLE, ticket=77, ahead_bytes=1 << 30)
-    )
     world.engine.run()
-    assert 77 in waited
+    assert stream.answers == [] and 77 in waited
+
+
+def test_no_pump_once_qemu_was_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is left: the user has asked for it."""
+    monkeypatch.setattr(stream_pass, "NEAR_BYTES", 0)
+    monkeypatch.setattr(stream_pass, "LOOK_NS", 0)
+    world, stream = pumping([*PIECES, *LAST], [])
+    world.tools.tuning.switchover_requested = True
+    world.engine.run()
+    assert world.helm.allowed == [0]
+    assert len(stream.asked) <= 1  # what came before the first look
+
+
+def test_no_pump_where_qemu_has_said_that_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_pass, "NEAR_BYTES", 0)
+    world, stream = pumping([*PIECES, *LAST], [])
+    world.helm.stopped_ns = 1
+    world.engine.run()
+    assert stream.asked == []

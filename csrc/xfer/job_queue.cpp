@@ -16,6 +16,8 @@ constexpr uint64_t told_pages = 1u << 20;
 constexpr size_t told_runs = 4096;
 // Bits examined at once for runs: bounds the work of one pull where runs are longer than a batch.
 constexpr uint64_t scan_bits = 4096;
+// Zero pages are lent without bytes, so that their number is bounded here.
+constexpr size_t lent_factor = 8;
 
 using Clock = std::chrono::steady_clock;
 
@@ -102,7 +104,8 @@ size_t JobQueue::add_worker()
 bool JobQueue::push(Job &&job)
 {
     std::unique_lock<std::mutex> lock(mutex_);
-    room_.wait(lock, [&] { return stopped_ || job.ticket != 0 || jobs_.size() < capacity_; });
+    const size_t capacity = job.ticket == 0 ? capacity_ : lent_factor * capacity_;
+    room_.wait(lock, [&] { return stopped_ || jobs_.size() < capacity; });
     if (stopped_) {
         return false;
     }

@@ -60,8 +60,8 @@ public:
 
     // Returns the worker's place, which it and its reader name themselves by.
     size_t add_worker();
-    // Blocks while `capacity` jobs wait, but for lent pages: who lends them waits for tickets, so that
-    // they are bounded in bytes. Returns false when stopped.
+    // Blocks while `capacity` jobs wait, or, of lent pages, several times as many: those come in small
+    // pieces, and who lends them bounds their bytes. Returns false when stopped.
     bool push(Job &&job);
     // Every worker pulls `barrier` once, after the jobs queued before; batch.round is then this.
     void close_round(uint32_t round);

@@ -54,13 +54,12 @@ PumpRing::~PumpRing()
     munmap(memory_, nbytes_);
 }
 
-StreamPump::StreamPump(Sender &sender, std::vector<uint64_t> used_length, std::string names,
+StreamPump::StreamPump(Sender &sender, int fd, std::vector<uint64_t> used_length, std::string names,
                        size_t page_bytes, size_t piece_bytes, size_t npieces)
-    : sender_(sender), used_length_(std::move(used_length)), names_(std::move(names)),
+    : sender_(sender), fd_(UniqueFd::duplicate(fd)), used_length_(std::move(used_length)), names_(std::move(names)),
       blocks_{static_cast<uint32_t>(page_bytes), static_cast<uint32_t>(used_length_.size()),
               used_length_.data(), reinterpret_cast<const uint8_t *>(names_.data())},
-      piece_bytes_(piece_bytes), ring_(std::make_shared<PumpRing>(npieces * piece_bytes)),
-      tickets_(npieces, 0), runs_(runs_a_call)
+      piece_bytes_(piece_bytes), tickets_(npieces, 0), runs_(runs_a_call)
 {
     if (names_.size() != used_length_.size() * VMTH_QEMU_NAME_BYTES ||
         used_length_.size() > VMTH_QEMU_MAX_BLOCKS) {
@@ -72,11 +71,15 @@ StreamPump::StreamPump(Sender &sender, std::vector<uint64_t> used_length, std::s
         throw usage(std::to_string(npieces) + " pieces of " + std::to_string(piece_bytes) +
                     " bytes, allowed 2 or more of four pages");
     }
+    if (!fd_) {
+        throw system_error("the source's stream", errno);
+    }
+    ring_ = std::make_shared<PumpRing>(npieces * piece_bytes);
     sender_.keep(ring_);
 }
 
-Pumped StreamPump::run(int fd, const uint8_t *first, size_t first_bytes, uint32_t block,
-                       uint32_t round, const PumpLimits &limits)
+Pumped StreamPump::run(const uint8_t *first, size_t first_bytes, uint32_t block, uint32_t round,
+                       const PumpLimits &limits)
 {
     if (first_bytes > piece_bytes_ / 2) {
         throw usage(std::to_string(first_bytes) + " bytes at first, allowed half a piece");
@@ -96,23 +99,21 @@ Pumped StreamPump::run(int fd, const uint8_t *first, size_t first_bytes, uint32_
         const size_t room = std::min(most, piece_bytes_ - pumped.left_bytes);
         size_t got = 0;
         bool ended = false;
-        // An error shows again when the descriptor is read next.
-        int result = vmth_sock_take(fd, end, room, limits.patience_ns, &got, &ended);
-        if (result == 0 && got == 0 && !ended && wait_readable(fd, limits.patience_ns)) {
-            result = vmth_sock_take(fd, end, room, limits.patience_ns, &got, &ended);
+        int result = vmth_sock_take(fd_.get(), end, room, limits.patience_ns, &got, &ended);
+        if (result == 0 && got == 0 && !ended && wait_readable(fd_.get(), limits.patience_ns)) {
+            result = vmth_sock_take(fd_.get(), end, room, limits.patience_ns, &got, &ended);
         }
-        if (result != 0 || got == 0) {
+        if (result != 0) {
+            throw system_error("the source's stream", -result);
+        }
+        if (got == 0) {
             pumped.stop = PumpStop::idle;
             break;
         }
         pumped.read_bytes += got;
         pumped.left_bytes += got;
-        if (!use(pumped, round)) {
-            pumped.stop = PumpStop::other;
-            break;
-        }
-        if (pumped.pages >= limits.pages) {
-            pumped.stop = PumpStop::pages;
+        if (!use(pumped, round, limits.pages)) {
+            pumped.stop = pumped.pages >= limits.pages ? PumpStop::pages : PumpStop::other;
             break;
         }
         if (steady_ns() >= until_ns) {
@@ -160,8 +161,8 @@ bool StreamPump::wait_read(uint64_t ticket, int64_t until_ns) const
            sender_.wait_read(ticket, std::max<int64_t>(1, until_ns - steady_ns()));
 }
 
-// Whole records of what is left; false where something else than pages comes.
-bool StreamPump::use(Pumped &pumped, uint32_t round)
+// Whole records of what is left; false where something else than pages comes, or so many are queued.
+bool StreamPump::use(Pumped &pumped, uint32_t round, uint64_t most_pages)
 {
     for (;;) {
         vmth_qemu_parsed parsed;
@@ -181,7 +182,7 @@ bool StreamPump::use(Pumped &pumped, uint32_t round)
         pumped.used_bytes += used;
         pumped.left += used;
         pumped.left_bytes -= used;
-        if (!more) {
+        if (!more || pumped.pages >= most_pages) {
             return false;
         }
         if (parsed.stop == VMTH_QEMU_SHORT) {

@@ -19,6 +19,7 @@
 
 #include "vmth/qemu_ram.h"
 #include "xfer/sender.hpp"
+#include "xfer/unique_fd.hpp"
 
 namespace vmth {
 
@@ -26,15 +27,15 @@ namespace vmth {
 struct PumpLimits {
     int64_t time_ns = 0;      // so long, looked at once a piece
     int64_t patience_ns = 0;  // nothing came for so long
-    uint64_t pages = 0;       // so many have been queued, or a piece's more
-    uint64_t ahead_bytes = 0;  // payload queued and not read yet, at most: more is waited for
+    uint64_t pages = 0;       // so many have been queued, or a batch's more
+    uint64_t ahead_bytes = 0;  // no more is queued and not read when a piece is read
     size_t piece_bytes = 0;   // read at once, at most; the ring's pieces bound it too
 };
 
 enum class PumpStop : uint32_t {
     time = 1,  // or the sender still read what had to be waited for
     pages = 2,  // so many are queued
-    idle = 3,  // nothing came, or the connection has ended or failed: a read of it tells which
+    idle = 3,  // nothing came, or the connection has ended: a read of it tells which
     other = 4,  // what is left begins with something else than pages that may go out
 };
 
@@ -69,16 +70,17 @@ class StreamPump
 {
 public:
     // A ring of `npieces` (at least 2) of `piece_bytes`, and the stream's blocks, which are the sender's,
-    // in its order. `names` as in vmth_qemu_blocks. Throws usage for what does not fit together.
-    StreamPump(Sender &sender, std::vector<uint64_t> used_length, std::string names,
+    // in its order. `names` as in vmth_qemu_blocks. The descriptor is duplicated. Throws usage for what
+    // does not fit together.
+    StreamPump(Sender &sender, int fd, std::vector<uint64_t> used_length, std::string names,
                size_t page_bytes, size_t piece_bytes, size_t npieces);
     StreamPump(const StreamPump &) = delete;
     StreamPump &operator=(const StreamPump &) = delete;
 
     // From the thread that calls the sender's send*(). `first`: bytes of the stream that were read before
     // (at most half a piece), and the block that CONTINUE means in them. The descriptor is not waited
-    // for longer than the limits say. Throws what the sender throws.
-    Pumped run(int fd, const uint8_t *first, size_t first_bytes, uint32_t block, uint32_t round,
+    // for longer than the limits say. Throws what the sender throws, and io.
+    Pumped run(const uint8_t *first, size_t first_bytes, uint32_t block, uint32_t round,
                const PumpLimits &limits);
 
 private:
@@ -90,15 +92,16 @@ private:
     bool next_piece(int64_t until_ns);
     bool settle(uint64_t ahead_bytes, int64_t until_ns);
     bool wait_read(uint64_t ticket, int64_t until_ns) const;
-    bool use(Pumped &pumped, uint32_t round);
+    bool use(Pumped &pumped, uint32_t round, uint64_t most_pages);
     bool queue(Pumped &pumped, size_t nruns, const uint8_t *in, uint32_t round);
 
     Sender &sender_;
+    const UniqueFd fd_;
     const std::vector<uint64_t> used_length_;
     const std::string names_;
     const vmth_qemu_blocks blocks_;
     const size_t piece_bytes_;
-    const std::shared_ptr<PumpRing> ring_;  // the sender's as well: its threads read it
+    std::shared_ptr<PumpRing> ring_;  // the sender's as well: its threads read it
     std::vector<uint64_t> tickets_;        // of each piece, the last that reads it; 0: none
     size_t at_ = 0;                        // the piece that is filled
     std::vector<vmth_qemu_run> runs_;

@@ -133,6 +133,7 @@ class StreamPump:
     def __init__(
         self,
         sender: Sender,  # kept
+        fd: int,  # duplicated
         lengths: Sequence[int],
         names: bytes,
         page_bytes: int,
@@ -141,7 +142,6 @@ class StreamPump:
     ) -> None: ...
     def run(
         self,
-        fd: int,
         first: bytes,
         block: int,
         round_: int,

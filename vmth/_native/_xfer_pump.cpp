@@ -23,7 +23,7 @@ namespace {
 
 // (why it stopped, the block that CONTINUE means, bytes read, bytes used, pages queued, bytes not read
 // yet of them, ticket, what is left)
-py::tuple run_pump(StreamPump &pump, int fd, const py::bytes &first, uint32_t block,
+py::tuple run_pump(StreamPump &pump, const py::bytes &first, uint32_t block,
                    uint32_t round, int64_t time_ns, int64_t patience_ns, uint64_t pages,
                    uint64_t ahead_bytes, size_t piece_bytes)
 {
@@ -31,7 +31,7 @@ py::tuple run_pump(StreamPump &pump, int fd, const py::bytes &first, uint32_t bl
     Pumped pumped;
     {
         py::gil_scoped_release release;
-        pumped = pump.run(fd, reinterpret_cast<const uint8_t *>(given.data()), given.size(), block,
+        pumped = pump.run(reinterpret_cast<const uint8_t *>(given.data()), given.size(), block,
                           round, {time_ns, patience_ns, pages, ahead_bytes, piece_bytes});
     }
     return py::make_tuple(static_cast<uint32_t>(pumped.stop), pumped.block, pumped.read_bytes,
@@ -44,14 +44,15 @@ py::tuple run_pump(StreamPump &pump, int fd, const py::bytes &first, uint32_t bl
 void bind_pump(py::module_ &module)
 {
     py::class_<StreamPump>(module, "StreamPump")
-        .def(py::init([](Sender &sender, std::vector<uint64_t> lengths, const py::bytes &names,
+        .def(py::init([](Sender &sender, int fd, std::vector<uint64_t> lengths, const py::bytes &names,
                          size_t page_bytes, size_t piece_bytes, size_t npieces) {
-                 return std::make_unique<StreamPump>(sender, std::move(lengths), std::string(names),
-                                                     page_bytes, piece_bytes, npieces);
+                 return std::make_unique<StreamPump>(sender, fd, std::move(lengths),
+                                                     std::string(names), page_bytes, piece_bytes,
+                                                     npieces);
              }),
-             py::arg("sender"), py::arg("lengths"), py::arg("names"), py::arg("page_bytes"),
+             py::arg("sender"), py::arg("fd"), py::arg("lengths"), py::arg("names"), py::arg("page_bytes"),
              py::arg("piece_bytes"), py::arg("npieces"), py::keep_alive<1, 2>())
-        .def("run", &run_pump, py::arg("fd"), py::arg("first"), py::arg("block"), py::arg("round_"),
+        .def("run", &run_pump, py::arg("first"), py::arg("block"), py::arg("round_"),
              py::kw_only(), py::arg("time_ns"), py::arg("patience_ns"), py::arg("pages"),
              py::arg("ahead_bytes"), py::arg("piece_bytes"));
 }

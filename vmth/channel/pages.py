@@ -231,11 +231,13 @@ class NativeSender(_NativeEnd):
         self._lent[-1] = (ticket, view)
         return queued, ticket
 
-    def page_pump(self, lengths: Sequence[int], names: bytes, page_bytes: int) -> NativePump:
+    def page_pump(
+        self, fd: int, lengths: Sequence[int], names: bytes, page_bytes: int
+    ) -> NativePump:
         """Of a QEMU's stream with these blocks: ``vmth.channel.pump``."""
         with _translate:
             native = _xfer.StreamPump(
-                self._native, lengths, names, page_bytes, PUMP_PIECE_BYTES, PUMP_PIECES
+                self._native, fd, lengths, names, page_bytes, PUMP_PIECE_BYTES, PUMP_PIECES
             )
         return NativePump(native)
 
@@ -332,12 +334,11 @@ class NativePump:
     def __init__(self, native: _xfer.StreamPump) -> None:
         self._native = native
 
-    def run(self, fd: int, first: bytes, block: int, round_: int, limits: PumpLimits) -> Pumped:
+    def run(self, first: bytes, block: int, round_: int, limits: PumpLimits) -> Pumped:
         if len(first) > FIRST_BYTES:
             raise UsageError(f"{len(first)} bytes read before, allowed {FIRST_BYTES}")
         with _translate:
             found = self._native.run(
-                fd,
                 first,
                 block,
                 round_,

@@ -37,8 +37,8 @@ class PumpLimits:
 
     time_ns: int  #: looked at once a piece
     patience_ns: int  #: nothing came for so long
-    pages: int  #: so many are queued, or a piece's more
-    ahead_bytes: int  #: payload queued and not read by the channels, at most
+    pages: int  #: so many are queued, or a batch's more
+    ahead_bytes: int  #: no more payload is queued and not read when a piece is read
     piece_bytes: int  #: read at once, at most
 
 
@@ -57,15 +57,17 @@ class Pumped:
 class PagePump(Protocol):
     """Of one sender and one stream; used from the thread that sends."""
 
-    def run(self, fd: int, first: bytes, block: int, round_: int, limits: PumpLimits) -> Pumped:
+    def run(self, first: bytes, block: int, round_: int, limits: PumpLimits) -> Pumped:
         """``first``: up to FIRST_BYTES of the stream that were read before, and ``block`` what
-        CONTINUE means in them. Raises what ``PageSender.send_pages`` raises for a lost channel."""
+        CONTINUE means in them. Raises what ``PageSender.send_pages`` raises for a lost channel,
+        and ChannelError for the stream's; either ends the transfer."""
 
 
 @runtime_checkable
 class CanPump(Protocol):
     """A ``PageSender`` that can."""
 
-    def page_pump(self, lengths: Sequence[int], names: bytes, page_bytes: int) -> PagePump:
-        """For a stream with these blocks, the sender's in its order: lengths in bytes, and 256
-        bytes of each name as it is on the wire. UsageError for what does not fit."""
+    def page_pump(self, fd: int, lengths: Sequence[int], names: bytes, page_bytes: int) -> PagePump:
+        """For the stream that comes on ``fd`` (a stream socket, duplicated) with these blocks, the
+        sender's in its order: lengths in bytes, and 256 bytes of each name as it is on the wire.
+        UsageError for what does not fit."""

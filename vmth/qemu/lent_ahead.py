@@ -32,7 +32,9 @@ class LentAhead:
 
     def add(self, ticket: int, nbytes: int) -> None:
         """Waits for the oldest while there is more than the bound."""
-        self.note(ticket, nbytes)
+        self.last_ticket = ticket
+        self._lent.append((ticket, nbytes))
+        self.ahead_bytes += nbytes
         done = self.sender.pages_read()
         while self._lent and (self._lent[0][0] <= done or self.ahead_bytes > self.limit_bytes):
             oldest, of_it = self._lent.popleft()
@@ -41,18 +43,16 @@ class LentAhead:
                 self.wait(oldest)
                 done = oldest
 
-    def note(self, ticket: int, nbytes: int) -> None:
-        """What somebody else keeps within the bound."""
+    def pumped(self, ticket: int) -> None:
+        """A pump has lent more, up to this ticket, and keeps it within the same bound itself."""
         self.last_ticket = ticket
-        self._lent.append((ticket, nbytes))
-        self.ahead_bytes += nbytes
 
     def wait(self, ticket: int) -> None:
         while not self.sender.wait_read(ticket, _TICKET_WAIT_NS):
             self.check()
 
     def all_read(self) -> bool:
-        return not self._lent or self._lent[-1][0] <= self.sender.pages_read()
+        return self.last_ticket <= self.sender.pages_read()
 
     def landed(self) -> None:
         """A barrier is behind all of it."""

@@ -339,10 +339,13 @@ class OutgoingStream:
         if midst is None or main is None or self._closed:
             return None
         table, block = midst
-        if self._pump is None:
-            self._pump = sender.page_pump(table.lengths, table.wire_names, table.page_bytes)
+        pump = self._pump
+        if pump is None:
+            fd = main.sock.fileno()
+            pump = sender.page_pump(fd, table.lengths, table.wire_names, table.page_bytes)
+            self._pump = pump
         first = bytes(main.take_back())
-        pumped = self._pump.run(main.sock.fileno(), first, block, round_, limits)
+        pumped = pump.run(first, block, round_, limits)
         self._reader.went_on(pumped.used_bytes, pumped.block)
         main.put(pumped.left, pumped.read_bytes)
         self.given_out_bytes = main.received_bytes - len(pumped.left)
@@ -503,6 +506,7 @@ class OutgoingStream:
         """Let go of the connections; a QEMU that was not told SHUT then resumes its guest.
         Idempotent."""
         self._closed = True
+        self._pump = None
         for connection in self._connections():
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)

@@ -105,6 +105,7 @@ class StreamPass:
     _waiting: bool = False  #: the last wait brought nothing
     _before: TransferCounters = field(default_factory=TransferCounters)
     _lent: LentAhead = field(init=False)
+    _pumping: tuple[CanPump, PumpedStream] | None = None
     _all_pages: int = field(init=False)
     _seen_pages: int = 0  #: of this round, a page that came twice once
     _again: PagesAgain = field(init=False)
@@ -126,7 +127,10 @@ class StreamPass:
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
-        self._lent = LentAhead(self.tools.sender, self._check_late)
+        sender, stream = self.tools.sender, self.stream
+        self._lent = LentAhead(sender, self._check_late)
+        if isinstance(sender, CanPump) and isinstance(stream, PumpedStream):
+            self._pumping = sender, stream
         self._all_pages = sum(block.npages for block in self.guest.blocks)
 
     def run(self) -> FinalPass:
@@ -230,10 +234,8 @@ class StreamPass:
 
     def _pump(self) -> None:
         """Far from a pass's end, while QEMU may not stop its guest, pages go without events."""
-        sender, stream = self.tools.sender, self.stream
-        if not isinstance(sender, CanPump) or not isinstance(stream, PumpedStream):
-            return
-        while self._plain_sailing():
+        while self._pumping is not None and self._plain_sailing():
+            sender, stream = self._pumping
             pages = (self._left_bytes() - NEAR_BYTES) // self.tools.page_bytes
             most = self._lent.limit_bytes
             limits = PumpLimits(PUMP_NS, PUMP_PATIENCE_NS, pages, most, most // 2)
@@ -241,22 +243,19 @@ class StreamPass:
             if pumped is None:
                 return
             self._seen_pages += pumped.pages
+            self._waiting = self._waiting and not pumped.read_bytes
             if pumped.ticket:
-                self._lent.note(pumped.ticket, pumped.ahead_bytes)
+                self._lent.pumped(pumped.ticket)
             if pumped.stop is not PumpStop.TIME:
                 return
             self._look()
 
     def _plain_sailing(self) -> bool:
-        return not (
-            self._near_end
-            or self._ended_ns
-            or self._allowed
-            or self._room_bytes is not None
-            or self._pass_ends_at
-            or self._left_bytes() <= NEAR_BYTES
-            or self.helm.passes != self._passes
-        )
+        helm, stops = self.helm, self._allowed or self._stalled_out or self._room_bytes is not None
+        if stops or self._near_end or self._ended_ns or helm.stopped_ns is not None:
+            return False
+        begun = self._pass_ends_at or helm.passes != self._passes
+        return not begun and self._left_bytes() > NEAR_BYTES
 
     def _queue(self, runs: Runs, data: memoryview) -> int:
         """How many of the runs: up to the first with a page that went out since the barrier."""
