@@ -119,6 +119,23 @@ def test_what_the_pump_leaves_is_given_out_behind_what_it_sent() -> None:
     assert not program.memory[0][30].any()
 
 
+def test_the_reader_goes_on_in_the_pumps_block() -> None:
+    """A record that leaves its block's name out means the one that the pump saw last."""
+    first = s.normal(0, NAMES[0])
+    rest = s.normal(2, NAMES[1]) + s.flush() + s.zero(3) + s.eos()
+    at = len(HEAD) + 5 + len(first)
+    data = HEAD + s.part(first + rest) + TAIL
+    source = FakeSource(data[:at])
+    with running() as program, native(program) as (sender, _), started(source) as stream:
+        next_of(stream, q.RamPages)
+        source.send_more(data[at:])
+        pumped = stream.pump_pages(sender, 0, LIMITS)
+        assert pumped is not None and (pumped.pages, pumped.block) == (1, 1)
+        last = next_of(stream, q.RamPages)
+        assert isinstance(last, q.RamPages)
+        assert last.runs[["block", "page"]].tolist() == [(1, 3)]
+
+
 def test_a_fault_behind_pages_is_told_at_its_byte() -> None:
     """As without a pump: the same error, and the pages before it are out."""
     bad = s.normal(0, NAMES[0]) + s.normal(1) + s.normal(SHAPE[0])
