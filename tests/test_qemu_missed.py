@@ -29,6 +29,7 @@ from vmth.channel.reuse import ReuseSource, filter_messages, hear_filter
 from vmth.errors import VerificationError
 from vmth.memory import map_blocks
 from vmth.qemu.pages_again import MOST_MISSES, PagesAgain
+from vmth.qemu.stream_pass import StreamPass
 from vmth.types import Mapping, RamBlock, new_bitmaps
 
 SEED = 5
@@ -74,7 +75,8 @@ class Ends:
         self.sender.add_channel(ours.fileno(), 0)
         self.receiver.attach(theirs.fileno(), 0)
         self.sender.set_forms(mask)
-        world.engine.tools = replace(world.tools, sender=self.sender)
+        tools = replace(world.tools, sender=self.sender)
+        world.engine = StreamPass(world.guest, tools, world.stream, world.helm)
 
     def _memory(self, block: RamBlock) -> int:
         fd = os.memfd_create("there", os.MFD_CLOEXEC)
