@@ -10,8 +10,7 @@
 
 enum { NS_PER_S = 1000000000 };
 
-/* 1 when there is something to read, 0 when nothing came in time, or a negative errno. */
-static int wait_readable(int fd, int64_t patience_ns)
+int vmth_sock_wait(int fd, int64_t patience_ns)
 {
     const struct timespec patience = {patience_ns / NS_PER_S, patience_ns % NS_PER_S};
     struct pollfd entry = {fd, POLLIN, 0};
@@ -36,7 +35,7 @@ int vmth_sock_take(int fd, uint8_t *buffer, size_t nbytes, int64_t patience_ns, 
             filled += (size_t)n;
             closed = n == 0;
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-            const int ready = filled > 0 ? wait_readable(fd, patience_ns) : 0;
+            const int ready = filled > 0 ? vmth_sock_wait(fd, patience_ns) : 0;
 
             if (ready < 0) {
                 return ready;

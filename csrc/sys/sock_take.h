@@ -16,6 +16,9 @@
 
 VMTH_BEGIN_DECLS
 
+/* 1 when there is something to read (an end is), 0 when nothing came in time, or a negative errno. */
+VMTH_MUST_CHECK int vmth_sock_wait(int fd, int64_t patience_ns);
+
 /* Read into `buffer` until its `nbytes` are full, nothing comes for `patience_ns` (at least 0) behind
  * what came last, nothing is there at first, or the peer has closed (*ended). Never waits for the
  * first byte. Returns 0 with the bytes read in *got, or a negative errno; outputs untouched then. */

@@ -33,8 +33,7 @@ void put64(Bytes &out, uint64_t value)
 }
 
 // Records of one block "ram", whose first names it.
-class Records
-{
+class Records {
 public:
     Bytes bytes;
 

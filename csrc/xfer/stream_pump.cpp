@@ -2,7 +2,6 @@
 // Reading pages of a QEMU's stream into a ring, and queueing them for the page channels.
 #include "xfer/stream_pump.hpp"
 
-#include <poll.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -17,19 +16,7 @@ namespace vmth {
 namespace {
 
 constexpr size_t runs_a_call = 1024;
-constexpr int64_t ns_per_s = 1000000000;
 constexpr size_t record_head_bytes = 8;  // all of a record without pages
-
-bool wait_readable(int fd, int64_t patience_ns)
-{
-    const timespec patience = {patience_ns / ns_per_s, patience_ns % ns_per_s};
-    pollfd entry = {fd, POLLIN, 0};
-    int ready;
-    do {
-        ready = ppoll(&entry, 1, &patience, nullptr);
-    } while (ready < 0 && errno == EINTR);
-    return ready > 0;
-}
 
 TransferError usage(const std::string &message)
 {
@@ -100,7 +87,7 @@ Pumped StreamPump::run(const uint8_t *first, size_t first_bytes, uint32_t block,
         size_t got = 0;
         bool ended = false;
         int result = vmth_sock_take(fd_.get(), end, room, limits.patience_ns, &got, &ended);
-        if (result == 0 && got == 0 && !ended && wait_readable(fd_.get(), limits.patience_ns)) {
+        if (result == 0 && got == 0 && !ended && vmth_sock_wait(fd_.get(), limits.patience_ns) > 0) {
             result = vmth_sock_take(fd_.get(), end, room, limits.patience_ns, &got, &ended);
         }
         if (result != 0) {

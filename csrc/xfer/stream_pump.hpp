@@ -52,8 +52,7 @@ struct Pumped {
 };
 
 // Anonymous memory, of huge pages where there are: a stream has something to look at on each 4 KiB.
-class PumpRing
-{
+class PumpRing {
 public:
     explicit PumpRing(size_t nbytes);
     ~PumpRing();
@@ -66,8 +65,7 @@ private:
     uint8_t *memory_;
 };
 
-class StreamPump
-{
+class StreamPump {
 public:
     // A ring of `npieces` (at least 2) of `piece_bytes`, and the stream's blocks, which are the sender's,
     // in its order. `names` as in vmth_qemu_blocks. The descriptor is duplicated. Throws usage for what

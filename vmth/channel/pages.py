@@ -28,7 +28,7 @@ from vmth.types import Bitmap, Bitmaps
 
 __all__ = ["NativeReceiver", "NativeSender"]
 
-#: A ring of these: as much as may wait to be sent, in pieces that stay in a core's cache.
+#: A ring of these: as much as may wait to be sent, in pieces that stay in a cache.
 PUMP_PIECE_BYTES = 1 << 20
 PUMP_PIECES = 6
 _AT_CLOSE = 1 << 64  # no ticket is ever that high
