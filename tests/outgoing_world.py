@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +16,25 @@ from vmth.qemu.outgoing import OutgoingStream
 
 class FakeSource:
     """``Commands`` whose ``migrate`` makes ``1 + len(channels)`` connections, each in a thread of
-    its own that sends its bytes. The connections stay open until ``close()``."""
+    its own that sends its bytes; one that ``takes_descriptors`` sends to what it was given. The
+    connections stay open until ``close()``."""
 
     def __init__(
-        self, main: bytes, channels: Sequence[bytes] = (), *, main_first: bool = True
+        self,
+        main: bytes,
+        channels: Sequence[bytes] = (),
+        *,
+        main_first: bool = True,
+        takes_descriptors: bool = True,
     ) -> None:
+        self.takes_descriptors = takes_descriptors
+        self.given: dict[str, socket.socket] = {}  #: descriptors, by name
         self.status: dict[str, Any] = {"status": "active"}
         self.commands: list[str] = []
         self.returned = bytearray()  #: what came on the return path
         self.answered = threading.Event()  #: SHUT was read
         self.closes_after_sending = False
+        self.dies_after_sending = False  #: as one that is killed: nothing is shut down before
         self._pieces = [main, *channels] if main_first else [*channels, main]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -33,22 +43,37 @@ class FakeSource:
         self.commands.append(command)
         if command == "query-migrate":
             return self.status
-        assert command == "migrate" and arguments is not None
-        path = str(arguments["uri"]).removeprefix("unix:")
+        assert arguments is not None
+        if command == "closefd":
+            self.given.pop(str(arguments["fdname"])).close()
+            return {}
+        assert command == "migrate"
+        kind, _, where = str(arguments["uri"]).partition(":")
         for piece in self._pieces:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(path)
+            sock = self.given.pop(where) if kind == "fd" else _connected(where)
             self._sockets.append(sock)
             thread = threading.Thread(target=self._send, args=(sock, piece), daemon=True)
             thread.start()
             self._threads.append(thread)
         return {}
 
+    def give_descriptor(self, fd: int, name: str) -> bool:
+        if self.takes_descriptors:
+            self.given[name] = socket.socket(fileno=os.dup(fd))
+        return self.takes_descriptors
+
+    def queue_bytes(self) -> int:
+        """That may be written to the main connection and not be read."""
+        return self._sockets[0].getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
     def _send(self, sock: socket.socket, piece: bytes) -> None:
         with contextlib.suppress(OSError):
             sock.sendall(piece)
             if self.closes_after_sending:
                 sock.shutdown(socket.SHUT_RDWR)
+                return
+            if self.dies_after_sending:
+                sock.close()
                 return
             while data := sock.recv(4096):
                 self.returned += data
@@ -66,12 +91,18 @@ class FakeSource:
             thread.join()
 
     def close(self) -> None:
-        for sock in self._sockets:
+        for sock in (*self._sockets, *self.given.values()):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         for thread in self._threads:
             thread.join()
+
+
+def _connected(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
 
 
 def drain(next_event: Callable[[float], q.Event | None], timeout_s: float = 10.0) -> list[q.Event]:

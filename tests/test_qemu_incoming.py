@@ -14,6 +14,7 @@ import pytest
 from fake_qmp import FakeError
 from incoming_world import IncomingWorld
 
+from vmth.channel import sockets
 from vmth.errors import MigrationError, RefusedError, UsageError
 from vmth.qemu import incoming
 from vmth.qemu import stream as q
@@ -162,13 +163,13 @@ def test_what_is_written_may_be_ahead_of_qemu(
 ) -> None:
     """Who writes pages and who loads them are not to wait for each other by turns."""
     if not allowed:
-        monkeypatch.setattr(incoming, "_SO_SNDBUFFORCE", 0x7FFF)  # no such option
+        monkeypatch.setattr(sockets, "_SO_SNDBUFFORCE", 0x7FFF)  # no such option
     most = int(Path("/proc/sys/net/core/wmem_max").read_text())
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
         usual = one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         with contextlib.suppress(OSError):
-            one.setsockopt(socket.SOL_SOCKET, incoming._SO_SNDBUFFORCE, 1 << 20)
+            one.setsockopt(socket.SOL_SOCKET, sockets._SO_SNDBUFFORCE, 1 << 20)
             most = 1 << 20
     with (
         IncomingWorld(tmp_path) as world,

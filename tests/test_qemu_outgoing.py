@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError
-from vmth.qemu import outgoing
+from vmth.qemu import outgoing, stream_connection
 from vmth.qemu import stream as q
 from vmth.qemu.outgoing import OutgoingStream
 
@@ -53,11 +53,11 @@ def test_more_is_waited_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch)
         waited.append(patience_s)
         return take_arrived(sock, buffer, patience_s)
 
-    monkeypatch.setattr(outgoing, "take_arrived", take)
+    monkeypatch.setattr(stream_connection, "take_arrived", take)
     with started(FakeSource(s.plain())) as stream:
         while not waited:
             stream.next_event(5)
-        assert set(waited) == {outgoing.PATIENCE_S}
+        assert set(waited) == {stream_connection.PATIENCE_S}
         waited.clear()
         stream.wait_for_more(0.25)
         drain(stream.next_event)
@@ -253,7 +253,8 @@ def test_a_source_that_does_not_begin_says_why() -> None:
             return super().execute(command, arguments)
 
     with pytest.raises(MigrationError, match="did not begin to migrate: blocked by a device"):
-        OutgoingStream(Refusing(b"")).start()
+        OutgoingStream(source := Refusing(b"")).start()
+    source.close()
 
 
 def test_after_close_nothing_is_given_out() -> None:
@@ -278,6 +279,9 @@ class RealSource:
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         return self._qemu.execute(command, **(arguments or {}))
+
+    def give_descriptor(self, fd: int, name: str) -> bool:
+        return False
 
 
 @pytest.mark.slow

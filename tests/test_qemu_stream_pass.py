@@ -31,8 +31,8 @@ from vmth.errors import (
 from vmth.events import GuestPaused, RoundFinished, Throttled
 from vmth.policy.interface import Action, Decision, OnStall
 from vmth.qemu import queue_bounds, stream_pass, unsent
-from vmth.qemu.outgoing import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.ram import MAX_BLOCKS
+from vmth.qemu.stream_connection import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.stream_pass import LOOK_NS
 from vmth.stats import ChannelCounters, TransferCounters
 from vmth.tuning import Tuning

@@ -24,11 +24,14 @@ __all__ = [
     "dial",
     "fd_sockets",
     "local_address",
+    "queue_ahead",
     "set_link_options",
     "take_arrived",
 ]
 
 
+#: Linux: as SO_SNDBUF, beyond net.core.wmem_max, for who may.
+_SO_SNDBUFFORCE = 32
 UNMARKED = -1  #: as a DSCP: the packets' is left alone
 
 
@@ -133,6 +136,16 @@ def take_arrived(sock: socket.socket, buffer: memoryview, patience_s: float) -> 
     without waiting longer than ``patience_s`` for the next bytes. Never waits for the first.
     Returns (bytes, has the peer closed). The interpreter is free meanwhile. Raises OSError."""
     return _sys.sock_take(sock.fileno(), buffer, int(patience_s * 1e9))
+
+
+def queue_ahead(sock: socket.socket, nbytes: int) -> None:
+    """Let so many bytes, as the kernel counts them, be written to a unix socket and not read yet,
+    or as many as this process may have."""
+    told = nbytes // 2  # socket(7): the kernel doubles it, for its own bookkeeping
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, told)
+    except OSError:  # not allowed: as much as anybody gets
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, told)
 
 
 def dial(endpoint: Endpoint, options: LinkOptions, index: int = 0) -> socket.socket:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from vmth.channel.sockets import queue_ahead
 from vmth.errors import MigrationError, RefusedError, StreamError, UsageError, VmthError
 from vmth.qemu.qmp import Qmp, QmpError, QmpEvent
 from vmth.qemu.settings import SETTINGS_QUESTIONS, MigrationSettings
@@ -49,8 +50,6 @@ PARAMETERS = {"tls-creds": ""}
 #: Written and not read by QEMU yet, at most, as the kernel counts. With the usual 208 KiB QEMU
 #: and who writes wait for each other; this much QEMU loads in a millisecond.
 _AHEAD_BYTES = 2 << 20
-#: Linux: as SO_SNDBUF, beyond net.core.wmem_max, for who may.
-_SO_SNDBUFFORCE = 32
 _PING_BASE = 0x766D0000
 _READ_BYTES = 4096
 #: Between two looks at QEMU's state after it has said that everything is loaded: downtime.
@@ -270,7 +269,7 @@ class IncomingStream:
             path = str(folder / "stream")
             self._migrate_incoming(f"unix:{path}")
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            _queue_ahead(sock)
+            queue_ahead(sock, _AHEAD_BYTES)
             try:
                 sock.connect(path)
             except OSError as error:
@@ -344,14 +343,6 @@ def _is_completed(event: QmpEvent) -> bool:
 
 def _is_resume(event: QmpEvent) -> bool:
     return event.name == "RESUME"
-
-
-def _queue_ahead(sock: socket.socket) -> None:
-    told = _AHEAD_BYTES // 2  # socket(7): the kernel doubles it, for its own bookkeeping
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, told)
-    except OSError:  # not allowed: as much as anybody gets
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, told)
 
 
 def _ready(sock: socket.socket, what: int, timeout_s: float) -> bool:

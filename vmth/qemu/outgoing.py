@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A source QEMU's migration taken in: its connections as one order of events, its return path.
 
-    source QEMU --main, multifd--> private unix socket --> fixed buffers --> reader --> next_event()
-               <-- SHUT, PONG ---------------------------------------------- shut()
+    source QEMU --main, multifd--> unix sockets --> fixed buffers --> reader --> next_event()
+               <-- SHUT, PONG ------------------------------------ shut()
+
+The main connection is one end of a socket pair that QEMU is given, and may be written far ahead;
+multifd wants to connect by itself, and so does a QEMU that takes no descriptor.
 
 QEMU's bytes are read into a fixed pool of buffers and parsed where they lie, so what is read ahead
 is bounded and QEMU's own measure of its bandwidth stays honest. QEMU waits for SHUT with its guest
@@ -13,18 +16,13 @@ the connections makes QEMU resume its guest by itself, but in pre-switchover.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import mmap
 import os
 import select
 import shutil
 import socket
-import sys
 import tempfile
-import termios
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,6 @@ from typing import Any, Final, Protocol, Self
 import msgspec
 
 from vmth.channel.pump import FIRST_BYTES, CanPump, PagePump, Pumped, PumpLimits
-from vmth.channel.sockets import take_arrived
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
 from vmth.qemu.state_store import StateStore
 from vmth.qemu.stream import (
@@ -50,23 +47,20 @@ from vmth.qemu.stream import (
     encode_return_message,
 )
 from vmth.qemu.stream.fields import MAX_DESCRIPTION_BYTES
+from vmth.qemu.stream_connection import LEAST_READ_BYTES, Connection
 
 __all__ = ["Commands", "OutgoingStream"]
 
 #: Of the main connection: read ahead at most BUFFERS * BUFFER_BYTES.
 BUFFER_BYTES = 4 << 20
 BUFFERS = 3
+#: QEMU's name for its end of the pair.
+PAIR_NAME = "vmth-stream"
 #: Of one read, until a limit is set.
 FIRST_READ_BYTES = 2 << 20
 #: Of a multifd channel, whose packets have up to 512 KiB of pages.
 CHANNEL_BUFFER_BYTES = 2 << 20
 CHANNEL_BUFFERS = 2
-#: So long the next bytes are waited for before those that are there are parsed, until it is set.
-PATIENCE_S = 0.0005
-#: The same near the end of a pass: what waits for others may be downtime.
-NEAR_PATIENCE_S = 0.0001
-#: A buffer with less room is full.
-LEAST_READ_BYTES = 64 << 10
 MAX_CHANNELS = 255
 #: State without a vmdescription that ends as state may is complete after so long a silence.
 QUIET_S = 0.3
@@ -75,6 +69,8 @@ TAIL_BYTES = MAX_DESCRIPTION_BYTES + 64
 #: A section's footer and the end mark of all state.
 FOOTER_AND_END = 6
 LOOK_S = 0.05
+#: Longer than QEMU sleeps between two writes when its bandwidth is limited.
+SILENCE_S = 0.25
 REASON_TIMEOUT_S = 1.0
 
 
@@ -83,102 +79,7 @@ class Commands(Protocol):
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
 
-
-class _Buffer:
-    """A piece of the pool. ``wait`` returns when nobody reads what it was filled with."""
-
-    def __init__(self, view: memoryview) -> None:
-        self.view = view
-        self.wait: Callable[[], object] | None = None
-
-
-def _pool(nbuffers: int, nbytes: int) -> deque[_Buffer]:
-    """In one piece of huge pages, where the kernel has them: a stream has something to look at on
-    each 4 KiB, and each look at another small page costs a walk of the page tables."""
-    memory = mmap.mmap(-1, nbuffers * nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = memoryview(memory)
-    return deque(_Buffer(whole[i * nbytes : (i + 1) * nbytes]) for i in range(nbuffers))
-
-
-class _Connection:
-    """One accepted connection and its buffers, filled in turn."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        feed: Callable[[memoryview], None],
-        nbuffers: int,
-        nbytes: int,
-        give_back: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """``give_back()``: how many of the bytes that were fed last are to be fed again."""
-        self.sock = sock
-        self.ended = False
-        self.read_bytes = nbytes  #: of one read, at most
-        self.patience_s = PATIENCE_S
-        self.received_bytes = 0
-        self._feed = feed
-        self._give_back = give_back
-        self._buffers = _pool(nbuffers, nbytes)
-        self._filled = 0
-        self._unfed = 0  #: of the filled bytes: a packet's or a record's that is not whole yet
-
-    def in_use(self, until: Callable[[], object]) -> None:
-        self._buffers[0].wait = until
-
-    def read(self) -> None:
-        """What has arrived, up to a buffer's end: in pieces as large as can be had without waiting
-        longer than patience_s for the next bytes, since each costs as much as many pages."""
-        self._unfed += self._give_back()
-        if len(self._buffers[0].view) - self._filled < LEAST_READ_BYTES:
-            self._next_buffer()
-        self._take(min(len(self._buffers[0].view), self._filled + self.read_bytes))
-        if self._unfed:
-            self._feed(self._buffers[0].view[self._filled - self._unfed : self._filled])
-            self._unfed = 0
-
-    def _take(self, end: int) -> None:
-        try:
-            n, self.ended = take_arrived(
-                self.sock, self._buffers[0].view[self._filled : end], self.patience_s
-            )
-        except OSError as error:
-            raise ChannelError(f"the source QEMU's stream: {error}") from error
-        self.received_bytes += n
-        self._filled += n
-        self._unfed += n
-
-    def take_back(self) -> memoryview:
-        """The last bytes that were fed, now not fed; empty where all, or too few, are used."""
-        self._unfed += self._give_back()
-        return self._buffers[0].view[self._filled - self._unfed : self._filled]
-
-    def put(self, data: bytes, received_bytes: int) -> None:
-        """In place of what was taken back: what is left of it, and of so many bytes that somebody
-        else has read from the socket."""
-        self.received_bytes += received_bytes
-        self._filled -= self._unfed
-        self._unfed = 0
-        if len(self._buffers[0].view) - self._filled < max(len(data), LEAST_READ_BYTES):
-            self._next_buffer()
-        begin, self._filled = self._filled, self._filled + len(data)
-        self._buffers[0].view[begin : self._filled] = data
-        self._feed(self._buffers[0].view[begin : self._filled])
-
-    def unread_bytes(self) -> int:
-        return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-    def _next_buffer(self) -> None:
-        """What was not fed goes with us."""
-        unfed = self._buffers[0].view[self._filled - self._unfed : self._filled]
-        self._buffers.rotate(-1)
-        buffer, self._filled = self._buffers[0], self._unfed
-        if buffer.wait is not None:
-            buffer.wait()
-            buffer.wait = None
-        buffer.view[: self._unfed] = unfed
+    def give_descriptor(self, fd: int, name: str) -> bool: ...
 
 
 class OutgoingStream:
@@ -204,14 +105,16 @@ class OutgoingStream:
         self._connect_timeout_s = connect_timeout_s
         self._reader = StreamReader(opaque_devices=True)
         self._merger = MultifdMerger(self._reader, multifd_channels) if multifd_channels else None
-        self._main: _Connection | None = None
+        self._main: Connection | None = None
         self._main_poll = select.poll()
-        self._channels: list[_Connection] = []
+        self._channels: list[Connection] = []
         self._pump: PagePump | None = None
         self._tail = StateStore(2 * TAIL_BYTES)
         self._passing = False
         self._checked_bytes = 0  #: of the state, at the last look for its end
         self._last_read_s = 0.0
+        self._asked_s = 0.0  #: in a silence, whether QEMU goes on
+        self._limited = False  #: it is known what the link carries
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
         #: Of all connections, when no event was left to give out; what a multifd channel has sent
@@ -221,12 +124,49 @@ class OutgoingStream:
     # -- the beginning -----------------------------------------------------------------------------
 
     def start(self, peer_uid: int | None = None) -> None:
-        """Listen in a private directory, tell QEMU to migrate into it, take its connections.
+        """Tell QEMU to migrate to us, take its connections.
 
-        ``peer_uid``: the user as whom QEMU runs, who gets the directory where we may give it away.
-        Raises MigrationError with QEMU's reason if it does not come; nothing is left behind then,
-        and its guest runs on.
+        ``peer_uid``: the user as whom QEMU runs; where it has to find us in a directory, that is
+        private, and given to this user where we may give it away. Raises MigrationError with QEMU's
+        reason if it does not come; nothing is left behind then, and its guest runs on.
         """
+        deadline = time.monotonic() + self._connect_timeout_s
+        try:
+            with contextlib.ExitStack() as stack:
+                pair = None if self._nchannels else self._begin_on_a_pair(stack)
+                if pair is not None:
+                    self._take([pair[0]], deadline, pair[1])
+                else:
+                    self._take(self._begin_by_name(stack, peer_uid, deadline), deadline)
+                stack.pop_all()
+        except BaseException:
+            self.close()
+            raise
+        self._read_at_most(FIRST_READ_BYTES)
+        self._last_read_s = time.monotonic()
+
+    def _begin_on_a_pair(
+        self, stack: contextlib.ExitStack
+    ) -> tuple[socket.socket, socket.socket] | None:
+        """Our end and QEMU's, whose queue can be bounded as long as it is held; None where QEMU
+        takes no descriptor."""
+        ours, its = (stack.enter_context(sock) for sock in socket.socketpair())
+        if not self._qmp.give_descriptor(its.fileno(), PAIR_NAME):
+            stack.close()
+            return None
+        try:
+            self._qmp.execute("migrate", {"uri": f"fd:{PAIR_NAME}"})
+        except VmthError:
+            with contextlib.suppress(VmthError):  # it may have been taken out already
+                self._qmp.execute("closefd", {"fdname": PAIR_NAME})
+            raise
+        return ours, its
+
+    def _begin_by_name(
+        self, stack: contextlib.ExitStack, peer_uid: int | None, deadline: float
+    ) -> list[socket.socket]:
+        """QEMU connects as often as it wants to, in a directory of our own."""
+        socks: list[socket.socket] = []
         folder = Path(tempfile.mkdtemp(prefix="vmth-qemu-"))
         try:
             with socket.socket(socket.AF_UNIX) as listener:
@@ -237,51 +177,41 @@ class OutgoingStream:
                     os.chown(path, peer_uid or 0, -1)
                     os.chown(folder, peer_uid or 0, -1)
                 self._qmp.execute("migrate", {"uri": f"unix:{path}"})
-                self._accept(listener)
-        except BaseException:
-            self.close()
-            raise
+                while len(socks) < 1 + self._nchannels:
+                    listener.settimeout(LOOK_S)
+                    with contextlib.suppress(TimeoutError):
+                        socks.append(stack.enter_context(listener.accept()[0]))
+                        continue
+                    self._check_coming(deadline, f"{len(socks)} of {1 + self._nchannels}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._last_read_s = time.monotonic()
+        return socks
 
-    def _accept(self, listener: socket.socket) -> None:
-        deadline = time.monotonic() + self._connect_timeout_s
-        accepted: list[socket.socket] = []
-        try:
-            while len(accepted) < 1 + self._nchannels:
-                listener.settimeout(LOOK_S)
-                with contextlib.suppress(TimeoutError):
-                    accepted.append(listener.accept()[0])
-                    continue
-                self._check_coming(deadline, f"{len(accepted)} of {1 + self._nchannels}")
-            mains = [sock for sock in accepted if self._first_bytes(sock, deadline) == b"QEVM"]
-            if len(mains) != 1:
-                raise StreamError(
-                    f"the source QEMU's connections: received {len(mains)} with a file header, "
-                    "allowed one"
-                )
-        except BaseException:
-            for sock in accepted:
-                sock.close()
-            raise
-        for sock in accepted:
-            sock.setblocking(False)
-        if self._merger is not None:
-            self._main = _Connection(mains[0], self._merger.feed_main, BUFFERS, BUFFER_BYTES)
-        else:
-            reader = self._reader
-            give_back = partial(reader.give_back, FIRST_BYTES)
-            self._main = _Connection(mains[0], reader.feed, BUFFERS, BUFFER_BYTES, give_back)
-            self._main_poll.register(mains[0], select.POLLIN)
-        for index, sock in enumerate(sock for sock in accepted if sock is not mains[0]):
-            assert self._merger is not None
-            feed = partial(self._merger.feed_channel, index)
-            give_back = partial(self._merger.give_back, index)
-            self._channels.append(
-                _Connection(sock, feed, CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES, give_back)
+    def _take(
+        self, socks: list[socket.socket], deadline: float, far_end: socket.socket | None = None
+    ) -> None:
+        """``far_end``: QEMU's of the only one."""
+        mains = [sock for sock in socks if self._first_bytes(sock, deadline) == b"QEVM"]
+        if len(mains) != 1:
+            raise StreamError(
+                f"the source QEMU's connections: received {len(mains)} with a file header, "
+                "allowed one"
             )
-        self.limit_read(FIRST_READ_BYTES)
+        for sock in socks:
+            sock.setblocking(False)
+        main, merger, reader = mains[0], self._merger, self._reader
+        if merger is None:
+            give_back = partial(reader.give_back, FIRST_BYTES)
+            self._main = Connection(main, reader.feed, BUFFERS, BUFFER_BYTES, give_back, far_end)
+            self._main_poll.register(main, select.POLLIN)
+            return
+        self._main = Connection(main, merger.feed_main, BUFFERS, BUFFER_BYTES)
+        for index, sock in enumerate(sock for sock in socks if sock is not main):
+            feed = partial(merger.feed_channel, index)
+            give_back = partial(merger.give_back, index)
+            self._channels.append(
+                Connection(sock, feed, CHANNEL_BUFFERS, CHANNEL_BUFFER_BYTES, give_back)
+            )
 
     def _first_bytes(self, sock: socket.socket, deadline: float) -> bytes:
         """Which connection it is: the main one need not be the first that connects."""
@@ -326,6 +256,8 @@ class OutgoingStream:
             self.given_out_bytes = sum(of.received_bytes for of in self._connections())
             if self._complete():
                 self.finished = True
+                if self._main is not None:
+                    self._main.let_go()  # nothing is read any more that would tell QEMU's end
                 return StreamFinished()
             if not self._read(deadline):
                 return None
@@ -372,7 +304,14 @@ class OutgoingStream:
 
     def limit_read(self, nbytes: int) -> None:
         """Take at most so many bytes (at least 64 KiB) at once of all connections that bring pages:
-        what waits to become whole is not on its way yet."""
+        what waits to become whole is not on its way yet. QEMU may write as many ahead, where that
+        can be told."""
+        self._limited = True
+        self._read_at_most(nbytes)
+        for connection in self._connections():
+            connection.limit_ahead(nbytes)
+
+    def _read_at_most(self, nbytes: int) -> None:
         bringing = self._channels or self._connections()
         for connection in bringing:
             connection.read_bytes = max(LEAST_READ_BYTES, nbytes // len(bringing))
@@ -383,7 +322,7 @@ class OutgoingStream:
         for connection in self._connections()[:1]:
             connection.patience_s = patience_s
 
-    def _connections(self) -> list[_Connection]:
+    def _connections(self) -> list[Connection]:
         return [*([self._main] if self._main is not None else []), *self._channels]
 
     def _parse(self) -> Event | None:
@@ -438,12 +377,30 @@ class OutgoingStream:
                 self._at_end(connection)
         if ready:
             self._last_read_s = time.monotonic()
+        else:
+            self._in_silence()
         return bool(ready) or time.monotonic() < deadline
 
-    def _wait(self, deadline: float) -> list[_Connection]:
+    def _in_silence(self) -> None:
+        """An end that is held here too does not close with QEMU: it is let go of, unless it is not
+        known yet how long its queue should be and QEMU says that it goes on."""
+        assert self._main is not None
+        silent_s = time.monotonic() - max(self._last_read_s, self._asked_s)
+        if not self._main.holds_far_end or silent_s < SILENCE_S:
+            return
+        if not self._limited:
+            goes_on = False
+            with contextlib.suppress(VmthError):
+                goes_on = not self._reason()
+            self._asked_s = time.monotonic()
+            if goes_on:
+                return
+        self._main.let_go()
+
+    def _wait(self, deadline: float) -> list[Connection]:
         merger, main = self._merger, self._main
         assert main is not None
-        left_ms = 1000 * min(max(0.0, deadline - time.monotonic()), QUIET_S)
+        left_ms = 1000 * min(max(0.0, deadline - time.monotonic()), QUIET_S, SILENCE_S)
         if merger is None and not main.ended:  # the same one again and again
             return [main] if self._main_poll.poll(left_ms) else []
         asked = [main] if merger is None or merger.main_may_read() else []
@@ -462,7 +419,7 @@ class OutgoingStream:
             raise self._ended_early()
         return [by_fd[fd] for fd, _ in poll.poll(left_ms)]
 
-    def _at_end(self, connection: _Connection) -> None:
+    def _at_end(self, connection: Connection) -> None:
         if connection is not self._main:
             assert self._merger is not None
             self._merger.feed_channel_eof(self._channels.index(connection))
@@ -499,7 +456,9 @@ class OutgoingStream:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """Of all connections; this object's own."""
+        """Of all connections; this object's own. Their ends show from now on."""
+        for connection in self._connections():
+            connection.let_go()
         return [connection.sock for connection in self._connections()]
 
     def close(self) -> None:
@@ -508,9 +467,7 @@ class OutgoingStream:
         self._closed = True
         self._pump = None
         for connection in self._connections():
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
-            connection.sock.close()
+            connection.close()
 
     def __enter__(self) -> Self:
         return self

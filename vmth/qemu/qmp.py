@@ -208,6 +208,18 @@ class Qmp:
         land(0)
         return answers
 
+    def give_descriptor(self, fd: int, name: str) -> bool:
+        """Give QEMU a duplicate of the descriptor, which its commands then know by ``name``; the
+        caller's stays its own. False: it has not taken it (it was refused one, or none came
+        through to it). For whoever has the monitor to itself: nothing else may be on its way."""
+        self._check_thread("getfd")
+        try:
+            self._submit("getfd", {"fdname": name}, self.timeout_s, False, fd).result()
+        except QmpError as error:
+            log.info("no descriptor goes to this QEMU: %s", error)
+            return False
+        return True
+
     def on_event(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call it with every later event, on the thread of this monitor: it must return at once.
         What it raises is logged and dropped. Returns what takes it back."""
@@ -298,6 +310,7 @@ class Qmp:
         arguments: Mapping[str, Any] | None,
         bound_s: float,
         out_of_band: bool,
+        fd: int | None = None,
     ) -> concurrent.futures.Future[Any]:
         self._check_thread(command)
         with self._lock:
@@ -306,7 +319,7 @@ class Qmp:
             self._calls += 1
             self._asked.clear()
             return asyncio.run_coroutine_threadsafe(
-                self._call(command, arguments, bound_s, out_of_band), self._loop
+                self._call(command, arguments, bound_s, out_of_band, fd), self._loop
             )
 
     # ---- on the thread ---------------------------------------------------------------------------
@@ -390,7 +403,9 @@ class Qmp:
         arguments: Mapping[str, Any] | None,
         bound_s: float,
         out_of_band: bool,
+        fd: int | None,
     ) -> Any:
+        """``fd`` goes ahead of the command, with a blank."""
         from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError
 
         self._sent += 1
@@ -399,6 +414,9 @@ class Qmp:
         assert task is not None
         try:
             async with asyncio.timeout(bound_s):
+                if fd is not None:
+                    self._client.send_fd_scm(fd)
+                    sent_bytes = self._socket.sent_bytes
                 return await self._client.execute(command, arguments, out_of_band)
         except ExecuteError as error:
             raise QmpError(command, error.error_class, str(error)) from None
@@ -409,7 +427,7 @@ class Qmp:
             interruption = error
         except StateError:
             raise UnreadError(f"{self.path}: {command}: QEMU has closed the monitor") from None
-        except QMPError as error:
+        except (QMPError, OSError) as error:
             raise ChannelError(f"{self.path}: {command}: {error}") from error
         finally:
             with self._lock:

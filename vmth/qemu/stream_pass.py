@@ -27,7 +27,6 @@ from vmth.guest import Guest
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.lent_ahead import LentAhead
-from vmth.qemu.outgoing import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.page_stream import PageStream, PumpedStream
 from vmth.qemu.pages_again import PagesAgain, without_ends
 from vmth.qemu.queue_bounds import QueueBounds
@@ -44,6 +43,7 @@ from vmth.qemu.stream import (
     SectionStarted,
     StreamFinished,
 )
+from vmth.qemu.stream_connection import NEAR_PATIENCE_S, PATIENCE_S
 from vmth.qemu.unsent import send_unsent_as_holes
 from vmth.rounds import FinalPass, RoundTools
 from vmth.state_streams import STATE_MAX_BYTES

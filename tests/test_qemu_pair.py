@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source QEMU that writes to one end of our own pair of sockets: how far ahead it may write, and
+that its end is noticed although that end is held here too."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qemu_streams as s
+from fake_qmp import FakeQmp
+from outgoing_world import FakeSource, drain, started
+from qmp_qemu import QmpQemu
+from waiting import wait_until
+
+from vmth.errors import ChannelError, MigrationError
+from vmth.qemu import outgoing
+from vmth.qemu import stream as q
+from vmth.qemu.outgoing import PAIR_NAME, OutgoingStream
+from vmth.qemu.qmp import Qmp, QmpError
+from vmth.qemu.stream_connection import LEAST_AHEAD_BYTES, MOST_AHEAD_BYTES
+
+SOON_S = 5.0
+PART = s.plain()[:2000]
+
+
+class Gone(FakeSource):
+    """Its monitor goes with it."""
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        if command == "query-migrate":
+            raise ChannelError("QEMU closed the monitor")
+        return super().execute(command, arguments)
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgoing, "SILENCE_S", 0.02)
+
+
+@contextlib.contextmanager
+def pair() -> Iterator[socket.socket]:
+    ours, its = socket.socketpair()
+    with ours, its:
+        yield its
+
+
+def first_events(stream: OutgoingStream) -> None:
+    """All that PART has."""
+    assert stream.next_event(SOON_S) == q.FileHeader(3)
+    while stream.unread_bytes:
+        stream.next_event(0)
+
+
+@pytest.mark.parametrize(("takes", "kind"), [(True, "fd:"), (False, "unix:")])
+def test_the_stream_is_the_same_by_either_way(takes: bool, kind: str) -> None:
+    class Told(FakeSource):
+        uri = ""
+
+        def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+            if command == "migrate":
+                assert arguments is not None
+                Told.uri = arguments["uri"]
+            return super().execute(command, arguments)
+
+    with started(source := Told(s.plain(), takes_descriptors=takes)) as stream:
+        events = drain(stream.next_event)
+        assert stream.given_out_bytes == len(s.plain())
+        stream.shut(0)
+        source.wait_over()
+    assert Told.uri.startswith(kind)
+    with started(FakeSource(s.plain(), takes_descriptors=not takes)) as other:
+        assert repr(drain(other.next_event)[0]) == repr(events[0])
+    assert isinstance(events[-1], q.StreamFinished) and not source.given
+
+
+def test_multifd_connects_by_itself() -> None:
+    class Unasked(FakeSource):
+        def give_descriptor(self, fd: int, name: str) -> bool:
+            raise AssertionError("multifd takes no descriptor")
+
+    hellos = [s.multifd_hello(channel) for channel in range(2)]
+    with started(Unasked(PART, hellos), 2) as stream:
+        first_events(stream)
+        assert len(stream.sockets) == 3
+
+
+def test_how_much_may_wait_follows_what_is_taken_at_once() -> None:
+    with started(source := FakeSource(PART)) as stream:
+        usual = source.queue_bytes()
+        assert usual < MOST_AHEAD_BYTES, "the link is not known yet"
+        stream.limit_read(64 << 20)
+        most = source.queue_bytes()
+        assert usual < most <= MOST_AHEAD_BYTES
+        stream.limit_read(1 << 20)
+        assert min(most, 1 << 20) == source.queue_bytes()
+        stream.limit_read(4096)
+        assert source.queue_bytes() == LEAST_AHEAD_BYTES
+
+
+@pytest.mark.usefixtures("short_silence")
+@pytest.mark.parametrize("known", [False, True])
+def test_a_source_that_dies_is_noticed(known: bool) -> None:
+    source = Gone(PART)
+    source.dies_after_sending = True
+    with started(source) as stream:
+        first_events(stream)
+        if known:
+            stream.limit_read(1 << 20)
+        began_s = time.monotonic()
+        with pytest.raises(ChannelError, match="the source QEMU is gone"):
+            drain(stream.next_event, SOON_S)
+        assert time.monotonic() - began_s < SOON_S
+
+
+@pytest.mark.usefixtures("short_silence")
+def test_a_source_that_ends_its_migration_without_a_word_is_asked_why() -> None:
+    source = FakeSource(PART)
+    source.dies_after_sending = True
+    with started(source) as stream:
+        first_events(stream)
+        source.status = {"status": "failed", "error-desc": "not enough tea"}
+        with pytest.raises(MigrationError, match="ended its migration: not enough tea"):
+            drain(stream.next_event, SOON_S)
+
+
+@pytest.mark.usefixtures("short_silence")
+def test_who_goes_on_is_waited_for_with_its_queue_in_hand() -> None:
+    source = FakeSource(PART)
+    with started(source) as stream:
+        first_events(stream)
+        assert stream.next_event(0.1) is None
+        assert "query-migrate" in source.commands
+        stream.limit_read(1 << 20)
+        assert source.queue_bytes() == 1 << 20, "it was let go of before it was of use"
+        assert stream.next_event(0.1) is None
+        stream.limit_read(4096)
+        assert source.queue_bytes() == 1 << 20, "it is held in a silence"
+        source.send_more(s.plain()[2000:])
+        assert isinstance(drain(stream.next_event)[-1], q.StreamFinished)
+
+
+def test_nothing_is_held_once_all_has_come() -> None:
+    with started(source := FakeSource(s.plain())) as stream:
+        drain(stream.next_event)
+        before = source.queue_bytes()
+        stream.limit_read(1 << 20)
+        assert source.queue_bytes() == before
+
+
+def test_a_descriptor_that_no_migration_took_is_taken_back() -> None:
+    class Refusing(FakeSource):
+        def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+            if command == "migrate":
+                raise QmpError(command, "GenericError", "a device blocks it")
+            return super().execute(command, arguments)
+
+    source = Refusing(b"")
+    with pytest.raises(QmpError, match="a device blocks it"):
+        OutgoingStream(source).start()
+    assert source.commands == ["closefd"] and source.given == {}
+
+
+def test_a_monitor_that_takes_none_says_so(tmp_path: Path) -> None:
+    with FakeQmp(tmp_path / "qmp") as fake, Qmp(fake.path) as qmp, pair() as its:
+        assert not qmp.give_descriptor(its.fileno(), "some")
+        assert fake.commands() == ["getfd"]
+        assert qmp.status() == "running"
+
+
+@pytest.mark.slow
+def test_a_real_qemu_is_given_one_and_dies(tmp_path: Path) -> None:
+    with QmpQemu(tmp_path, "SRC", memory="64M") as qemu, Qmp(qemu.path) as qmp:
+        with pair() as its:
+            assert qmp.give_descriptor(its.fileno(), PAIR_NAME)
+            assert qmp.execute("closefd", {"fdname": PAIR_NAME}) == {}
+            with pytest.raises(QmpError):
+                qmp.execute("closefd", {"fdname": PAIR_NAME})
+        capabilities = [{"capability": "return-path", "state": True}]
+        qmp.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        with OutgoingStream(qmp) as stream:
+            stream.start()
+            with pytest.raises(QmpError):  # the migration has it
+                qmp.execute("closefd", {"fdname": PAIR_NAME})
+            drain(stream.next_event)
+            stream.shut(0)
+            wait_until(lambda: qmp.execute("query-migrate")["status"] == "completed")
+        qmp.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+        qmp.execute("cont")
+        with OutgoingStream(qmp) as stream:
+            stream.start()
+            stream.next_event(SOON_S)
+            qemu.kill()
+            with pytest.raises((ChannelError, MigrationError)):
+                drain(stream.next_event, 60)
