@@ -2,10 +2,11 @@
 """A QEMU's guest through vmth, against QEMU's own plain migration over TCP.
 
     python bench/qemu_table.py [--mib 2048] [--rounds 5] [--random 100] [--connections 0]
+        [--settle 4]
 
 An idle guest of incompressible memory goes round on this machine, over loopback; every way once,
-then every way again. Destinations have their memory populated already (prealloc). All four times
-come from the QEMUs' own events, for every way alike:
+then every way again, in the other order. Destinations have their memory populated already
+(prealloc). All four times come from the QEMUs' own events, for every way alike:
 
     copy      from the source's "setup" to the guest running at the destination
     downtime  from the source's STOP to the destination's RESUME
@@ -14,6 +15,10 @@ CPU seconds are of the move alone, by GiB of guest memory: what an idle vmth tak
 out. Memory is the private resident set of each vmth at its highest, above an idle import.
 Every way goes over TCP. The system's congestion control is shown: QEMU's connection has it, vmth's
 has one without pacing (docs/adr/0026). VMTH_QEMU_SRC names another QEMU.
+
+Before each move a destination waits some seconds, as it does elsewhere until a source comes. A
+machine that is virtual itself may give freed memory back to its host after two of them, and every
+page fault takes longer from then on: ways can be compared only on one side of that.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +132,7 @@ class Run:
 
 class BenchWorld(World):
     options: tuple[str, ...] = ()  #: of vmth migrate
+    settle_s = 0.0
 
     def backend(self, name: str, shared: bool) -> str:
         return "memory-backend-memfd,share=on,prealloc=on"
@@ -146,7 +153,9 @@ class BenchWorld(World):
         """``stopped``: as vmth wants it; else QEMU starts the guest by itself, which is faster."""
         arguments = self.arguments(name, shared=True)
         start = ["-S"] if stopped else []
-        return self._start(name, build("SRC"), [*arguments, *start, "-incoming", "defer"])
+        machine = self._start(name, build("SRC"), [*arguments, *start, "-incoming", "defer"])
+        time.sleep(self.settle_s)
+        return machine
 
 
 def free_port() -> int:
@@ -287,19 +296,21 @@ def main() -> None:
     parser.add_argument(
         "--connections", type=int, default=0, help="of multifd, in vmth's moves; 0: none"
     )
+    parser.add_argument("--settle", type=float, default=4.0, help="seconds before each move")
     arguments = parser.parse_args()
     nothing = idle()
     runs: dict[str, list[Run]] = {name: [] for name in WAYS}
     with BenchWorld(IDLE, [build("SRC")]) as world:
-        world.memory_bytes = arguments.mib * MIB
+        world.memory_bytes, world.settle_s = arguments.mib * MIB, arguments.settle
         if arguments.connections:
             world.options = ("--parallel-connections", str(arguments.connections))
         guest = world.boot("first", build("SRC"))
         world.fill(guest, arguments.random)
         for number in range(arguments.rounds):
-            for at, (name, way) in enumerate(WAYS.items()):
+            for name in list(WAYS) if number % 2 == 0 else reversed(WAYS):
                 previous = guest
-                guest, run = way(world, previous, f"r{number}w{at}", nothing)
+                at = list(WAYS).index(name)
+                guest, run = WAYS[name](world, previous, f"r{number}w{at}", nothing)
                 runs[name].append(run)
                 previous.close()
         version = ".".join(str(part) for part in build("SRC").version)
