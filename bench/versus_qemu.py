@@ -4,9 +4,10 @@
     python bench/versus_qemu.py [--case NAME ...] [--link loopback,1gbit,100mbit] [--rounds 3]
         [--only REGEX] [--qemu BINARY] [--json FILE]
 
-Every way is run once before any is run again. Medians with the spread of the runs; the ratio is to
-the QEMU way that was fastest in that case. Needs root (network namespaces, writing guest memory), a
-QEMU of 9.0 or later (before that a busy guest under TCG loses writes), binutils and iproute2.
+Every way is run once before any is run again, in the other order. Medians with the spread of the
+runs; the ratio is to the QEMU way that was fastest in that case. Needs root (network namespaces,
+writing guest memory), a QEMU of 9.0 or later (before that a busy guest under TCG loses writes),
+binutils and iproute2.
 bench/versus_plot.py draws the JSON.
 """
 
@@ -106,11 +107,10 @@ def measure(
     case: Case, link_name: str, wanted: re.Pattern[str], rounds: int, qemu: Sequence[str]
 ) -> dict[str, Any]:
     runs: dict[str, list[Outcome]] = {}
+    chosen = [(name, run) for name, run in ways(qemu).items() if wanted.search(name)]
     with make_link(link_name, LINKS[link_name]) as link:
-        for _ in range(rounds):
-            for name, run in ways(qemu).items():
-                if not wanted.search(name):
-                    continue
+        for number in range(rounds):
+            for name, run in chosen if number % 2 == 0 else reversed(chosen):
                 print(f"  {case.name} {link_name} {name} ...", file=sys.stderr, flush=True)
                 runs.setdefault(name, []).append(run(case, link))
     return {"case": asdict(case), "link": link_name, "runs": _as_rows(runs)}
