@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole migrations, as an embedder runs them, against bare sockets; downtime and memory of a mover.
 
-    python bench/migration_table.py [--mib 2048] [--channels 1,2] [--rounds 5]
+    python bench/migration_table.py [--mib 2048] [--channels 1,2] [--rounds 5] [--against-qemu]
 
 Cold: from the first connection to the guest running there, against send and recv of the same bytes
 into memory of the same kind and state, interleaved, with the medians' ratio and every run's spread.
 Own mapping: guest memory that this process has mapped already (Mapping(address=...)); mapped anew:
 a memfd that the migration and the baseline map for the run (Mapping(fd=...)) and fault in again.
+Against QEMU: its multifd moves an idle guest of as much incompressible memory over as many channels
+into memory that is populated (prealloc) or fresh alike, from its "setup" to the guest running
+there, in the same rounds; VMTH_QEMU_SRC names another QEMU than the installed one.
 Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
 bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
 """
@@ -14,6 +17,7 @@ bandwidth. Memory: a mover in a process of its own, above an idle import and wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import mmap
 import os
@@ -27,6 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from qemu_table import IDLE, BenchWorld, by_qemu, idle
+from qemu_world import Machine, build
 from transfer_table import bare
 
 import vmth
@@ -115,8 +121,44 @@ def copy(source: StillGuest, populated: bool, channels: int) -> float:
     return seconds
 
 
+class QemuGuest:
+    """A guest of QEMU's that goes round by multifd."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._world = BenchWorld(IDLE, [build("SRC")])
+        self._world.memory_bytes = nbytes
+        self._nothing = idle()
+        self._moves = 0
+        self._guest: Machine | None = None
+
+    def move(self, populated: bool, channels: int) -> float:
+        """Seconds of one migration."""
+        world = self._world
+        if self._guest is None:
+            self._guest = world.boot("first", build("SRC"))
+            world.fill(self._guest, 100)
+        world.populated = populated
+        self._moves += 1
+        previous = self._guest
+        self._guest, run = by_qemu(300, channels)(world, previous, f"r{self._moves}", self._nothing)
+        previous.close()
+        return run.copy_s
+
+    def __enter__(self) -> QemuGuest:
+        self._world.__enter__()
+        return self
+
+    def __exit__(self, *of: object) -> None:
+        self._world.__exit__(*of)  # type: ignore[arg-type]
+
+
 def cold_table(
-    nbytes: int, anew: bool, channel_counts: Sequence[int], rounds: int, state: Path
+    nbytes: int,
+    anew: bool,
+    channel_counts: Sequence[int],
+    rounds: int,
+    state: Path,
+    qemu: QemuGuest | None,
 ) -> None:
     source = StillGuest(nbytes, anew)
     rng = np.random.default_rng(1)
@@ -132,10 +174,12 @@ def cold_table(
                 "digest off": partial(move, source, populated, channels, False, state),
                 "digest on": partial(move, source, populated, channels, True, state),
             }
+            if qemu is not None:
+                runs["QEMU multifd"] = partial(qemu.move, populated, channels)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
-            for _ in range(rounds):
-                for name, run in runs.items():
-                    seconds[name].append(run())
+            for number in range(rounds):
+                for name in list(runs) if number % 2 == 0 else reversed(runs):
+                    seconds[name].append(runs[name]())
             base = statistics.median(seconds["bare sockets"])
             for name, values in seconds.items():
                 middle = statistics.median(values)
@@ -194,12 +238,19 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=2048)
     parser.add_argument("--channels", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against-qemu", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmth-bench-"))
         state = Path(directory)
         channels = [int(text) for text in arguments.channels.split(",")]
-        for anew in (False, True):
-            cold_table(arguments.mib << 20, anew, channels, arguments.rounds, state)
+        nbytes = arguments.mib << 20
+        with contextlib.ExitStack() as until_cold:
+            qemu = None
+            if arguments.against_qemu:
+                qemu = until_cold.enter_context(QemuGuest(nbytes))
+            for anew in (False, True):
+                cold_table(nbytes, anew, channels, arguments.rounds, state, None if anew else qemu)
         idle_table(arguments.rounds, state)
     memory_table()
 

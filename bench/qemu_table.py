@@ -133,9 +133,11 @@ class Run:
 class BenchWorld(World):
     options: tuple[str, ...] = ()  #: of vmth migrate
     settle_s = 0.0
+    populated = True  #: memory of destinations
 
     def backend(self, name: str, shared: bool) -> str:
-        return "memory-backend-memfd,share=on,prealloc=on"
+        populated = "on" if self.populated or name == "first" else "off"
+        return f"memory-backend-memfd,share=on,prealloc={populated}"
 
     def fill(self, machine: Machine, random_percent: int) -> None:
         """Random pages behind the guest's own, written from outside."""
@@ -188,11 +190,18 @@ def set_events(machine: Machine, *more: str) -> None:
     machine.execute("migrate-set-capabilities", capabilities=wanted)
 
 
-def by_qemu(limit_ms: int) -> Way:
+def by_qemu(limit_ms: int, multifd_channels: int = 0) -> Way:
+    """``multifd_channels``: of all moves of that guest, or of none."""
+    multifd = ("multifd",) if multifd_channels else ()
+
     def move(world: BenchWorld, source: Machine, name: str, idle: Idle) -> tuple[Machine, Run]:
         destination = world.waiting(name, stopped=False)
-        set_events(source, "return-path")
-        set_events(destination)
+        set_events(source, "return-path", *multifd)
+        set_events(destination, *multifd)
+        for machine in (source, destination):
+            machine.execute(
+                "migrate-set-parameters", **{"multifd-channels": max(1, multifd_channels)}
+            )
         uri = f"tcp:127.0.0.1:{free_port()}"
         destination.execute("migrate-incoming", uri=uri)
         source.execute(
