@@ -26,7 +26,9 @@ from vmth.qemu.qmp import Qmp, QmpError
 from vmth.qemu.stream_connection import LEAST_AHEAD_BYTES, MOST_AHEAD_BYTES
 
 SOON_S = 5.0
-PART = s.plain()[:2000]
+#: Before pages, and with some of them.
+HEAD = s.plain()[: s.plain().index(s.part(b"")[:5])]
+PART = s.plain()[: len(HEAD) + 5000]
 
 
 class Gone(FakeSource):
@@ -104,14 +106,12 @@ def test_how_much_may_wait_follows_what_is_taken_at_once() -> None:
 
 
 @pytest.mark.usefixtures("short_silence")
-@pytest.mark.parametrize("known", [False, True])
-def test_a_source_that_dies_is_noticed(known: bool) -> None:
-    source = Gone(PART)
+@pytest.mark.parametrize("sent", [HEAD, PART], ids=["before pages", "among pages"])
+def test_a_source_that_dies_is_noticed(sent: bytes) -> None:
+    source = Gone(sent)
     source.dies_after_sending = True
     with started(source) as stream:
         first_events(stream)
-        if known:
-            stream.limit_read(1 << 20)
         began_s = time.monotonic()
         with pytest.raises(ChannelError, match="the source QEMU is gone"):
             drain(stream.next_event, SOON_S)
@@ -130,24 +130,54 @@ def test_a_source_that_ends_its_migration_without_a_word_is_asked_why() -> None:
 
 
 @pytest.mark.usefixtures("short_silence")
-def test_who_goes_on_is_waited_for_with_its_queue_in_hand() -> None:
-    source = FakeSource(PART)
+def test_who_prepares_long_is_waited_for_with_its_queue_in_hand() -> None:
+    source = FakeSource(HEAD)
     with started(source) as stream:
         first_events(stream)
-        assert stream.next_event(0.1) is None
-        assert "query-migrate" in source.commands
+        assert stream.next_event(0.2) is None
+        assert source.commands.count("query-migrate") > 1
         stream.limit_read(1 << 20)
         assert source.queue_bytes() == 1 << 20, "it was let go of before it was of use"
-        assert stream.next_event(0.1) is None
-        stream.limit_read(4096)
-        assert source.queue_bytes() == 1 << 20, "it is held in a silence"
-        source.send_more(s.plain()[2000:])
+        source.send_more(s.plain()[len(HEAD) :])
         assert isinstance(drain(stream.next_event)[-1], q.StreamFinished)
 
 
-def test_nothing_is_held_once_all_has_come() -> None:
+@pytest.mark.usefixtures("short_silence")
+def test_among_pages_a_silence_ends_the_hold_and_nobody_is_asked() -> None:
+    """QEMU may be about to write with its lock held, and would answer when it was read."""
+    source = FakeSource(PART)
+    with started(source) as stream:
+        first_events(stream)
+        before = source.queue_bytes()
+        assert stream.next_event(0.2) is None
+        assert "query-migrate" not in source.commands
+        stream.limit_read(1 << 20)
+        assert source.queue_bytes() == before, "it is held in a silence"
+        source.send_more(s.plain()[len(PART) :])
+        assert isinstance(drain(stream.next_event)[-1], q.StreamFinished)
+
+
+@pytest.mark.usefixtures("short_silence")
+def test_pieces_with_pauses_between_them_are_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgoing, "SILENCE_S", 0.2)
+    source = FakeSource(PART)
+    with started(source) as stream:
+        first_events(stream)
+        for at in range(len(PART), len(PART) + 40, 5):  # longer together than a silence
+            assert stream.next_event(0.05) is None
+            source.send_more(s.plain()[at : at + 5])
+        stream.next_event(0.05)
+        stream.limit_read(1 << 20)
+        assert source.queue_bytes() == 1 << 20
+
+
+@pytest.mark.parametrize("why", ["all has come", "somebody else reads"])
+def test_nothing_is_held_once(why: str) -> None:
     with started(source := FakeSource(s.plain())) as stream:
-        drain(stream.next_event)
+        if why == "all has come":
+            drain(stream.next_event)
+        else:
+            assert len(stream.sockets) == 1
         before = source.queue_bytes()
         stream.limit_read(1 << 20)
         assert source.queue_bytes() == before

@@ -40,6 +40,7 @@ from vmth.qemu.stream import (
     MultifdMerger,
     PassThrough,
     Pong,
+    RamPages,
     RawBytes,
     Shut,
     StreamFinished,
@@ -113,8 +114,8 @@ class OutgoingStream:
         self._passing = False
         self._checked_bytes = 0  #: of the state, at the last look for its end
         self._last_read_s = 0.0
-        self._asked_s = 0.0  #: in a silence, whether QEMU goes on
-        self._limited = False  #: it is known what the link carries
+        self._silent_since_s: float | None = None
+        self._paging = False  #: pages have come
         self._closed = False
         self.finished = False  #: all state was given out; QEMU waits for ``shut()``
         #: Of all connections, when no event was left to give out; what a multifd channel has sent
@@ -271,7 +272,7 @@ class OutgoingStream:
         if midst is None or main is None or self._closed:
             return None
         table, block = midst
-        pump = self._pump
+        self._paging, pump = True, self._pump
         if pump is None:
             fd = main.sock.fileno()
             pump = sender.page_pump(fd, table.lengths, table.wire_names, table.page_bytes)
@@ -282,7 +283,7 @@ class OutgoingStream:
         main.put(pumped.left, pumped.read_bytes)
         self.given_out_bytes = main.received_bytes - len(pumped.left)
         if pumped.read_bytes:
-            self._last_read_s = time.monotonic()
+            self._last_read_s, self._silent_since_s = time.monotonic(), None
         return pumped
 
     def in_use(self, until: Callable[[], object]) -> None:
@@ -306,7 +307,6 @@ class OutgoingStream:
         """Take at most so many bytes (at least 64 KiB) at once of all connections that bring pages:
         what waits to become whole is not on its way yet. QEMU may write as many ahead, where that
         can be told."""
-        self._limited = True
         self._read_at_most(nbytes)
         for connection in self._connections():
             connection.limit_ahead(nbytes)
@@ -335,7 +335,9 @@ class OutgoingStream:
             raise
 
     def _seen(self, event: Event) -> Event:
-        if isinstance(event, RawBytes):
+        if isinstance(event, RamPages):
+            self._paging = True
+        elif isinstance(event, RawBytes):
             self._tail.add(event.data)
         elif isinstance(event, PassThrough):
             self._passing = True
@@ -376,25 +378,26 @@ class OutgoingStream:
             if connection.ended:
                 self._at_end(connection)
         if ready:
-            self._last_read_s = time.monotonic()
+            self._last_read_s, self._silent_since_s = time.monotonic(), None
         else:
             self._in_silence()
         return bool(ready) or time.monotonic() < deadline
 
     def _in_silence(self) -> None:
-        """An end that is held here too does not close with QEMU: it is let go of, unless it is not
-        known yet how long its queue should be and QEMU says that it goes on."""
+        """An end that is held here too does not close with QEMU, so it is let go of. Before pages
+        come, which is before it is known how long its queue should be, QEMU is asked first: it may
+        be long at its preparations. Later it may be about to write while it cannot answer."""
         assert self._main is not None
-        silent_s = time.monotonic() - max(self._last_read_s, self._asked_s)
-        if not self._main.holds_far_end or silent_s < SILENCE_S:
+        now_s = time.monotonic()
+        if self._silent_since_s is None:
+            self._silent_since_s = now_s
+        if not self._main.holds_far_end or now_s - self._silent_since_s < SILENCE_S:
             return
-        if not self._limited:
-            goes_on = False
+        if not self._paging:
+            self._silent_since_s = None
             with contextlib.suppress(VmthError):
-                goes_on = not self._reason()
-            self._asked_s = time.monotonic()
-            if goes_on:
-                return
+                if not self._reason():
+                    return
         self._main.let_go()
 
     def _wait(self, deadline: float) -> list[Connection]:
