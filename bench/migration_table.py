@@ -9,7 +9,8 @@ Own mapping: guest memory that this process has mapped already (Mapping(address=
 a memfd that the migration and the baseline map for the run (Mapping(fd=...)) and fault in again.
 Against QEMU: its multifd moves an idle guest of as much incompressible memory over as many channels
 into memory that is populated (prealloc) or fresh alike, from its "setup" to the guest running
-there, in the same rounds; VMTH_QEMU_SRC names another QEMU than the installed one.
+there, in the same rounds; VMTH_QEMU_SRC names another QEMU than the installed one. All ways follow
+one another at once: none waits until the machine's host has taken freed memory back.
 Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
 bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
 """

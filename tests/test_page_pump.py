@@ -189,6 +189,18 @@ def test_a_source_that_closes_within_pages_is_told_of() -> None:
             deque(iter(lambda: stream.next_event(1), None), maxlen=0)
 
 
+def test_a_reset_is_an_end() -> None:
+    """Of a QEMU that died with something unread on its return path."""
+    ours, its = socket.socketpair()
+    with running() as program, native(program) as (sender, _), ours:
+        pump = sender.page_pump(ours.fileno(), table().lengths, table().wire_names, s.PAGE)
+        ours.send(b"unread")
+        its.close()
+        pumped = pump.run(b"", 0, 0, LIMITS)
+        assert (pumped.stop, pumped.read_bytes) == (PumpStop.IDLE, 0)
+        assert ours.recv(1) == b""
+
+
 def test_a_stream_that_was_closed_is_not_read() -> None:
     """By the pump's own descriptor; it is let go."""
     source = FakeSource(HEAD + s.part(s.normal(0, NAMES[0]) + s.normal(1))[:-5])

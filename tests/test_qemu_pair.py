@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from outgoing_world import FakeSource, drain, started
 from qmp_qemu import QmpQemu
 from waiting import wait_until
 
+from vmth.channel.sockets import queue_ahead
 from vmth.errors import ChannelError, MigrationError
 from vmth.qemu import outgoing
 from vmth.qemu import stream as q
@@ -34,8 +34,10 @@ PART = s.plain()[: len(HEAD) + 5000]
 class Gone(FakeSource):
     """Its monitor goes with it."""
 
+    gone = False
+
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        if command == "query-migrate":
+        if self.gone and command == "query-migrate":
             raise ChannelError("QEMU closed the monitor")
         return super().execute(command, arguments)
 
@@ -50,6 +52,37 @@ def pair() -> Iterator[socket.socket]:
     ours, its = socket.socketpair()
     with ours, its:
         yield its
+
+
+def contents(events: list[q.Event]) -> list[str]:
+    """What the events say; runs depend on how bytes were cut."""
+    found = []
+    for event in events:
+        if isinstance(event, q.RamPages):
+            found += [
+                f"{page.idstr} {page.page} {bytes(page.data).hex()}" for page in event.pages()
+            ]
+        elif not isinstance(event, q.RawBytes):
+            found.append(repr(event))
+    opaque = (bytes(event.data) for event in events if isinstance(event, q.RawBytes))
+    return [*found, b"".join(opaque).hex()]
+
+
+def stored() -> Iterator[q.Event]:
+    """The same stream, read from memory."""
+    reader = q.StreamReader(opaque_devices=True)
+    reader.feed(s.plain())
+    reader.feed_eof()
+    while (event := reader.next_event()) is not None:
+        yield event
+
+
+def most_bytes(nbytes: int) -> int:
+    """That this process may have wait in a socket, of so many."""
+    one, other = socket.socketpair()
+    with one, other:
+        queue_ahead(one, nbytes)
+        return one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 def first_events(stream: OutgoingStream) -> None:
@@ -76,9 +109,7 @@ def test_the_stream_is_the_same_by_either_way(takes: bool, kind: str) -> None:
         stream.shut(0)
         source.wait_over()
     assert Told.uri.startswith(kind)
-    with started(FakeSource(s.plain(), takes_descriptors=not takes)) as other:
-        assert repr(drain(other.next_event)[0]) == repr(events[0])
-    assert isinstance(events[-1], q.StreamFinished) and not source.given
+    assert contents(events) == contents(list(stored())) and not source.given
 
 
 def test_multifd_connects_by_itself() -> None:
@@ -89,18 +120,16 @@ def test_multifd_connects_by_itself() -> None:
     hellos = [s.multifd_hello(channel) for channel in range(2)]
     with started(Unasked(PART, hellos), 2) as stream:
         first_events(stream)
-        assert len(stream.sockets) == 3
+        assert len(stream.sockets_to_read()) == 3
 
 
 def test_how_much_may_wait_follows_what_is_taken_at_once() -> None:
     with started(source := FakeSource(PART)) as stream:
         usual = source.queue_bytes()
-        assert usual < MOST_AHEAD_BYTES, "the link is not known yet"
         stream.limit_read(64 << 20)
-        most = source.queue_bytes()
-        assert usual < most <= MOST_AHEAD_BYTES
+        assert usual < source.queue_bytes() == most_bytes(MOST_AHEAD_BYTES)
         stream.limit_read(1 << 20)
-        assert min(most, 1 << 20) == source.queue_bytes()
+        assert source.queue_bytes() == most_bytes(1 << 20)
         stream.limit_read(4096)
         assert source.queue_bytes() == LEAST_AHEAD_BYTES
 
@@ -112,10 +141,9 @@ def test_a_source_that_dies_is_noticed(sent: bytes) -> None:
     source.dies_after_sending = True
     with started(source) as stream:
         first_events(stream)
-        began_s = time.monotonic()
+        source.gone = True
         with pytest.raises(ChannelError, match="the source QEMU is gone"):
             drain(stream.next_event, SOON_S)
-        assert time.monotonic() - began_s < SOON_S
 
 
 @pytest.mark.usefixtures("short_silence")
@@ -134,10 +162,11 @@ def test_who_prepares_long_is_waited_for_with_its_queue_in_hand() -> None:
     source = FakeSource(HEAD)
     with started(source) as stream:
         first_events(stream)
-        assert stream.next_event(0.2) is None
+        for _ in range(4):
+            assert stream.next_event(0.05) is None
         assert source.commands.count("query-migrate") > 1
         stream.limit_read(1 << 20)
-        assert source.queue_bytes() == 1 << 20, "it was let go of before it was of use"
+        assert source.queue_bytes() == most_bytes(1 << 20), "it was let go of before it was of use"
         source.send_more(s.plain()[len(HEAD) :])
         assert isinstance(drain(stream.next_event)[-1], q.StreamFinished)
 
@@ -148,11 +177,11 @@ def test_among_pages_a_silence_ends_the_hold_and_nobody_is_asked() -> None:
     source = FakeSource(PART)
     with started(source) as stream:
         first_events(stream)
-        before = source.queue_bytes()
+        stream.limit_read(1 << 20)
         assert stream.next_event(0.2) is None
         assert "query-migrate" not in source.commands
         stream.limit_read(1 << 20)
-        assert source.queue_bytes() == before, "it is held in a silence"
+        assert source.queue_bytes() == LEAST_AHEAD_BYTES, "it is held in a silence, or left long"
         source.send_more(s.plain()[len(PART) :])
         assert isinstance(drain(stream.next_event)[-1], q.StreamFinished)
 
@@ -168,7 +197,7 @@ def test_pieces_with_pauses_between_them_are_no_silence(monkeypatch: pytest.Monk
             source.send_more(s.plain()[at : at + 5])
         stream.next_event(0.05)
         stream.limit_read(1 << 20)
-        assert source.queue_bytes() == 1 << 20
+        assert source.queue_bytes() == most_bytes(1 << 20)
 
 
 @pytest.mark.parametrize("why", ["all has come", "somebody else reads"])
@@ -177,7 +206,7 @@ def test_nothing_is_held_once(why: str) -> None:
         if why == "all has come":
             drain(stream.next_event)
         else:
-            assert len(stream.sockets) == 1
+            assert len(stream.sockets_to_read()) == 1
         before = source.queue_bytes()
         stream.limit_read(1 << 20)
         assert source.queue_bytes() == before

@@ -90,10 +90,10 @@ Pumped StreamPump::run(const uint8_t *first, size_t first_bytes, uint32_t block,
         if (result == 0 && got == 0 && !ended && vmth_sock_wait(fd_.get(), limits.patience_ns) > 0) {
             result = vmth_sock_take(fd_.get(), end, room, limits.patience_ns, &got, &ended);
         }
-        if (result != 0) {
+        if (result != 0 && result != -ECONNRESET) {  // that is an end, which reading tells
             throw system_error("the source's stream", -result);
         }
-        if (got == 0) {
+        if (result != 0 || got == 0) {
             pumped.stop = PumpStop::idle;
             break;
         }

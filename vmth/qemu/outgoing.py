@@ -32,6 +32,7 @@ import msgspec
 
 from vmth.channel.pump import FIRST_BYTES, CanPump, PagePump, Pumped, PumpLimits
 from vmth.errors import ChannelError, MigrationError, StreamError, UsageError, VmthError
+from vmth.qemu.qmp import QmpError
 from vmth.qemu.state_store import StateStore
 from vmth.qemu.stream import (
     Command,
@@ -70,7 +71,7 @@ TAIL_BYTES = MAX_DESCRIPTION_BYTES + 64
 #: A section's footer and the end mark of all state.
 FOOTER_AND_END = 6
 LOOK_S = 0.05
-#: Longer than QEMU sleeps between two writes when its bandwidth is limited.
+#: Longer than QEMU sleeps between two writes when its bandwidth is limited; not beyond QUIET_S.
 SILENCE_S = 0.25
 REASON_TIMEOUT_S = 1.0
 
@@ -157,7 +158,7 @@ class OutgoingStream:
             return None
         try:
             self._qmp.execute("migrate", {"uri": f"fd:{PAIR_NAME}"})
-        except VmthError:
+        except QmpError:  # one that does not answer would be waited for twice
             with contextlib.suppress(VmthError):  # it may have been taken out already
                 self._qmp.execute("closefd", {"fdname": PAIR_NAME})
             raise
@@ -231,7 +232,7 @@ class OutgoingStream:
             raise MigrationError(f"the source QEMU did not begin to migrate: {reason}")
         if time.monotonic() > deadline:
             raise ChannelError(
-                f"the source QEMU did not connect within {self._connect_timeout_s:g} s: {have}"
+                f"the source QEMU did not begin within {self._connect_timeout_s:g} s: {have}"
             )
 
     def _reason(self) -> str:
@@ -372,6 +373,7 @@ class OutgoingStream:
         """More bytes of any connection that may be read. False: none came in time."""
         if self._closed or self._main is None:
             raise ChannelError("the source QEMU's stream is closed")
+        began_s = time.monotonic()
         ready = self._wait(deadline)
         for connection in ready:
             connection.read()
@@ -380,30 +382,31 @@ class OutgoingStream:
         if ready:
             self._last_read_s, self._silent_since_s = time.monotonic(), None
         else:
-            self._in_silence()
+            self._in_silence(began_s)
         return bool(ready) or time.monotonic() < deadline
 
-    def _in_silence(self) -> None:
+    def _in_silence(self, began_s: float) -> None:
         """An end that is held here too does not close with QEMU, so it is let go of. Before pages
         come, which is before it is known how long its queue should be, QEMU is asked first: it may
         be long at its preparations. Later it may be about to write while it cannot answer."""
         assert self._main is not None
-        now_s = time.monotonic()
         if self._silent_since_s is None:
-            self._silent_since_s = now_s
-        if not self._main.holds_far_end or now_s - self._silent_since_s < SILENCE_S:
+            self._silent_since_s = began_s
+        silent_s = time.monotonic() - self._silent_since_s
+        if not self._main.holds_far_end or silent_s < SILENCE_S:
             return
         if not self._paging:
             self._silent_since_s = None
             with contextlib.suppress(VmthError):
                 if not self._reason():
                     return
+        self._main.limit_ahead(0)  # nobody can shorten it from now on
         self._main.let_go()
 
     def _wait(self, deadline: float) -> list[Connection]:
         merger, main = self._merger, self._main
         assert main is not None
-        left_ms = 1000 * min(max(0.0, deadline - time.monotonic()), QUIET_S, SILENCE_S)
+        left_ms = 1000 * min(max(0.0, deadline - time.monotonic()), QUIET_S)
         if merger is None and not main.ended:  # the same one again and again
             return [main] if self._main_poll.poll(left_ms) else []
         asked = [main] if merger is None or merger.main_may_read() else []
@@ -457,9 +460,8 @@ class OutgoingStream:
         except OSError as error:
             raise ChannelError(f"the source QEMU's return path: {error}") from error
 
-    @property
-    def sockets(self) -> list[socket.socket]:
-        """Of all connections; this object's own. Their ends show from now on."""
+    def sockets_to_read(self) -> list[socket.socket]:
+        """Of all connections, for somebody else who reads them to their ends; this object's own."""
         for connection in self._connections():
             connection.let_go()
         return [connection.sock for connection in self._connections()]

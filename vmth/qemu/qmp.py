@@ -211,7 +211,8 @@ class Qmp:
     def give_descriptor(self, fd: int, name: str) -> bool:
         """Give QEMU a duplicate of the descriptor, which its commands then know by ``name``; the
         caller's stays its own. False: it has not taken it (it was refused one, or none came
-        through to it). For whoever has the monitor to itself: nothing else may be on its way."""
+        through to it). Not together with another ``give_descriptor``: QEMU takes the last one that
+        came."""
         self._check_thread("getfd")
         try:
             self._submit("getfd", {"fdname": name}, self.timeout_s, False, fd).result()

@@ -48,7 +48,7 @@ from vmth.qemu.image import (
     digest_text,
 )
 from vmth.qemu.image.intake import Intake, StreamHead
-from vmth.qemu.outgoing import OutgoingStream
+from vmth.qemu.outgoing import FIRST_READ_BYTES, OutgoingStream
 from vmth.qemu.qmp import Qmp, QmpEvent
 from vmth.qemu.save_guard import SaveGuard, put_vm_back
 from vmth.qemu.settings import (
@@ -275,6 +275,7 @@ class _Save:
             self._qmp.execute("stop")
         stream = stack.enter_context(OutgoingStream(self._qmp))
         stream.start(_uid_of(self._qmp.pid))
+        stream.limit_read(FIRST_READ_BYTES)  # a file takes them soon, whatever the link
         self._take_all(stream, stack)
         assert self._writer is not None
         end = self._writer.finish()

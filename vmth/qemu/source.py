@@ -268,9 +268,10 @@ class QemuSource(StoppedQemu):
 
     def _let_go(self) -> None:
         """Of the stream, by which QEMU's migration ends if it has not."""
-        if self._cancelled and not self._held and self._stream.sockets:
+        sockets = self._stream.sockets_to_read() if self._cancelled and not self._held else []
+        if sockets:
             stopped = self._pass is not None and self._pass.guest_stopped
-            cancel_migration(self.qmp, self._settings, self._stream.sockets, stopped=stopped)
+            cancel_migration(self.qmp, self._settings, sockets, stopped=stopped)
         self._stream.close()
 
     def resume(self) -> None:
