@@ -241,8 +241,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against-qemu", action="store_true")
     arguments = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmth-bench-"))
+    with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
         state = Path(directory)
         channels = [int(text) for text in arguments.channels.split(",")]
         nbytes = arguments.mib << 20

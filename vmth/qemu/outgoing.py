@@ -130,7 +130,8 @@ class OutgoingStream:
 
         ``peer_uid``: the user as whom QEMU runs; where it has to find us in a directory, that is
         private, and given to this user where we may give it away. Raises MigrationError with QEMU's
-        reason if it does not come; nothing is left behind then, and its guest runs on.
+        reason if it does not come; its guest runs on then, and nothing is left behind, unless QEMU
+        did not answer: it may then keep a descriptor until it is given another.
         """
         deadline = time.monotonic() + self._connect_timeout_s
         try:

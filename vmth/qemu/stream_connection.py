@@ -31,8 +31,8 @@ PATIENCE_S: Final = 0.0005
 NEAR_PATIENCE_S: Final = 0.0001
 #: A buffer with less room is full.
 LEAST_READ_BYTES: Final = 64 << 10
-#: Written and not read, as the kernel counts: Linux' own default, and what QEMU fills in a
-#: millisecond or two.
+#: Written and not read, as the kernel counts: Linux' own default, and what QEMU writes in a
+#: millisecond or two where nothing holds it up.
 LEAST_AHEAD_BYTES: Final = 208 << 10
 MOST_AHEAD_BYTES: Final = 2 << 20
 
