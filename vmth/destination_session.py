@@ -26,7 +26,7 @@ from vmth.channel.reuse import REUSE, ReusedFile, filter_messages
 from vmth.channel.watch import IdleRule
 from vmth.destination_record import DestinationRecord
 from vmth.digest_replies import DigestReplies
-from vmth.dirty.populated import populated_bits
+from vmth.dirty.populated import maybe_nonzero
 from vmth.errors import (
     CancelledError,
     ChannelError,
@@ -38,7 +38,7 @@ from vmth.errors import (
     VerificationError,
     VmthError,
 )
-from vmth.guest import CanAnnounce, CanNote, CanReportPopulated, CanTakePages, Guest
+from vmth.guest import CanAnnounce, CanNote, CanTakePages, Guest
 from vmth.handshake import (
     HANDED_ON,
     PACKED_STATE,
@@ -54,9 +54,9 @@ from vmth.handshake import (
 )
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import ReceiveOptions
+from vmth.realtime import NOT_PERMITTED, Realtime
 from vmth.seal import digest_text
 from vmth.state_streams import StateCollector
-from vmth.types import Bitmap, Mapping, new_bitmaps
 from vmth.wire.framing import Preamble
 from vmth.wire.handover import DestinationEvent, DestinationState
 from vmth.wire.messages import (
@@ -70,6 +70,7 @@ from vmth.wire.messages import (
     LastBarrier,
     Message,
     Mismatch,
+    Mode,
     Offer,
     PackedState,
     Paused,
@@ -150,6 +151,7 @@ class DestinationSession:
         self._scope = "memory"
         self._announce_note: tuple[str, ...] = ()
         self._paused = False
+        self._realtime = Realtime(options.realtime)
         self._agreed: Sequence[str] = ()  #: features
         self._last_barrier: int | None = None  #: before whose pages the next seal is not judged
         self._ahead: Seal | None = None  #: the seal that waits
@@ -207,6 +209,7 @@ class DestinationSession:
             except Exception as error:
                 raise self._end(error) from error
         finally:
+            self._realtime.end()
             self._ended.set()
             self._resources.close()
             if self._record is not None:
@@ -287,7 +290,7 @@ class DestinationSession:
                 WIRE_PAGE_BYTES,
                 hash_seed=offer.hash_seed,
                 digest=offer.hash_algorithm != HashAlgorithm.NONE,
-                maybe_nonzero=self._maybe_nonzero(guest),
+                maybe_nonzero=maybe_nonzero(guest),
                 channels=offer.channels,
                 sink=guest.page_sink() if isinstance(guest, CanTakePages) else None,
                 forms=agreed_forms(self._features(offer)),
@@ -303,15 +306,6 @@ class DestinationSession:
             return self._make_record(self._preamble.session_id)
         except VmthError as error:
             raise OfferRefused(RefuseCode.BUSY, f"the destination's journal: {error}") from error
-
-    def _maybe_nonzero(self, guest: Guest) -> list[Bitmap]:
-        bitmaps = new_bitmaps(guest.blocks)
-        for index, (block, bitmap) in enumerate(zip(guest.blocks, bitmaps, strict=True)):
-            if isinstance(guest, CanReportPopulated):
-                guest.populated(index, 0, block.npages, bitmap)
-            elif block.mapping != Mapping():  # without memory here, nothing is known or left out
-                populated_bits(block, 0, block.npages, bitmap)
-        return bitmaps
 
     def _watch_pages(self) -> None:
         """A broken page channel ends the session although the control connection is fine, and so
@@ -386,6 +380,7 @@ class DestinationSession:
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
             self._paused = True
+            self._hurry()
         elif isinstance(message, State | PackedState):
             if isinstance(message, PackedState) and PACKED_STATE not in self._agreed:
                 raise StreamError(f"received PackedState, allowed with {PACKED_STATE!r} agreed on")
@@ -415,6 +410,12 @@ class DestinationSession:
                 f"received {type(message).__name__} in state {self._record.state.value}, allowed: "
                 "what a source sends"
             )
+
+    def _hurry(self) -> None:
+        """Not where all of memory comes, or is hashed, while the guest is paused."""
+        assert self._offer is not None
+        if self._offer.mode == Mode.LIVE and not self._offer.audit:
+            self._realtime.begin(self._guest, self._control.thread_id)
 
     def _check_receiving(self, message: Message) -> None:
         """A query on another connection may have ended it meanwhile."""
@@ -491,6 +492,7 @@ class DestinationSession:
         try:
             self._record.apply(DestinationEvent.GRANT)
         finally:
+            self._realtime.end()
             # Released on another connection may have moved the record on already.
             self._arrived = self._record.started_here
         if not self._arrived:
@@ -528,6 +530,7 @@ class DestinationSession:
                 *self._receiver.fallbacks(),
                 *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
                 *self._announce_note,
+                *((NOT_PERMITTED,) if self._realtime.refused else ()),
             ),
             reused=tuple(
                 ReusedFile(source.path, pages)

@@ -28,6 +28,7 @@ __all__ = [
     "CanDescribe",
     "CanEstimateState",
     "CanHold",
+    "CanNameThreads",
     "CanNote",
     "CanReadMemory",
     "CanReportPopulated",
@@ -182,6 +183,17 @@ class CanHold(Protocol):
     def hold(self) -> None:
         """Stay paused from now on even if the mover vanishes: the grant is about to be
         journaled."""
+
+
+@runtime_checkable
+class CanNameThreads(Protocol):
+    """Optional: other threads than the one that calls the guest do what the pause, the state and
+    the start need."""
+
+    def switchover_threads(self) -> Sequence[int]:
+        """Their kernel ids (gettid), in this process or another: they run before all others while
+        the guest is paused (``vmth.realtime``). Never a vCPU's, nor one that works without end.
+        Asked at the pause, and at a destination when it is told of it."""
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from vmth import __version__, kernels
 from vmth.dirty.probe import probe
 from vmth.guests.kvm_machine import probe as probe_kvm
 from vmth.guests.spawn import available_memory_bytes
+from vmth.realtime import NOT_PERMITTED, permitted
 
 __all__ = ["host_lines", "host_report"]
 
@@ -31,6 +32,7 @@ def host_report() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "memory_available_bytes": available_bytes,
         "memory_available_where": where,
+        "realtime": permitted(),
         "kvm": {"usable": kvm, "reason": reason},
         "tracking": tracking,
         "kernels": {family: kernels.selected(family) for family in kernels.kernels()},
@@ -47,6 +49,7 @@ def host_lines(report: dict[str, Any]) -> list[str]:
         _line("memory left", f"{memory_mib} MiB ({report['memory_available_where']})"),
         _line("kvm", f"{'usable' if kvm['usable'] else 'not usable'}: {kvm['reason']}"),
     ]
+    lines.append(_line("real-time", "permitted" if report["realtime"] else NOT_PERMITTED))
     for name, finding in report["tracking"].items():
         reason = f": {finding['reason']}" if finding["reason"] else ""
         lines.append(_line(name, finding["status"] + reason))

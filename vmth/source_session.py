@@ -66,12 +66,13 @@ from vmth.options import MigrateOptions
 from vmth.policy.standard import StandardPolicy
 from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
+from vmth.realtime import NOT_PERMITTED, Realtime
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord, abort_code, why_it_ended
-from vmth.source_stats import downtime_parts, job_stats
+from vmth.source_stats import downtime_parts, draft_result, job_stats
 from vmth.state_streams import StateTeller, packing_pays
-from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
+from vmth.stats import JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
 from vmth.units import format_duration
 from vmth.uri import Endpoint
@@ -145,6 +146,8 @@ class SourceSession:
         self._record: SourceRecord | None = None
         self._memory: list[MappedBlock] = []
         self._kept = KeptImage(options.keep_image)
+        live = options.mode is Mode.LIVE and not options.audit  # else what is paused takes long
+        self._realtime = Realtime(options.realtime and live)
         self._cancelled = ""
         self._peer_gone: VmthError | None = None
         self._peer_abort: Abort | None = None
@@ -203,6 +206,7 @@ class SourceSession:
             except BaseException as error:
                 raise self._end(error) from error
         finally:
+            self._realtime.end()
             self._resources.close()
 
     def _meet(self) -> None:
@@ -341,7 +345,7 @@ class SourceSession:
             page_bytes=WIRE_PAGE_BYTES,
             live=self._options.mode is Mode.LIVE,
             pause_guest=self._pause,
-            resume_guest=lambda: record.apply(SourceEvent.RESUME),
+            resume_guest=self._resume,
             check=self._check_wake,
             job_started_ns=self._started_ns,
             journal_ns=record.journal_ns,
@@ -352,10 +356,16 @@ class SourceSession:
         return self._engine.run()
 
     def _pause(self) -> bool:
-        assert self._record is not None
+        assert self._record is not None and self._control is not None
         self._check_wake()
+        self._realtime.begin(self._guest, self._control.thread_id)
         self._record.apply(SourceEvent.PAUSE)
         return self._record.was_running
+
+    def _resume(self) -> None:
+        assert self._record is not None
+        self._record.apply(SourceEvent.RESUME)
+        self._realtime.end()
 
     def _hand_over(self, final: FinalPass) -> MigrationResult:
         """From the last page to the guest running there: every step is downtime."""
@@ -422,6 +432,7 @@ class SourceSession:
             try:
                 message = control.receive(max(0.001, deadline - time.monotonic()))
                 self._running_ns = self._clock()  # before the clean-up that follows from it
+                self._realtime.end()
                 if isinstance(message, Aborted):
                     why = f": {message.reason}"
                 record.apply_message(message)
@@ -434,6 +445,7 @@ class SourceSession:
                 record.send = None
                 if record.state is SourceState.GRANTED:
                     record.apply(SourceEvent.CONNECTION_LOST)
+        self._realtime.end()
         if record.state is SourceState.IN_DOUBT:
             self._running_ns = 0
             settle(record, self._options.query_timeout_s)
@@ -571,25 +583,12 @@ class SourceSession:
         """The result but for its times; made before the grant, after which nothing may fail."""
         assert self._sender is not None and self._engine is not None and self._record is not None
         counters = self._last_counters = self._sender.counters()
-        digest_on = self._options.digest
         fallbacks = [*self._fallbacks, *self._engine.notes, *self._sender.fallbacks()]
-        if not digest_on:
-            fallbacks.append("digest off: nothing was verified")
-        return MigrationResult(
-            verified=digest_on,
-            verified_scope=self._scope if digest_on else "none",
-            mode=self._options.mode.name.lower(),
-            rounds=(),
-            total_ns=0,
-            downtime_ns=0,
-            downtime_parts=DowntimeParts(),
-            memory_bytes=sum(block.used_length for block in self._guest.blocks),
-            wire_bytes=counters.wire_bytes,
-            digest_source=digest_text(self._sender.digest()) if digest_on else "",
-            digest_destination=digest_text(theirs) if digest_on else "",
-            transfer=counters,
-            fallbacks=tuple(fallbacks),
-            audited=self._options.audit,
+        if self._realtime.refused:
+            fallbacks.append(NOT_PERMITTED)
+        digests = self._sender.digest() if self._options.digest else None, theirs
+        return replace(
+            draft_result(self._options, self._scope, self._guest, counters, digests, fallbacks),
             form_decisions=tuple(self._tuner.decisions) if self._tuner is not None else (),
             pauses_taken_back_ns=self._engine.taken_back_ns,
             session_id=self.session_id.hex(),

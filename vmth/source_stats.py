@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running source session's numbers as one snapshot, under libvirt's names."""
+"""A source session's numbers: a running one's under libvirt's names, and what is its result."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from vmth.channel.interface import Digest
+from vmth.guest import Guest
+from vmth.options import MigrateOptions
 from vmth.rounds import FinalPass, RoundEngine
-from vmth.stats import DowntimeParts, JobStats, TransferCounters
+from vmth.seal import digest_text
+from vmth.stats import DowntimeParts, JobStats, MigrationResult, TransferCounters
 from vmth.tuning import Tuning
 
-__all__ = ["downtime_parts", "job_stats"]
+__all__ = ["downtime_parts", "draft_result", "job_stats"]
 
 
 def job_stats(
@@ -61,4 +67,34 @@ def downtime_parts(
         seal_ns=sealed_ns - max(to_ns, final.landed_ns),
         grant_ns=granted_ns - sealed_ns,
         resume_ns=running_ns - granted_ns,
+    )
+
+
+def draft_result(
+    options: MigrateOptions,
+    scope: str,
+    guest: Guest,
+    counters: TransferCounters,
+    digests: tuple[Digest | None, Digest],
+    fallbacks: Sequence[str],
+) -> MigrationResult:
+    """What is known before the grant: no rounds and no times. ``digests``: (the source's, None with
+    the digest off; the destination's)."""
+    ours, theirs = digests
+    unverified = () if ours is not None else ("digest off: nothing was verified",)
+    return MigrationResult(
+        verified=ours is not None,
+        verified_scope=scope if ours is not None else "none",
+        mode=options.mode.name.lower(),
+        rounds=(),
+        total_ns=0,
+        downtime_ns=0,
+        downtime_parts=DowntimeParts(),
+        memory_bytes=sum(block.used_length for block in guest.blocks),
+        wire_bytes=counters.wire_bytes,
+        digest_source=digest_text(ours) if ours is not None else "",
+        digest_destination=digest_text(theirs) if ours is not None else "",
+        transfer=counters,
+        fallbacks=(*fallbacks, *unverified),
+        audited=options.audit,
     )

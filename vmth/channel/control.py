@@ -66,6 +66,11 @@ class ControlConnection:
         return self._failure
 
     @property
+    def thread_id(self) -> int | None:
+        """The reader's, as the kernel numbers it; None before ``start()``."""
+        return self._thread.native_id
+
+    @property
     def waits(self) -> bool:
         """``receive`` would return or raise at once. Any thread."""
         return bool(self._interruptions or self._inbox or self._failure)

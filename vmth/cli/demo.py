@@ -15,6 +15,7 @@ from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options
 from vmth.cli.reuse import reuse_choice, reuse_options
+from vmth.cli.switchover import realtime_option
 from vmth.cli.values import DURATION_MS, DURATION_S, JUMP, ON_OFF, RATE, SIZE
 from vmth.demo.outcome import Outcome
 from vmth.demo.report import json_object, summary_lines
@@ -34,7 +35,7 @@ __all__ = ["demo"]
 #: What --receive may stand beside.
 _OF_DESTINATION = frozenset(
     {"receive", "guest", "run_on", "reuse", "reuse_index", "reuse_memory", "insecure", "dscp"}
-    | {"state_dir", "as_json"}
+    | {"realtime", "state_dir", "as_json"}
 )
 
 
@@ -151,6 +152,7 @@ _OF_DESTINATION = frozenset(
 @click.option("--receive", metavar="URI", help="Take in one guest of a vmth demo --send.")
 @click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
 @link_options
+@realtime_option
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -211,7 +213,12 @@ def _run(given: dict[str, Any], console: Console) -> Outcome:
     if given["receive"]:
         return run_receive(
             ArrivalSettings(given["guest"] or "", given["run_on"], reuse_choice(given)),
-            ReceiveOptions(insecure=given["insecure"], state_dir=given["state_dir"], link=link),
+            ReceiveOptions(
+                insecure=given["insecure"],
+                realtime=given["realtime"],
+                state_dir=given["state_dir"],
+                link=link,
+            ),
             given["receive"],
             console,
         )
@@ -236,6 +243,7 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         zerocopy=given["zero_copy"],
         **form_choices(given),
         insecure=given["insecure"],
+        realtime=given["realtime"],
         state_dir=given["state_dir"],
         keep_image=given["keep_image"],
         link=link,

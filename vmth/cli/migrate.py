@@ -12,6 +12,7 @@ import click
 from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
 from vmth.cli.link import link_choices, link_options
+from vmth.cli.switchover import realtime_option
 from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE, SIZE
 from vmth.errors import UsageError
 from vmth.policy.interface import OnStall
@@ -90,6 +91,7 @@ __all__ = ["migrate"]
 )
 @click.option("--postcopy", is_flag=True, help="Not supported yet.")
 @link_options
+@realtime_option
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -139,6 +141,7 @@ def _options(given: dict[str, Any]) -> QemuMigrateOptions:
         **form_choices(given),
         kept_copies_bytes=given["kept_copies"],
         insecure=given["insecure"],
+        realtime=given["realtime"],
         state_dir=given["state_dir"],
         keep_image=given["keep_image"],
         link=link_choices(given),

@@ -11,6 +11,7 @@ import click
 
 from vmth.cli.answers import answer
 from vmth.cli.reuse import reuse_choice, reuse_options
+from vmth.cli.switchover import realtime_option
 from vmth.errors import MigrationError
 from vmth.interrupts import Interrupts
 from vmth.options import ReceiveOptions
@@ -48,6 +49,7 @@ __all__ = ["receive"]
     "--once/--keep-listening", default=True, show_default=True, help="End after one migration."
 )
 @click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
+@realtime_option
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json",
@@ -80,7 +82,9 @@ def receive(
       vmth receive tcp:127.0.0.1:4444 -- qemu-system-x86_64 -machine q35 -m 1G -accel kvm
     """
     console = Console(sys.stderr if as_json else sys.stdout)
-    options = ReceiveOptions(insecure=given["insecure"], state_dir=given["state_dir"])
+    options = ReceiveOptions(
+        insecure=given["insecure"], realtime=given["realtime"], state_dir=given["state_dir"]
+    )
 
     def show(outcome: Arrival | MigrationError) -> None:
         if as_json:

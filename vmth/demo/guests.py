@@ -54,6 +54,9 @@ class DemoGuest:
     def save_state(self, write: Callable[[StateStream], None]) -> None:
         self.holder.save_state(write)
 
+    def switchover_threads(self) -> Sequence[int]:
+        return self.holder.switchover_threads()
+
     def estimate_state_bytes(self) -> int:
         return self.holder.estimate_state_bytes() + RECORD_BYTES
 

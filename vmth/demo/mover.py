@@ -44,6 +44,7 @@ class Begin(msgspec.Struct, frozen=True):
     run_on_ns: int
     state_dir: str
     peer_timeout_s: float
+    realtime: bool
     source_memory: list[int]
     reuse: list[str]
     reuse_index: str | None
@@ -98,6 +99,7 @@ class DestinationMover:
             run_on_ns=settings.run_on_ns,
             state_dir=str(options.state_dir),
             peer_timeout_s=options.peer_timeout_s,
+            realtime=options.realtime,
             source_memory=list(source_memory),
             reuse=[str(path.absolute()) for path in settings.reuse.paths],
             reuse_index=str(settings.reuse.folder.absolute()) if settings.reuse.folder else None,
@@ -189,7 +191,11 @@ def main() -> int:
         arrival = receive_one(
             begin.uri,
             ArrivalSettings(begin.guest, begin.run_on_ns, _choice(begin)),
-            ReceiveOptions(state_dir=Path(begin.state_dir), peer_timeout_s=begin.peer_timeout_s),
+            ReceiveOptions(
+                state_dir=Path(begin.state_dir),
+                peer_timeout_s=begin.peer_timeout_s,
+                realtime=begin.realtime,
+            ),
             source_memory=begin.source_memory,
             on_listening=on_listening,
             ended=ended,

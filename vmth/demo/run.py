@@ -213,7 +213,9 @@ def _spawn_mover(
             DestinationMover(
                 ArrivalSettings(guest.holder.kind, settings.run_on_ns, settings.reuse),
                 ReceiveOptions(
-                    state_dir=_state_dir(outcome, resources), peer_timeout_s=options.peer_timeout_s
+                    state_dir=_state_dir(outcome, resources),
+                    peer_timeout_s=options.peer_timeout_s,
+                    realtime=options.realtime,
                 ),
                 memory,
             )

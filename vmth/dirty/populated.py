@@ -23,9 +23,22 @@ import errno
 from vmth._native import _kernels, _sys
 from vmth.dirty.mappings import MappingKind, mapping_kind
 from vmth.errors import UsageError
-from vmth.types import Bitmap, RamBlock, bitmap_words
+from vmth.guest import CanReportPopulated, Guest
+from vmth.types import Bitmap, Mapping, RamBlock, bitmap_words, new_bitmaps
 
-__all__ = ["check_range", "or_bits", "populated_bits"]
+__all__ = ["check_range", "maybe_nonzero", "or_bits", "populated_bits"]
+
+
+def maybe_nonzero(guest: Guest) -> list[Bitmap]:
+    """A bitmap a block, with a bit set for each page that may hold something other than zeros: as
+    the guest says, if it does, else as its mappings tell. Raises what ``populated_bits`` raises."""
+    bitmaps = new_bitmaps(guest.blocks)
+    for index, (block, bitmap) in enumerate(zip(guest.blocks, bitmaps, strict=True)):
+        if isinstance(guest, CanReportPopulated):
+            guest.populated(index, 0, block.npages, bitmap)
+        elif block.mapping != Mapping():  # without memory here, nothing is known or left out
+            populated_bits(block, 0, block.npages, bitmap)
+    return bitmaps
 
 
 def populated_bits(block: RamBlock, page: int, npages: int, out: Bitmap) -> None:

@@ -259,6 +259,10 @@ class HolderGuest:
         saved, _ = self._connection.ask(rq.SaveState(), rq.Saved)
         write(StateStream(STATE_STREAM + self.kind, saved.version, saved.data))
 
+    def switchover_threads(self) -> Sequence[int]:
+        """The holder's only one; none where it is not known who that is."""
+        return (self._process.pid,) if self._process is not None else ()
+
     def estimate_state_bytes(self) -> int:
         return self.vcpus * STATE_BYTES_A_VCPU
 

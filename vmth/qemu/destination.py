@@ -150,6 +150,11 @@ class HeldQemu:
                 return False  # nobody ever let it run, and now it is gone
             raise
 
+    def switchover_threads(self) -> Sequence[int]:
+        """The monitor's thread; QEMU's own are left alone."""
+        thread = self.qmp.thread_id
+        return (thread,) if thread is not None else ()
+
     def describe(self) -> dict[str, str]:
         process = process_identity(self.qmp.pid)
         return {"kind": "qemu", "qmp": self.qmp.path, "process": process}

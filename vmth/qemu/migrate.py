@@ -103,6 +103,7 @@ class QemuMigrateOptions:
     insecure: bool = False
     peer_timeout_s: float = 10.0
     query_timeout_s: float = 10.0
+    realtime: bool = True  #: what a paused guest waits for runs first, where that is permitted
     state_dir: Path | None = None
     keep_image: Path | None = None  #: where the guest's memory is kept once it has left
     link: LinkOptions = field(default_factory=LinkOptions)
@@ -138,6 +139,7 @@ class QemuMigrateOptions:
             insecure=self.insecure,
             peer_timeout_s=self.peer_timeout_s,
             query_timeout_s=self.query_timeout_s,
+            realtime=self.realtime,
             state_dir=self.state_dir,
             keep_image=self.keep_image,
             link=self.link,

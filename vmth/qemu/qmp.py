@@ -151,6 +151,11 @@ class Qmp:
 
     # ---- what callers use ------------------------------------------------------------------------
 
+    @property
+    def thread_id(self) -> int | None:
+        """Of the thread that talks to QEMU, as the kernel numbers it."""
+        return self._thread.native_id
+
     def execute(
         self,
         command: str,

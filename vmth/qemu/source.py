@@ -131,6 +131,11 @@ class StoppedQemu:
     def is_running(self) -> bool:
         return self.qmp.status() in RUNS
 
+    def switchover_threads(self) -> Sequence[int]:
+        """The monitor's thread; QEMU's own are left alone."""
+        thread = self.qmp.thread_id
+        return (thread,) if thread is not None else ()
+
     def describe(self) -> dict[str, str]:
         return {
             "kind": "qemu",

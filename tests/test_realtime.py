@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a paused guest waits for runs before all others, for so long and no longer; where that is
+not permitted a migration goes as well, and says so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_guest import MemoryGuest
+from test_session import World
+
+from vmth.errors import MigrationError
+from vmth.guests.spawn import spawn_source
+from vmth.listener import Listener
+from vmth.policy.interface import Action, Decision, Forecast, RoundView
+from vmth.realtime import NOT_PERMITTED, PRIORITY, Realtime, permitted
+from vmth.wire.messages import Mode
+
+needs_permission = pytest.mark.skipif(
+    not permitted(), reason=f"not permitted here: {NOT_PERMITTED}"
+)
+RAISED = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+USUAL = os.SCHED_OTHER
+
+
+def policy(thread: int = 0) -> int:
+    """Of the calling thread, or of this one."""
+    return os.sched_getscheduler(thread)
+
+
+class Sleeper:
+    """A thread that does nothing. Context manager."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ended.wait, daemon=True)
+
+    @property
+    def id(self) -> int:
+        assert self._thread.native_id is not None
+        return self._thread.native_id
+
+    def __enter__(self) -> Sleeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class PolicyGuest(MemoryGuest):
+    """Notes its caller's policy at each call, and names a thread of its own."""
+
+    def __init__(self, named: Sequence[int] = (), **options: Any) -> None:
+        super().__init__(**options)
+        self.named = named
+        self.seen: dict[str, list[int]] = {}
+        self.named_seen: dict[str, list[int]] = {}
+        self.threads: list[int] = []  #: who called
+
+    def switchover_threads(self) -> Sequence[int]:
+        return self.named
+
+    def _called(self, name: str) -> None:
+        self.seen.setdefault(name, []).append(policy())
+        self.named_seen.setdefault(name, []).extend(policy(thread) for thread in self.named)
+        self.threads.append(threading.get_native_id())
+        super()._called(name)
+
+
+class PolicyWorld(World):
+    named: Sequence[int] = ()
+
+    def guest(self, **options: Any) -> PolicyGuest:
+        guest = PolicyGuest(self.named, **options)
+        self.guests.append(guest)
+        return guest
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[PolicyWorld]:
+    world = PolicyWorld(tmp_path)
+    yield world
+    for listener in world.listeners:
+        listener.close()
+    for guest in world.guests:
+        guest.close()
+
+
+def running(world: PolicyWorld) -> tuple[PolicyGuest, Listener]:
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    source.seen.clear()
+    return source, listener
+
+
+# -- threads -------------------------------------------------------------------------------------
+
+
+@needs_permission
+def test_threads_are_raised_and_are_again_what_they_were() -> None:
+    with (
+        Sleeper() as given,
+        Sleeper() as named,
+        Sleeper() as batch,
+        contextlib.ExitStack() as stack,
+    ):
+        os.sched_setscheduler(batch.id, os.SCHED_BATCH, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, batch.id, 5)
+        realtime = Realtime()
+        stack.callback(realtime.end)
+        realtime.begin(_Named([named.id, batch.id]), given.id, None)
+        realtime.begin(_Named([named.id]), given.id)  # a second pause of the same session
+        for thread in (0, given.id, named.id, batch.id):
+            assert policy(thread) == RAISED
+            assert os.sched_getparam(thread).sched_priority == PRIORITY
+        with Sleeper() as started:
+            assert policy(started.id) == USUAL  # a vCPU that resume() makes
+        realtime.end()
+        realtime.end()
+        assert [policy(thread) for thread in (0, given.id, named.id)] == 3 * [USUAL]
+        assert policy(batch.id) == os.SCHED_BATCH
+        assert os.getpriority(os.PRIO_PROCESS, batch.id) == 5
+        realtime.begin(None)
+        assert policy() == RAISED
+        realtime.end()
+        assert policy() == USUAL
+
+
+@needs_permission
+def test_a_thread_with_a_realtime_policy_of_its_own_keeps_it() -> None:
+    with Sleeper() as other:
+        os.sched_setscheduler(other.id, os.SCHED_RR, os.sched_param(7))
+        realtime = Realtime()
+        realtime.begin(None, other.id)
+        assert policy(other.id) == os.SCHED_RR
+        realtime.end()
+        assert (policy(other.id), os.sched_getparam(other.id).sched_priority) == (os.SCHED_RR, 7)
+
+
+@needs_permission
+def test_a_thread_that_has_ended_is_nobodys_trouble() -> None:
+    with Sleeper() as early:
+        gone = early.id
+    realtime = Realtime()
+    with Sleeper() as late:
+        realtime.begin(None, gone, late.id)
+        assert policy(late.id) == RAISED
+    realtime.end()
+    assert policy() == USUAL and not realtime.refused
+
+
+@needs_permission
+def test_a_guest_that_cannot_name_its_threads_loses_only_them() -> None:
+    class Raises:
+        def switchover_threads(self) -> Sequence[int]:
+            raise OSError("no")
+
+    realtime = Realtime()
+    realtime.begin(Raises())
+    assert policy() == RAISED
+    realtime.end()
+    assert policy() == USUAL
+
+
+def test_what_is_not_wanted_is_not_done() -> None:
+    realtime = Realtime(wanted=False)
+    realtime.begin(None)
+    assert policy() == USUAL and not realtime.refused
+
+
+class _Named:
+    def __init__(self, threads: Sequence[int]) -> None:
+        self._threads = threads
+
+    def switchover_threads(self) -> Sequence[int]:
+        return self._threads
+
+
+# -- without permission --------------------------------------------------------------------------
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As the kernel does without CAP_SYS_NICE; the policies that were asked for."""
+    asked: list[int] = []
+
+    def sched_setscheduler(thread: int, wanted: int, param: os.sched_param) -> None:
+        asked.append(wanted)
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", sched_setscheduler)
+    return asked
+
+
+def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = refuse(monkeypatch)
+    with Sleeper() as other:
+        realtime = Realtime()
+        realtime.begin(None, other.id)
+        realtime.end()
+        realtime.begin(None, other.id)
+    assert realtime.refused
+    assert asked == [RAISED]
+
+
+@needs_permission
+def test_a_flag_that_cannot_be_taken_back_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With RLIMIT_RTPRIO alone a thread may go back, but not lose SCHED_RESET_ON_FORK."""
+    real = os.sched_setscheduler
+
+    def without_capability(thread: int, wanted: int, param: os.sched_param) -> None:
+        if policy(thread) & os.SCHED_RESET_ON_FORK > wanted & os.SCHED_RESET_ON_FORK:
+            raise PermissionError(1, "Operation not permitted")
+        real(thread, wanted, param)
+
+    monkeypatch.setattr(os, "sched_setscheduler", without_capability)
+    with Sleeper() as other:
+        realtime = Realtime()
+        realtime.begin(None, other.id)
+        realtime.end()
+        assert policy(other.id) == USUAL | os.SCHED_RESET_ON_FORK
+        realtime.begin(None, other.id)
+        assert policy(other.id) == RAISED
+        realtime.end()
+    real(0, USUAL, os.sched_param(0))
+
+
+def test_a_migration_that_may_not_says_so(
+    world: PolicyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch)
+    source, listener = running(world)
+    result = world.migrate(source, listener)
+    assert result.verified and NOT_PERMITTED in result.fallbacks
+    assert NOT_PERMITTED in listener.wait_for_guest(5).fallbacks
+    assert source.seen["pause"] == [USUAL]
+
+
+def test_a_process_without_the_capability_finds_out() -> None:
+    told = subprocess.run(
+        [
+            *("setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice"),
+            *("prlimit", "--rtprio=0:0"),
+            *(sys.executable, "-c", "from vmth.realtime import permitted; print(permitted())"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout == "False\n"
+
+
+# -- sessions ------------------------------------------------------------------------------------
+
+
+@needs_permission
+def test_both_ends_hurry_from_the_pause_until_the_guest_runs(world: PolicyWorld) -> None:
+    with Sleeper() as sleeper:
+        world.named = [sleeper.id]
+        source, listener = running(world)
+        result = world.migrate(source, listener)
+        there = world.made[-1]
+        assert isinstance(there, PolicyGuest)
+        listener.wait_for_guest(5)
+        assert {name: source.seen[name] for name in ("pause", "save_state", "hold", "release")} == {
+            "pause": [RAISED],
+            "save_state": [RAISED],
+            "hold": [RAISED],
+            "release": [USUAL],
+        }
+        assert there.seen["load_state"] == [RAISED] and there.seen["resume"] == [RAISED]
+        assert source.named_seen["save_state"] == there.named_seen["resume"] == [RAISED]
+        assert policy(sleeper.id) == USUAL
+        assert NOT_PERMITTED not in result.fallbacks
+
+
+@needs_permission
+@pytest.mark.parametrize(
+    ("options", "here", "there"),
+    [
+        ({"realtime": False}, USUAL, RAISED),
+        # All of memory comes, or is hashed, while the guest is paused: no matter of moments.
+        ({"mode": Mode.COLD}, USUAL, USUAL),
+        ({"audit": True}, USUAL, USUAL),
+    ],
+)
+def test_who_does_not_hurry(
+    world: PolicyWorld, options: dict[str, Any], here: int, there: int
+) -> None:
+    source, listener = running(world)
+    world.migrate(source, listener, **options)
+    guest = world.made[-1]
+    assert isinstance(guest, PolicyGuest)
+    assert source.seen["save_state"] == [here]
+    assert guest.seen["resume"] == [there]
+
+
+@needs_permission
+def test_a_destination_may_be_told_not_to(world: PolicyWorld) -> None:
+    source, listener = world.guest(), world.listen(realtime=False)
+    source.resume()
+    world.migrate(source, listener)
+    guest = world.made[-1]
+    assert isinstance(guest, PolicyGuest)
+    assert source.seen["save_state"] == [RAISED]
+    assert guest.seen["resume"] == [USUAL]
+
+
+class TakenBackOnce:
+    """Switches over after the first round, thinks better of it, and switches over after the next;
+    ``seen``: the policy at each decision."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self._pauses = 0
+
+    def decide(self, view: RoundView) -> Decision:
+        self.seen.append(policy())
+        return Decision(Action.SWITCH_OVER, "now", Forecast(0, 0, 0, 0))
+
+    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
+        self.seen.append(policy())
+        self._pauses += 1
+        action = Action.CONTINUE if self._pauses == 1 else Action.SWITCH_OVER
+        return Decision(action, "it has grown", Forecast(0, 0, 0, 0))
+
+
+@needs_permission
+def test_a_pause_that_is_taken_back_ends_it(world: PolicyWorld) -> None:
+    source, listener = running(world)
+    chosen = TakenBackOnce()
+    world.migrate(source, listener, policy=chosen)
+    world.check_moved(source, listener)
+    assert chosen.seen == [USUAL, RAISED, USUAL, RAISED]
+
+
+@needs_permission
+@pytest.mark.parametrize("where", ["save_state", "load_state"])
+def test_a_failure_while_paused_ends_it_at_both_ends(world: PolicyWorld, where: str) -> None:
+    with Sleeper() as sleeper:
+        world.named = [sleeper.id]
+        source, listener = running(world)
+        trouble = RuntimeError("broken")
+        if where == "save_state":
+            source.fail[where] = trouble
+        else:
+            world.prepare = lambda guest: guest.fail.update({where: trouble})
+        with pytest.raises(MigrationError, match="broken"):
+            world.migrate(source, listener)
+        with contextlib.suppress(MigrationError):
+            listener.wait_for_guest(5)
+        world.check_stayed(source)
+        # The other end lets go a moment later.
+        for _ in range(500):
+            if policy(sleeper.id) == USUAL:
+                break
+            threading.Event().wait(0.01)
+        assert policy(sleeper.id) == USUAL
+        world.prepare = lambda guest: None
+        source.seen.clear()
+        world.migrate(source, listener)
+        world.check_moved(source, listener)
+        assert source.seen["save_state"] == [RAISED]
+
+
+@needs_permission
+def test_the_holder_of_a_shipped_guest_is_raised_and_its_vcpus_are_not() -> None:
+    guest, _ = spawn_source("process", 16 << 20)
+    with contextlib.closing(guest):
+        (holder,) = guest.switchover_threads()
+        realtime = Realtime()
+        realtime.begin(guest)
+        try:
+            assert policy(holder) == RAISED
+            others = {int(name) for name in os.listdir(f"/proc/{holder}/task")} - {holder}
+            assert others and all(policy(thread) == USUAL for thread in others)
+        finally:
+            realtime.end()
+        assert policy(holder) == USUAL
