@@ -22,7 +22,7 @@ from policy_simulation import (
 )
 
 from vmth.policy import Action, FixedRoundsPolicy, OnStall, RoundView, StandardPolicy
-from vmth.policy.forecast import HANDOVER_NS
+from vmth.policy.forecast import HANDOVER_NS, bytes_per_page, page_ns
 from vmth.report import forecast_lines, forecast_values
 from vmth.stats import DowntimeParts, JobForecast, MigrationResult, RoundStats, TransferCounters
 
@@ -73,6 +73,28 @@ def test_the_total_time_of_a_skewed_workload_is_foreseen_after_round_1(skew: flo
     assert out.forecasts[1].total_ns == pytest.approx(ended_ns(out), rel=0.05)
 
 
+def view_of(*rounds: RoundStats) -> RoundView:
+    """After them, 300 ms allowed, an idle queue, a round trip of 1 ms."""
+    return RoundView(
+        now_ns=sum(stats.duration_ns for stats in rounds),
+        started_ns=0,
+        rounds=rounds,
+        dirty_pages=rounds[-1].dirty_pages,
+        page_bytes=PAGE,
+        memory_bytes=1 << 30,
+        queued_bytes=0,
+        rtt_ns=MS,
+        state_bytes=0,
+        bandwidth_limit_bps=0,
+        downtime_limit_ns=300 * MS,
+        timeout_ns=0,
+        on_stall=OnStall.PAUSE,
+        throttle_percent=0,
+        can_throttle=False,
+        failed_rechecks=0,
+    )
+
+
 def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     """A third of them had; the rest will, so that the next rounds are as short as that third's."""
     policy, mb = StandardPolicy(), 1_000_000
@@ -81,27 +103,33 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     based = replace(again, delta_pages=20_000, delta_bytes=2 * mb)
     told = []
     for newest in (again, based):
-        view = RoundView(
-            now_ns=5_000 * MS,
-            started_ns=0,
-            rounds=(full, newest),
-            dirty_pages=40_000,
-            page_bytes=PAGE,
-            memory_bytes=1 << 30,
-            queued_bytes=0,
-            rtt_ns=MS,
-            state_bytes=0,
-            bandwidth_limit_bps=0,
-            downtime_limit_ns=300 * MS,
-            timeout_ns=0,
-            on_stall=OnStall.PAUSE,
-            throttle_percent=0,
-            can_throttle=False,
-            failed_rechecks=0,
-        )
+        view = view_of(full, newest)
         told.append(policy.foresee(view, policy.decide(view)))
     assert told[0].total_ns > 6_000 * MS
     assert 5_040 * MS < told[1].total_ns < 5_400 * MS
+
+
+def test_once_pages_are_built_on_bases_round_1_tells_no_more_what_they_cost() -> None:
+    """Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it."""
+    full = RoundStats(
+        0, 262144, 67502, 66868, 14, 390_070_000, 32_800 * MS, 11.9e6, 38038, 4.8e6, 0
+    )
+    first = RoundStats(1, 38038, 13774, 0, 0, 72_670_000, 6_110 * MS, 11.9e6, 25549, 17e6, 0)
+    again = [
+        RoundStats(2, 25549, 1363, 0, 0, 8_030_000, 680 * MS, 11.8e6, 5803, 35e6, 0),
+        RoundStats(3, 5803, 240, 0, 0, 1_570_000, 136 * MS, 11.6e6, 1645, 50e6, 0),
+    ]
+    built = [replace(stats, delta_pages=stats.pages // 2) for stats in again]
+    for younger, costs in ((again, (700, 900)), (built, (271, 320))):
+        view = view_of(full, first, *younger)
+        assert costs[0] < bytes_per_page(view) < costs[1]
+        assert costs[0] < page_ns(view) * 11.6e6 / NS < costs[1]
+    # A round of a few pages tells nothing; what they cost is what it cost before.
+    few = replace(built[0], pages=100, bytes=2_000, duration_ns=2 * MS)
+    assert bytes_per_page(view_of(full, first, few)) > 1800
+    # One that costs more than those before it is believed at once.
+    dear = replace(built[1], bytes=5803 * 3000)
+    assert bytes_per_page(view_of(full, first, built[0], dear)) == pytest.approx(3000)
 
 
 def test_a_source_that_waits_in_each_round_is_foreseen_to_wait_again() -> None:

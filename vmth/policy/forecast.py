@@ -12,7 +12,9 @@
 
 Bandwidth is acknowledged bytes over time, never pages: a burst of zero pages moves millions of
 pages a second and says nothing about the link. Bytes a page come from the rounds after the full
-pass, because what is dirtied is hot and rarely zero, whatever the rest of memory looks like.
+pass, because what is dirtied is hot and rarely zero, whatever the rest of memory looks like. Round
+1 sends most of that for the first time since it was rewritten, without a base: once younger rounds
+have built on what landed they alone tell what the next will cost.
 
 The dirty set is modelled as uniform writes over a working set: in a time t they dirty
 ``W (1 - e^(-w t / W))`` distinct pages, with the first-touch rate ``w`` and the working set ``W``
@@ -52,6 +54,8 @@ JOURNAL_RECORDS = 3
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.
 PAGE_READ_NS = 350
+#: So many pages tell what one costs.
+ENOUGH_PAGES = 256
 #: A round counts half as much as the one after it.
 DECAY = 0.5
 #: Without a single acknowledged byte the link is unknown: as slow as the slowest that is in use.
@@ -139,11 +143,20 @@ def bandwidth_bps(view: RoundView) -> float:
     return min(measured, view.bandwidth_limit_bps) if view.bandwidth_limit_bps else measured
 
 
+def _telling(view: RoundView) -> list[RoundStats]:
+    """The rounds by which a page's cost is judged, oldest first."""
+    later = [round_ for round_ in view.rounds if round_.round > 0 and round_.pages > 0]
+    younger = [round_ for round_ in later if round_.round > 1]
+    built = any(round_.delta_pages for round_ in younger)
+    enough = sum(round_.pages for round_ in younger) >= ENOUGH_PAGES
+    return younger if built and enough else later
+
+
 def bytes_per_page(view: RoundView) -> float:
     """Wire bytes that one dirty page costs: the larger of the smoothed and the newest mix of the
     rounds after the full pass; a whole page while there is none."""
     whole = view.page_bytes * WIRE_OVERHEAD
-    later = [round_ for round_ in view.rounds if round_.round > 0 and round_.pages > 0]
+    later = _telling(view)
     if not later:
         return whole
     nbytes = npages = 0.0
@@ -163,12 +176,11 @@ def page_ns(view: RoundView) -> float:
     fixed_ns = view.rtt_ns + ROUND_NS
     spent = npages = 0.0
     weight = 1.0
-    for round_ in reversed(view.rounds):
-        if round_.round > 0 and round_.pages > 0:
-            content = 1 - (round_.zero_pages + round_.hole_pages) / round_.pages
-            spent += weight * content * max(round_.duration_ns - round_.idle_ns - fixed_ns, 0)
-            npages += weight * round_.pages
-            weight *= DECAY
+    for round_ in reversed(_telling(view)):
+        content = 1 - (round_.zero_pages + round_.hole_pages) / round_.pages
+        spent += weight * content * max(round_.duration_ns - round_.idle_ns - fixed_ns, 0)
+        npages += weight * round_.pages
+        weight *= DECAY
     return spent / npages if npages else 0.0
 
 

@@ -104,6 +104,7 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
         dirty_pages=dirty,
         dirty_rate_bps=dirty * view.page_bytes * NS / duration_ns,
         expected_downtime_ns=0,
+        delta_pages=pages if view.rounds[-1].delta_pages else 0,
         idle_ns=idle_ns,
     )
     return replace(
