@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -109,27 +110,55 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     assert 5_040 * MS < told[1].total_ns < 5_400 * MS
 
 
+#: Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it.
+FULL = RoundStats(0, 262144, 67502, 66868, 14, 390_070_000, 32_800 * MS, 11.9e6, 38038, 4.8e6, 0)
+FIRST = RoundStats(1, 38038, 13774, 0, 0, 72_670_000, 6_110 * MS, 11.9e6, 25549, 17e6, 0)
+SECOND = RoundStats(2, 25549, 1363, 0, 0, 8_030_000, 680 * MS, 11.8e6, 5803, 35e6, 0)
+THIRD = RoundStats(3, 5803, 240, 0, 0, 1_570_000, 136 * MS, 11.6e6, 1645, 50e6, 0)
+
+
+def built(stats: RoundStats, **changes: Any) -> RoundStats:
+    """Nine of ten pages that are not zero went as a delta."""
+    changed = replace(stats, **changes)
+    return replace(changed, delta_pages=(changed.pages - changed.zero_pages) * 9 // 10)
+
+
 def test_once_pages_are_built_on_bases_round_1_tells_no_more_what_they_cost() -> None:
-    """Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it."""
-    full = RoundStats(
-        0, 262144, 67502, 66868, 14, 390_070_000, 32_800 * MS, 11.9e6, 38038, 4.8e6, 0
-    )
-    first = RoundStats(1, 38038, 13774, 0, 0, 72_670_000, 6_110 * MS, 11.9e6, 25549, 17e6, 0)
-    again = [
-        RoundStats(2, 25549, 1363, 0, 0, 8_030_000, 680 * MS, 11.8e6, 5803, 35e6, 0),
-        RoundStats(3, 5803, 240, 0, 0, 1_570_000, 136 * MS, 11.6e6, 1645, 50e6, 0),
-    ]
-    built = [replace(stats, delta_pages=stats.pages // 2) for stats in again]
-    for younger, costs in ((again, (700, 900)), (built, (271, 320))):
-        view = view_of(full, first, *younger)
+    for younger, costs in (
+        ((SECOND, THIRD), (700, 900)),
+        ((built(SECOND), built(THIRD)), (271, 320)),
+    ):
+        view = view_of(FULL, FIRST, *younger)
         assert costs[0] < bytes_per_page(view) < costs[1]
         assert costs[0] < page_ns(view) * 11.6e6 / NS < costs[1]
-    # A round of a few pages tells nothing; what they cost is what it cost before.
-    few = replace(built[0], pages=100, bytes=2_000, duration_ns=2 * MS)
-    assert bytes_per_page(view_of(full, first, few)) > 1800
     # One that costs more than those before it is believed at once.
-    dear = replace(built[1], bytes=5803 * 3000)
-    assert bytes_per_page(view_of(full, first, built[0], dear)) == pytest.approx(3000)
+    dear = built(THIRD, bytes=5803 * 3000)
+    assert bytes_per_page(view_of(FULL, FIRST, built(SECOND), dear)) == pytest.approx(3000)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        # A set that is larger than what the price is known of: not all of it is as hot.
+        built(SECOND, pages=400, normal_pages=40, bytes=108_000, duration_ns=10 * MS),
+        # Zeros tell nothing of pages that are none.
+        built(SECOND, pages=20_400, zero_pages=20_000, bytes=100_000, duration_ns=10 * MS),
+        # Few had a base.
+        replace(built(SECOND, bytes=2_000_000), pages=30_000, delta_pages=3_000),
+    ],
+)
+def test_pages_without_a_base_are_not_taken_for_cheap_ones(second: RoundStats) -> None:
+    burst = replace(second, dirty_pages=10_000)
+    view = view_of(FULL, FIRST, burst)
+    assert bytes_per_page(view) > 500
+    decision = StandardPolicy().decide(view)
+    assert decision.action is Action.CONTINUE
+    assert decision.forecast.total_ns > 400 * MS
+
+
+def test_a_few_pages_tell_nothing() -> None:
+    few = built(SECOND, pages=200, bytes=2_000, duration_ns=2 * MS, dirty_pages=100)
+    assert bytes_per_page(view_of(FULL, FIRST, few)) > 1800
 
 
 def test_a_source_that_waits_in_each_round_is_foreseen_to_wait_again() -> None:

@@ -66,7 +66,7 @@ class Arrival:
         listener = Listener(
             parse_endpoint("tcp:127.0.0.1:0", listening=True),
             lambda incoming: self.there,
-            ReceiveOptions(state_dir=tmp_path / "destination"),
+            ReceiveOptions(state_dir=tmp_path / "destination", realtime=False),
         )
         try:
             sent = [view.copy() for view in self.source.views]

@@ -79,6 +79,8 @@ class DestinationRecord:
         self.was_running = True
         self.guest: Guest | None = None
         self.send: Send | None = None  #: to the control connection, while there is one
+        #: Called by the guest's own thread; must not raise
+        self.before_discard: Callable[[], None] | None = None
         self._journal = journal
         self._handover = destination_handover(state)
         self._lock = threading.RLock()
@@ -252,6 +254,8 @@ class DestinationRecord:
         if self._owner not in (None, threading.current_thread()):
             self._discard_due = True  # it may be busy with the guest; the state says it never runs
             return
+        if self.before_discard is not None and self._owner is not None:
+            self.before_discard()
         try:
             self.guest.release()
         except Exception as error:  # it will never run all the same; what it held may leak

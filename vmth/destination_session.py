@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmth import __version__
+from vmth.abort import abort_code
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import BASED_FORMS, agreed_forms
 from vmth.channel.pages import NativeReceiver
@@ -237,6 +238,7 @@ class DestinationSession:
             raise
         self._record = record
         record.own_guest(guest)
+        record.before_discard = self._realtime.end  # memory is freed then
         watcher = threading.Thread(target=self._watch_pages, name="vmth-watch", daemon=True)
         watcher.start()
         self._resources.callback(watcher.join)
@@ -357,6 +359,7 @@ class DestinationSession:
                 self._seal_when_landed()
                 message = self._control.receive()
                 self._handled, self._handling = self._handled + 1, True
+                self._realtime.check_time()
                 try:
                     self._handle(message)
                 finally:
@@ -379,8 +382,8 @@ class DestinationSession:
             self.progress = message
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
-            self._paused = True
             self._hurry()
+            self._paused = True
         elif isinstance(message, State | PackedState):
             if isinstance(message, PackedState) and PACKED_STATE not in self._agreed:
                 raise StreamError(f"received PackedState, allowed with {PACKED_STATE!r} agreed on")
@@ -389,6 +392,7 @@ class DestinationSession:
             self._expect_seal_ahead(message)
         elif isinstance(message, DigestRequest):
             assert self._replies is not None
+            self._realtime.end()  # tables are compared, or memory is hashed
             self._control.send(self._replies.reply(message, self._paused))
         elif isinstance(message, Seal):
             if self._ahead is not None:
@@ -412,9 +416,9 @@ class DestinationSession:
             )
 
     def _hurry(self) -> None:
-        """Not where all of memory comes, or is hashed, while the guest is paused."""
+        """Once, and not where all of memory comes, or is hashed, while the guest is paused."""
         assert self._offer is not None
-        if self._offer.mode == Mode.LIVE and not self._offer.audit:
+        if self._offer.mode == Mode.LIVE and not self._offer.audit and not self._paused:
             self._realtime.begin(self._guest, self._control.thread_id)
 
     def _check_receiving(self, message: Message) -> None:
@@ -546,7 +550,7 @@ class DestinationSession:
             self._discard_unrecorded(outcome)
             return outcome
         record.outgoing.reason = str(outcome)
-        record.outgoing.code = _abort_code(error)
+        record.outgoing.code = abort_code(error)
         lost = isinstance(error, ChannelError) and self._control.failure is error
         event = DestinationEvent.CONNECTION_LOST if lost else DestinationEvent.FAILURE
         try:
@@ -585,15 +589,3 @@ class DestinationSession:
 
 def _text(error: Exception) -> str:
     return str(error) if isinstance(error, VmthError) else f"{type(error).__name__}: {error}"
-
-
-def _abort_code(error: Exception) -> AbortCode:
-    if isinstance(error, CancelledError):
-        return AbortCode.CANCELLED
-    if isinstance(error, StreamError):
-        return AbortCode.PROTOCOL
-    if isinstance(error, GuestError):
-        return AbortCode.GUEST
-    if isinstance(error, VerificationError):
-        return AbortCode.VERIFICATION
-    return AbortCode.FAILED

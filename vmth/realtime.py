@@ -6,27 +6,34 @@ message. On a host whose cores are busy with guests every wake-up may wait for a
 somebody else, and as soon as the guest runs at the destination its own vCPUs are among them. So
 these threads get SCHED_FIFO with the lowest priority, sched(7), from the pause until the guest runs
 somewhere; then each is again what it was. The threads that carry pages are left alone: they work as
-long as there are pages. So is every vCPU: a thread that is started meanwhile inherits nothing
-(SCHED_RESET_ON_FORK).
+long as there are pages. So is every vCPU: a thread that is started meanwhile gets the usual policy
+and nice 0 (SCHED_RESET_ON_FORK).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vmth.guest import CanNameThreads
 
-__all__ = ["NOT_PERMITTED", "PRIORITY", "Realtime", "permitted"]
+__all__ = ["LONGEST_NS", "NOT_PERMITTED", "PRIORITY", "Realtime", "permitted"]
 
 log = logging.getLogger(__name__)
 
 PRIORITY = 1
-NOT_PERMITTED = "real-time priority: needs CAP_SYS_NICE, or RLIMIT_RTPRIO of 1 and more"
+NOT_PERMITTED = (
+    "real-time priority: not permitted (CAP_SYS_NICE or RLIMIT_RTPRIO, and real-time run time of "
+    "the cgroup where the kernel divides that)"
+)
+#: No pause that is worth it lasts longer; whatever the other end does, it is over then.
+LONGEST_NS = 5_000_000_000
 #: What a thread may be taken from; one with another policy has been given it by somebody.
 _USUAL = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
@@ -36,24 +43,32 @@ class Realtime:
     """Of one session, for its thread, which alone calls it. Without ``wanted`` nothing is done."""
 
     wanted: bool = True
-    refused: bool = False  #: the kernel did not permit it
+    clock: Callable[[], int] = time.monotonic_ns
+    refused: bool = False  #: the kernel did not permit it to the calling thread
     _before: dict[int, int] = field(default_factory=dict)  #: thread -> policy
+    _begun_ns: int = 0
 
     def begin(self, guest: object, *threads: int | None) -> None:
         """Raise the calling thread, these (kernel ids; None is left out) and those that the guest
-        names, if it names any. A thread that has ended, or has a real-time policy already, stays as
-        it is. Never raises."""
-        if not self.wanted:
+        names, if it names any. A thread that has ended, has a real-time policy already or may not
+        be raised stays as it is. Never raises."""
+        if not self.wanted or self.refused:
             return
-        named: Iterable[int] = ()
-        if isinstance(guest, CanNameThreads):
-            try:
-                named = tuple(guest.switchover_threads())
-            except Exception as error:
-                log.warning("the guest's threads for the switchover are not known: %s", error)
-        for thread in (threading.get_native_id(), *threads, *named):
-            if thread is not None and thread not in self._before and not self.refused:
-                self._raise(thread)
+        own = threading.get_native_id()
+        self._begun_ns = self.clock()
+        trouble = self._raise(own)
+        if trouble is not None:
+            self.refused = True
+            log.info("%s: %s", NOT_PERMITTED, trouble)
+            return
+        for thread in (*threads, *_named(guest)):
+            if thread is not None and (trouble := self._raise(thread)) is not None:
+                log.info("thread %s keeps its priority: %s", thread, trouble)
+
+    def check_time(self) -> None:
+        """``end()`` once LONGEST_NS have passed."""
+        if self._before and self.clock() - self._begun_ns > LONGEST_NS:
+            self.end()
 
     def end(self) -> None:
         """Each is again what it was. Idempotent, never raises."""
@@ -64,25 +79,35 @@ class Realtime:
             except ProcessLookupError:
                 pass  # it has ended
             except PermissionError:
-                # Without CAP_SYS_NICE the flag cannot be taken back; here it changes nothing.
+                # Only CAP_SYS_NICE takes the flag back. With it, what the thread starts later has
+                # no negative nice value.
                 with contextlib.suppress(OSError):
                     _set(thread, policy | os.SCHED_RESET_ON_FORK)
             except OSError as error:
                 log.warning("thread %d keeps its real-time priority: %s", thread, error)
 
-    def _raise(self, thread: int) -> None:
+    def _raise(self, thread: int) -> Exception | None:
+        """What the kernel had against it; a thread that has ended is no trouble."""
+        if thread in self._before:
+            return None
         try:
             policy = os.sched_getscheduler(thread)
-            if policy & ~os.SCHED_RESET_ON_FORK not in _USUAL:
-                return
-            _set(thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, PRIORITY)
-        except ProcessLookupError:
-            return
-        except OSError as error:  # EPERM, or a sandbox's answer
-            self.refused = True
-            log.info("%s (%s)", NOT_PERMITTED, error)
-            return
-        self._before[thread] = policy
+            if policy & ~os.SCHED_RESET_ON_FORK in _USUAL:
+                _set(thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, PRIORITY)
+                self._before[thread] = policy
+        except (OSError, OverflowError, TypeError, ValueError) as error:  # the guest's numbers
+            return None if getattr(error, "errno", 0) == errno.ESRCH else error
+        return None
+
+
+def _named(guest: object) -> Iterable[int]:
+    if not isinstance(guest, CanNameThreads):
+        return ()
+    try:
+        return tuple(guest.switchover_threads())
+    except Exception as error:
+        log.warning("the guest's threads for the switchover are not known: %s", error)
+        return ()
 
 
 def permitted() -> bool:

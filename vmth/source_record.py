@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from vmth.abort import abort_error
 from vmth.channel.sockets import DialError
 from vmth.errors import (
     CancelledError,
@@ -18,10 +19,7 @@ from vmth.errors import (
     GuestError,
     InDoubtError,
     MigrationError,
-    NotConvergedError,
-    StreamError,
     UsageError,
-    VerificationError,
     VmthError,
 )
 from vmth.guest import CanDescribe, CanHold, Guest
@@ -42,34 +40,9 @@ from vmth.wire.messages import (
     Seal,
 )
 
-__all__ = ["SourceRecord", "abort_code", "abort_error", "why_it_ended"]
+__all__ = ["SourceRecord", "why_it_ended"]
 
 log = logging.getLogger(__name__)
-
-_ABORT_CODES: tuple[tuple[type[BaseException], AbortCode], ...] = (
-    (CancelledError, AbortCode.CANCELLED),
-    (NotConvergedError, AbortCode.NOT_CONVERGED),
-    (VerificationError, AbortCode.VERIFICATION),
-    (StreamError, AbortCode.PROTOCOL),
-    (GuestError, AbortCode.GUEST),
-)
-
-
-def abort_code(error: BaseException) -> AbortCode:
-    """How the destination is told why this ended."""
-    for kind, code in _ABORT_CODES:
-        if isinstance(error, kind):
-            return code
-    return AbortCode.FAILED
-
-
-def abort_error(abort: Abort) -> MigrationError:
-    """What a migration ends with that the destination has ended."""
-    kind = {
-        AbortCode.VERIFICATION: VerificationError,
-        AbortCode.CANCELLED: CancelledError,
-    }.get(AbortCode(abort.code), MigrationError)
-    return kind(f"the destination ended the migration: {abort.reason}")
 
 
 class SourceRecord:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from vmth.abort import abort_code
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import agreed_forms
@@ -69,7 +70,7 @@ from vmth.queries import ask_destination, settle, tell_kept, tell_released
 from vmth.realtime import NOT_PERMITTED, Realtime
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
-from vmth.source_record import SourceRecord, abort_code, why_it_ended
+from vmth.source_record import SourceRecord, why_it_ended
 from vmth.source_stats import downtime_parts, draft_result, job_stats
 from vmth.state_streams import StateTeller, packing_pays
 from vmth.stats import JobStats, MigrationResult, TransferCounters
@@ -270,11 +271,10 @@ class SourceSession:
         record.receiver_id = accept.receiver_id
         record.was_running = was_running
         record.send = self._control.send
-        record.query = self._query
-        record.tell_released = self._tell_released
-        record.tell_kept = lambda abort: tell_kept(
-            self._endpoint, self._options.link, self.session_id, abort
-        )
+        there = (self._endpoint, self._options.link, self.session_id)
+        record.query = partial(ask_destination, *there, accept.receiver_id)
+        record.tell_released = partial(tell_released, *there, accept.receiver_id)
+        record.tell_kept = partial(tell_kept, *there)
         record.before_release = self._before_release
         self._record = record
         try:
@@ -333,7 +333,7 @@ class SourceSession:
             digest_on=self._options.digest,
             state=state,
             send_seal=self._send_seal,
-            mismatched=partial(record.apply, SourceEvent.MISMATCH),
+            mismatched=self._mismatched,
             check_time=self._check_repair,
         )
         tools = RoundTools(
@@ -402,6 +402,11 @@ class SourceSession:
         assert self._record is not None
         self._record.seal = seal
         self._record.apply(SourceEvent.SEAL)
+
+    def _mismatched(self) -> None:
+        assert self._record is not None
+        self._realtime.end()  # tables are compared now
+        self._record.apply(SourceEvent.MISMATCH)
 
     def _check_repair(self) -> None:
         """A repair is downtime: it has the downtime limit, or as long again as the last pages took
@@ -491,6 +496,7 @@ class SourceSession:
         """Before the grant: the guest runs here as before. Returns why it does not."""
         if self._engine is not None:
             self._engine.let_go()
+        self._realtime.end()  # the other end is told, which may take a dial
         paused = record.state is not SourceState.RUNNING
         record.abort_code = abort_code(outcome)
         record.abort_reason = str(outcome)
@@ -556,18 +562,6 @@ class SourceSession:
         with contextlib.suppress(VmthError):
             self._last_counters = self._sender.counters()
         self._sender.close()
-
-    def _query(self) -> Message | None:
-        assert self._record is not None
-        return ask_destination(
-            self._endpoint, self._options.link, self.session_id, self._record.receiver_id
-        )
-
-    def _tell_released(self) -> Message | None:
-        assert self._record is not None
-        return tell_released(
-            self._endpoint, self._options.link, self.session_id, self._record.receiver_id
-        )
 
     def _emit(self, event: Event) -> None:
         self.events.put(event)

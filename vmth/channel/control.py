@@ -67,8 +67,8 @@ class ControlConnection:
 
     @property
     def thread_id(self) -> int | None:
-        """The reader's, as the kernel numbers it; None before ``start()``."""
-        return self._thread.native_id
+        """The reader's, as the kernel numbers it; None unless it runs."""
+        return self._thread.native_id if self._thread.is_alive() else None
 
     @property
     def waits(self) -> bool:

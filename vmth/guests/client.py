@@ -260,8 +260,9 @@ class HolderGuest:
         write(StateStream(STATE_STREAM + self.kind, saved.version, saved.data))
 
     def switchover_threads(self) -> Sequence[int]:
-        """The holder's only one; none where it is not known who that is."""
-        return (self._process.pid,) if self._process is not None else ()
+        """The holder's only one; none where it is not known who that is, or it has ended."""
+        process = self._process
+        return (process.pid,) if process is not None and process.poll() is None else ()
 
     def estimate_state_bytes(self) -> int:
         return self.vcpus * STATE_BYTES_A_VCPU

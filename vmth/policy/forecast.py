@@ -13,8 +13,8 @@
 Bandwidth is acknowledged bytes over time, never pages: a burst of zero pages moves millions of
 pages a second and says nothing about the link. Bytes a page come from the rounds after the full
 pass, because what is dirtied is hot and rarely zero, whatever the rest of memory looks like. Round
-1 sends most of that for the first time since it was rewritten, without a base: once younger rounds
-have built on what landed they alone tell what the next will cost.
+1 sends most of that for the first time since it was rewritten, without a base: younger rounds that
+have built on what landed alone tell what as many pages as they had will cost.
 
 The dirty set is modelled as uniform writes over a working set: in a time t they dirty
 ``W (1 - e^(-w t / W))`` distinct pages, with the first-touch rate ``w`` and the working set ``W``
@@ -54,8 +54,10 @@ JOURNAL_RECORDS = 3
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.
 PAGE_READ_NS = 350
-#: So many pages tell what one costs.
+#: So many pages, not zero, tell what one costs...
 ENOUGH_PAGES = 256
+#: ...with a base, if of so many the delta was sent.
+BUILT_SHARE = 0.5
 #: A round counts half as much as the one after it.
 DECAY = 0.5
 #: Without a single acknowledged byte the link is unknown: as slow as the slowest that is in use.
@@ -143,20 +145,22 @@ def bandwidth_bps(view: RoundView) -> float:
     return min(measured, view.bandwidth_limit_bps) if view.bandwidth_limit_bps else measured
 
 
-def _telling(view: RoundView) -> list[RoundStats]:
-    """The rounds by which a page's cost is judged, oldest first."""
+def _telling(view: RoundView, pages: float) -> list[RoundStats]:
+    """The rounds by which the cost of each of so many pages is judged, oldest first. A larger set
+    than the younger rounds had is not all as hot as theirs."""
     later = [round_ for round_ in view.rounds if round_.round > 0 and round_.pages > 0]
     younger = [round_ for round_ in later if round_.round > 1]
-    built = any(round_.delta_pages for round_ in younger)
-    enough = sum(round_.pages for round_ in younger) >= ENOUGH_PAGES
-    return younger if built and enough else later
+    content = sum(round_.pages - round_.zero_pages - round_.hole_pages for round_ in younger)
+    built = sum(round_.delta_pages for round_ in younger) >= BUILT_SHARE * content
+    return younger if built and content >= max(ENOUGH_PAGES, pages) else later
 
 
-def bytes_per_page(view: RoundView) -> float:
-    """Wire bytes that one dirty page costs: the larger of the smoothed and the newest mix of the
-    rounds after the full pass; a whole page while there is none."""
+def bytes_per_page(view: RoundView, pages: float | None = None) -> float:
+    """Wire bytes that each of so many dirty pages costs (None: of the view's): the larger of the
+    smoothed and the newest mix of the rounds after the full pass; a whole page while there is
+    none."""
     whole = view.page_bytes * WIRE_OVERHEAD
-    later = _telling(view)
+    later = _telling(view, view.dirty_pages if pages is None else pages)
     if not later:
         return whole
     nbytes = npages = 0.0
@@ -169,14 +173,15 @@ def bytes_per_page(view: RoundView) -> float:
     return min(max(nbytes / npages, newest), whole)
 
 
-def page_ns(view: RoundView) -> float:
-    """Wall time that one dirty page took in the rounds after the full pass, beyond what every round
-    costs; 0 while there is none. Where pages take a short form the link does not set the pace. The
-    share of zeros in a round's time is left out: what they cost is known."""
+def page_ns(view: RoundView, pages: float | None = None) -> float:
+    """Wall time that each of so many dirty pages (None: of the view's) took in the rounds after the
+    full pass, beyond what every round costs; 0 while there is none. Where pages take a short form
+    the link does not set the pace. The share of zeros in a round's time is left out: what they cost
+    is known."""
     fixed_ns = view.rtt_ns + ROUND_NS
     spent = npages = 0.0
     weight = 1.0
-    for round_ in reversed(_telling(view)):
+    for round_ in reversed(_telling(view, view.dirty_pages if pages is None else pages)):
         content = 1 - (round_.zero_pages + round_.hole_pages) / round_.pages
         spent += weight * content * max(round_.duration_ns - round_.idle_ns - fixed_ns, 0)
         npages += weight * round_.pages
@@ -186,8 +191,8 @@ def page_ns(view: RoundView) -> float:
 
 def sending_ns(view: RoundView, pages: float) -> float:
     """Until so many dirty pages have landed, without what is queued before them."""
-    wire_ns = bytes_per_page(view) / bandwidth_bps(view) * NS
-    return pages * max(wire_ns, page_ns(view), PAGE_READ_NS)
+    wire_ns = bytes_per_page(view, pages) / bandwidth_bps(view) * NS
+    return pages * max(wire_ns, page_ns(view, pages), PAGE_READ_NS)
 
 
 def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Forecast:

@@ -153,8 +153,8 @@ class Qmp:
 
     @property
     def thread_id(self) -> int | None:
-        """Of the thread that talks to QEMU, as the kernel numbers it."""
-        return self._thread.native_id
+        """Of the thread that talks to QEMU, as the kernel numbers it; None once it has ended."""
+        return self._thread.native_id if self._thread.is_alive() else None
 
     def execute(
         self,
