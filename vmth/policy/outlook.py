@@ -20,7 +20,6 @@ from dataclasses import replace
 
 from vmth.policy.forecast import (
     NS,
-    PAGE_READ_NS,
     ROUND_NS,
     DirtyModel,
     bytes_per_page,
@@ -34,6 +33,9 @@ __all__ = ["foresee"]
 
 #: Beyond so many rounds no end is in sight. Foreseeing one takes some 0.1 ms.
 MOST_ROUNDS = 30
+#: A page that is built on its base, however few bytes that makes: read, hashed, encoded, applied.
+#: 3.8 to 8 us on a machine of two cores with both ends and a busy guest on it.
+BUILT_PAGE_NS = 4_000
 
 
 def foresee(
@@ -86,7 +88,8 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
     pages = view.dirty_pages
     page_bytes = bytes_per_page(view)
     shrinks = min(1.0, _resent_bytes(view.rounds[-1]) / page_bytes)
-    pages_ns = max(sending_ns(view, pages) * shrinks, pages * PAGE_READ_NS)
+    as_now_ns = sending_ns(view, pages)
+    pages_ns = max(as_now_ns * shrinks, min(as_now_ns, pages * BUILT_PAGE_NS))
     idle_ns = view.rounds[-1].idle_ns
     sending_for_ns = round(pages_ns) + view.rtt_ns + ROUND_NS
     duration_ns = sending_for_ns + idle_ns
