@@ -49,7 +49,8 @@ def host_lines(report: dict[str, Any]) -> list[str]:
         _line("memory left", f"{memory_mib} MiB ({report['memory_available_where']})"),
         _line("kvm", f"{'usable' if kvm['usable'] else 'not usable'}: {kvm['reason']}"),
     ]
-    lines.append(_line("real-time", "permitted" if report["realtime"] else NOT_PERMITTED))
+    name, _, refused = NOT_PERMITTED.partition(": ")
+    lines.append(_line(name, "permitted" if report["realtime"] else refused))
     for name, finding in report["tracking"].items():
         reason = f": {finding['reason']}" if finding["reason"] else ""
         lines.append(_line(name, finding["status"] + reason))
