@@ -36,6 +36,7 @@ CHOSEN: dict[str, Any] = {
     "delta_cache_bytes": 2 << 20,
     "kept_copies_bytes": 3 << 20,
     "zerocopy": False,
+    "realtime": False,
     "insecure": True,
     "peer_timeout_s": 3.0,
     "query_timeout_s": 4.0,

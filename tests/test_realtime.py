@@ -440,8 +440,9 @@ def test_a_callback_that_ends_its_thread_leaves_nobody_raised(world: PolicyWorld
 
 @needs_permission
 def test_the_holder_of_a_shipped_guest_is_raised_and_its_vcpus_are_not() -> None:
-    guest, _ = spawn_source("process", 16 << 20)
-    with contextlib.closing(guest):
+    with contextlib.ExitStack() as stack:
+        guest, _ = spawn_source("process", 16 << 20)
+        stack.callback(guest.release)
         (holder,) = guest.switchover_threads()
         realtime = Realtime()
         realtime.begin(guest)
