@@ -170,24 +170,7 @@ def test_a_source_that_waits_in_each_round_is_foreseen_to_wait_again() -> None:
     waits = replace(again, duration_ns=4_300 * MS, idle_ns=200 * MS)
     told = []
     for newest in (again, waits):
-        view = RoundView(
-            now_ns=20_000 * MS,
-            started_ns=0,
-            rounds=(full, newest),
-            dirty_pages=newest.dirty_pages,
-            page_bytes=PAGE,
-            memory_bytes=1 << 30,
-            queued_bytes=0,
-            rtt_ns=MS,
-            state_bytes=0,
-            bandwidth_limit_bps=0,
-            downtime_limit_ns=300 * MS,
-            timeout_ns=0,
-            on_stall=OnStall.PAUSE,
-            throttle_percent=0,
-            can_throttle=False,
-            failed_rechecks=0,
-        )
+        view = replace(view_of(full, newest), now_ns=20_000 * MS)
         decision = StandardPolicy().decide(view)
         assert decision.action is Action.CONTINUE
         told.append(StandardPolicy().foresee(view, decision))

@@ -368,6 +368,17 @@ def test_a_destination_may_be_told_not_to(world: PolicyWorld) -> None:
     assert world.arrived.seen["resume"] == [USUAL]
 
 
+@needs_permission
+def test_a_source_that_keeps_talking_does_not_keep_the_destination_so(
+    world: PolicyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmth.realtime.LONGEST_NS", 0)  # the next message comes too late
+    source, listener = running(world)
+    world.migrate(source, listener)
+    assert source.seen["save_state"] == [RAISED]
+    assert world.arrived.seen["resume"] == [USUAL]
+
+
 class TakenBackOnce:
     """Switches over after the first round, thinks better of it, and switches over after the next;
     ``seen``: the policy at each decision."""
