@@ -44,7 +44,8 @@ def stream(payload: memoryview) -> bytes:
     writer = StreamWriter()
     started = SectionStarted(SectionKind.START, 2, "ram", 0, 4)
     listed = BlockListed("pc.ram", NPAGES * PAGE)
-    head = [b"QEVM\0\0\0\3", *map(writer.send, (started, RamSize(NPAGES * PAGE), listed))]
+    head = [b"QEVM\0\0\0\3", writer.send(started), writer.send(RamSize(NPAGES * PAGE))]
+    head.append(writer.send(listed))
     return b"".join((*map(bytes, head), payload, bytes(writer.send(RamEnd()))))
 
 

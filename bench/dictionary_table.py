@@ -42,7 +42,9 @@ def frames(content: bytes, frame_bytes: int, compressor: zstandard.ZstdCompresso
 
 def trained(content: bytes, nbytes: int) -> tuple[zstandard.ZstdCompressionDict, float]:
     step = len(content) // PAGE // SAMPLES
-    samples = [content[at * step * PAGE :][:PAGE] for at in range(SAMPLES)]
+    samples: list[bytes | bytearray | memoryview] = [
+        content[at * step * PAGE :][:PAGE] for at in range(SAMPLES)
+    ]
     began = time.perf_counter()
     dictionary = zstandard.train_dictionary(nbytes, samples, k=1024, d=8)  # fixed: no search
     return dictionary, time.perf_counter() - began

@@ -175,6 +175,8 @@ def event_s(machine: Machine, name: str, status: str = "") -> float:
     event = machine.monitor.wait_event(
         lambda event: event.name == name and (not status or event.data["status"] == status), 120
     )
+    if event is None:
+        raise RuntimeError(f"no {name} {status} of QEMU in 120 s")
     return event.time_ns / 1e9
 
 

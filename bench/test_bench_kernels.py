@@ -7,6 +7,7 @@ Each result says bytes/s and ns/page in ``extra_info``, with what was measured.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def measure(
     **info: object,
 ) -> None:
     call()
-    benchmark.pedantic(call, rounds=7, iterations=max(1, (16 << 20) // nbytes))
-    seconds = benchmark.stats["median"]
+    rounds: Any = benchmark  # its methods have no types
+    rounds.pedantic(call, rounds=7, iterations=max(1, (16 << 20) // nbytes))
+    seconds: float = rounds.stats["median"]
     benchmark.extra_info.update(
         info, bytes=nbytes, bytes_per_s=nbytes / seconds, ns_per_page=seconds * 1e9 / npages
     )

@@ -144,7 +144,8 @@ class VersusQemu:
     @property
     def pid(self) -> int:
         """Of QEMU itself, whatever wraps it."""
-        return self.qmp.pid
+        pid: int = self.qmp.pid
+        return pid
 
     def write(self, memory: GuestMemory) -> None:
         """Copy the prepared memory in, but for the 640 KiB hole of a PC. Needs ptrace rights."""

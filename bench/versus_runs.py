@@ -372,7 +372,7 @@ def _disk_images() -> Sequence[str]:
         raise RuntimeError("mke2fs (e2fsprogs) is not installed")
     images = tempfile.mkdtemp(prefix="versus-disk-", dir="/var/tmp")
     atexit.register(shutil.rmtree, images, ignore_errors=True)
-    made = []
+    made: list[str] = []
     folders = dict.fromkeys(map(os.path.realpath, (sysconfig.get_path("stdlib"), "/usr/lib")))
     for folder in folders:
         told = subprocess.run(
