@@ -21,7 +21,7 @@ from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import agreed_forms
 from vmth.channel.interface import Digest
-from vmth.channel.pages import NativeSender
+from vmth.channel.pages import FAST_PACKET_BYTES, NativeSender
 from vmth.channel.reuse import REUSE, hear_filter
 from vmth.channel.sockets import DialError
 from vmth.channel.watch import ProgressWatch
@@ -230,6 +230,7 @@ class SourceSession:
             dedup_index_bytes=self._options.dedup_index_bytes,
             delta_cache_bytes=self._options.delta_cache_bytes,
             kept_copies_bytes=self._options.kept_copies_bytes,
+            fast_packet_bytes=FAST_PACKET_BYTES,
             handed_on=hear_handed_on(hear, accept, len(self._guest.blocks)),
         )
         self._resources.callback(self._close_sender)

@@ -419,6 +419,7 @@ int main()
     test_zstd(1, true, 256 * 1024);
     test_zstd(4, true, 64 * 1024);
     test_zstd(2, false, 4096);
+    test_zstd(2, true, 1024 * 1024);
     test_torn_pages_are_never_the_same(same, 2);
     test_torn_pages_are_never_the_same(zstd | same, 3);
     test_a_torn_page_is_sent_though_its_hash_is_the_same();

@@ -12,11 +12,12 @@ namespace vmth {
 namespace {
 
 constexpr uint64_t min_window_packet = 64 * 1024;
+constexpr uint64_t fast_packets_per_s = 2000;
 
 }  // namespace
 
-FlowControl::FlowControl(uint64_t packet_bytes, uint64_t page_bytes)
-    : packet_bytes_(packet_bytes), page_bytes_(page_bytes)
+FlowControl::FlowControl(uint64_t packet_bytes, uint64_t fast_packet_bytes, uint64_t page_bytes)
+    : packet_bytes_(packet_bytes), fast_packet_bytes_(fast_packet_bytes), page_bytes_(page_bytes)
 {
 }
 
@@ -34,10 +35,11 @@ void FlowControl::set_bandwidth(uint64_t bytes_per_second)
     changed_.notify_all();
 }
 
-uint64_t FlowControl::packet_payload() const
+uint64_t FlowControl::packet_payload(uint64_t rate_bps) const
 {
     std::lock_guard<std::mutex> lock(mutex_);
-    uint64_t nbytes = packet_bytes_;
+    uint64_t nbytes =
+        std::clamp(rate_bps / fast_packets_per_s, packet_bytes_, fast_packet_bytes_);
     if (window_ != 0) {
         nbytes = std::min(nbytes, std::max(min_window_packet, window_ / 4));
     }

@@ -17,12 +17,15 @@ namespace vmth {
 
 class FlowControl {
 public:
-    FlowControl(uint64_t packet_bytes, uint64_t page_bytes);
+    // `fast_packet_bytes` of at least `packet_bytes`.
+    FlowControl(uint64_t packet_bytes, uint64_t fast_packet_bytes, uint64_t page_bytes);
 
     void set_window(uint64_t nbytes);
     void set_bandwidth(uint64_t bytes_per_second);
-    // Payload of a full packet now: whole pages, at least one.
-    uint64_t packet_payload() const;
+    // Payload of a full packet now, for a channel on which so much lands (0: not known): whole pages, at
+    // least one. A packet costs both ends some 36 us beside its bytes, and on a fast channel those take no
+    // longer: there it has what the channel carries in half a millisecond.
+    uint64_t packet_payload(uint64_t rate_bps) const;
 
     // Blocks until `nbytes` may be sent. With nothing in flight a packet always may, however small the
     // window is. Returns false when stopped.
@@ -34,6 +37,7 @@ public:
 
 private:
     const uint64_t packet_bytes_;
+    const uint64_t fast_packet_bytes_;
     const uint64_t page_bytes_;
     mutable std::mutex mutex_;
     std::condition_variable changed_;

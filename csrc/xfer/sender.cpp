@@ -21,10 +21,16 @@ SenderOptions checked(SenderOptions options, size_t page_bytes)
                                 ", allowed 4096 to " +
                                 std::to_string(VMTH_PACKET_MAX_PAYLOAD_BYTES));
     }
+    if (options.fast_packet_bytes > VMTH_PACKET_MAX_PAYLOAD_BYTES) {
+        throw TransferError(ErrorKind::usage,
+                            "fast_packet_bytes " + std::to_string(options.fast_packet_bytes) +
+                                ", allowed 0 to " + std::to_string(VMTH_PACKET_MAX_PAYLOAD_BYTES));
+    }
     if (options.queue_jobs == 0) {
         throw TransferError(ErrorKind::usage, "queue_jobs 0, allowed 1 or more");
     }
     options.packet_bytes = std::max(options.packet_bytes, static_cast<uint32_t>(page_bytes));
+    options.fast_packet_bytes = std::max(options.fast_packet_bytes, options.packet_bytes);
     if (options.ops == nullptr) {
         options.ops = vmth_sock_system_ops();
     }
@@ -64,7 +70,7 @@ SenderShared::SenderShared(std::vector<MemoryBlock> blocks, size_t page_bytes,
       deltas(page_bytes, forms.usable(VMTH_FORM_DELTA) ? options.delta_cache_bytes : 0,
              memory.total_pages()),
       reuse(memory, forms.usable(VMTH_FORM_REUSE)), copies(page_bytes, options.kept_copies_bytes),
-      prefault(memory, options.populate), flow(options.packet_bytes, page_bytes),
+      prefault(memory, options.populate), flow(options.packet_bytes, options.fast_packet_bytes, page_bytes),
       queue(options.queue_jobs), missed(memory)
 {
 }

@@ -50,6 +50,7 @@ struct SenderOptions {
     uint64_t dedup_index_bytes = 64u << 20;  // at most; 32 bytes a page of the guest are enough
     uint64_t delta_cache_bytes = 256u << 20;  // at most; it pays up to the size of what is rewritten
     uint32_t packet_bytes = 256 * 1024;      // payload of a full packet
+    uint32_t fast_packet_bytes = 0;          // the same where that takes no time; below it: no more
     unsigned queue_jobs = 2;                 // send() calls that may wait unfinished
     uint32_t completion_timeout_ms = 10000;  // a zero-copy completion after everything was acknowledged
     const vmth_sock_ops *ops = nullptr;           // nullptr: the kernel's

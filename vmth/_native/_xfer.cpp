@@ -196,8 +196,8 @@ py::list channels_of(const std::vector<vmth::ChannelInfo> &infos)
 
 std::unique_ptr<vmth::Sender, DeleteWithoutGil>
 make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool digest, bool zerocopy,
-            uint32_t packet_bytes, unsigned queue_jobs, uint32_t forms, uint64_t dedup_index_bytes,
-            uint64_t delta_cache_bytes, uint64_t kept_copies_bytes,
+            uint32_t packet_bytes, uint32_t fast_packet_bytes, unsigned queue_jobs, uint32_t forms,
+            uint64_t dedup_index_bytes, uint64_t delta_cache_bytes, uint64_t kept_copies_bytes,
             const std::vector<size_t> &handed_on)
 {
     vmth::SenderOptions options;
@@ -205,6 +205,7 @@ make_sender(const Blocks &blocks, size_t page_bytes, uint64_t hash_seed, bool di
     options.digest = digest;
     options.zerocopy = zerocopy;
     options.packet_bytes = packet_bytes;
+    options.fast_packet_bytes = fast_packet_bytes;
     options.queue_jobs = queue_jobs;
     options.forms = forms;
     options.dedup_index_bytes = dedup_index_bytes;
@@ -425,7 +426,8 @@ void bind_sender(py::module_ &module)
     py::class_<Sender, Holder<Sender>>(module, "Sender")
         .def(py::init(&make_sender), py::arg("blocks"), py::arg("page_bytes"), py::kw_only(),
              py::arg("hash_seed"), py::arg("digest") = true, py::arg("zerocopy") = true,
-             py::arg("packet_bytes") = 262144, py::arg("queue_jobs") = 2, py::arg("forms") = 0,
+             py::arg("packet_bytes") = 262144, py::arg("fast_packet_bytes") = 0,
+             py::arg("queue_jobs") = 2, py::arg("forms") = 0,
              py::arg("dedup_index_bytes") = 64u << 20, py::arg("delta_cache_bytes") = 256u << 20,
              py::arg("kept_copies_bytes") = 64u << 20,
              py::arg("handed_on") = std::vector<size_t>())

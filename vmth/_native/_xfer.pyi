@@ -34,6 +34,7 @@ class Sender:
         digest: bool = True,
         zerocopy: bool = True,
         packet_bytes: int = 262144,  # payload of a full packet; shrinks with the window
+        fast_packet_bytes: int = 0,  # what it grows to on a channel that carries it in 0.5 ms
         queue_jobs: int = 2,  # send() calls that may wait unfinished before send() blocks
         forms: int = 0,  # bit f: both ends agreed on form f; none of them is on at first
         dedup_index_bytes: int = 64 << 20,  # at most; 32 bytes a page of the guest are enough

@@ -26,7 +26,11 @@ from vmth.memory import MappedBlock
 from vmth.stats import ChannelCounters, FormCounters, TransferCounters
 from vmth.types import Bitmap, Bitmaps
 
-__all__ = ["NativeReceiver", "NativeSender"]
+__all__ = ["FAST_PACKET_BYTES", "NativeReceiver", "NativeSender"]
+
+#: Loopback carries 11 to 20 % more in packets of this size than in those of 256 KiB, and no more in
+#: those of twice as much.
+FAST_PACKET_BYTES = 1 << 20
 
 #: A ring of these: as much as may wait to be sent, in pieces that stay in a cache.
 PUMP_PIECE_BYTES = 1 << 20
@@ -146,6 +150,7 @@ class NativeSender(_NativeEnd):
         digest: bool = True,
         zerocopy: bool = True,
         packet_bytes: int = 262144,
+        fast_packet_bytes: int = 0,
         queue_jobs: int = 2,
         forms: int = 0,
         dedup_index_bytes: int = 64 << 20,
@@ -156,6 +161,8 @@ class NativeSender(_NativeEnd):
         """``forms``: what both ends agreed on (``vmth.channel.forms``); none is on at first. The
         first two bounds are of what dedup and delta remember, each beside 16 bytes a page of
         hashes; the third is of copies of lent pages that went as a reference, until they landed.
+        ``packet_bytes``: the payload of a full packet, which grows to ``fast_packet_bytes`` on a
+        channel that carries that much in half a millisecond.
         ``handed_on``: blocks whose pages the destination does not keep: none is based on those."""
         with _translate:
             native = _xfer.Sender(
@@ -165,6 +172,7 @@ class NativeSender(_NativeEnd):
                 digest=digest,
                 zerocopy=zerocopy,
                 packet_bytes=packet_bytes,
+                fast_packet_bytes=fast_packet_bytes,
                 queue_jobs=queue_jobs,
                 forms=forms,
                 dedup_index_bytes=dedup_index_bytes,
