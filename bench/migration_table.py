@@ -5,6 +5,7 @@
 
 Cold: from the first connection to the guest running there, against send and recv of the same bytes
 into memory of the same kind and state, interleaved, with the medians' ratio and every run's spread.
+Pages hashed: the bare sockets and the page hash at both ends, without which no digest can be.
 Own mapping: guest memory that this process has mapped already (Mapping(address=...)); mapped anew:
 a memfd that the migration and the baseline map for the run (Mapping(fd=...)) and fault in again.
 Against QEMU: its multifd moves an idle guest of as much incompressible memory over as many channels
@@ -114,10 +115,10 @@ def move(source: StillGuest, populated: bool, channels: int, digest: bool, state
     return result.total_ns / 1e9
 
 
-def copy(source: StillGuest, populated: bool, channels: int) -> float:
+def copy(source: StillGuest, populated: bool, channels: int, hashed: bool = False) -> float:
     there = target(source, populated)
     gc.collect()
-    seconds = bare(source.mapped(), there.mapped(), channels)
+    seconds = bare(source.mapped(), there.mapped(), channels, hashed)
     there.close()
     return seconds
 
@@ -172,6 +173,7 @@ def cold_table(
         for populated in (True, False):
             runs = {
                 "bare sockets": partial(copy, source, populated, channels),
+                "pages hashed": partial(copy, source, populated, channels, True),
                 "digest off": partial(move, source, populated, channels, False, state),
                 "digest on": partial(move, source, populated, channels, True, state),
             }

@@ -4,7 +4,9 @@
     python bench/transfer_table.py [--mib 2048] [--channels 1,2] [--rounds 5]
 
 Baseline: one sendall() a socket out of populated memory, recv_into(256 KiB, MSG_WAITALL) into
-memory of the same kind and state as the migration's. Runs are interleaved, every figure is a median
+memory of the same kind and state as the migration's. "Pages hashed": the same in C with the page
+hash at both ends and nothing else (bench/hashed_loop.c, compiled with csrc/core), which a digest
+cannot do without. Runs are interleaved, every figure is a median
 of its rounds, and the ratio is that of the medians. Also a populated all-zero guest against one
 core's zero scan of it, and holes in pages/s.
 """
@@ -13,20 +15,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import mmap
+import os
 import socket
 import statistics
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from vmth import kernels
 from vmth.channel.congestion import set_congestion_control
-from vmth.channel.pages import NativeReceiver, NativeSender
+from vmth.channel.pages import FAST_PACKET_BYTES, NativeReceiver, NativeSender
 from vmth.memory import MappedBlock, address_of
 from vmth.types import Mapping, RamBlock
 
@@ -75,11 +83,42 @@ def sockets(channels: int) -> Iterator[list[tuple[socket.socket, socket.socket]]
         yield pairs
 
 
-def bare(source: Memory, destination: Memory, channels: int) -> float:
-    """Seconds for send and recv alone."""
+@functools.cache
+def _hashed_loop() -> ctypes.CDLL:
+    csrc = Path(__file__).parents[1] / "csrc"
+    sources = [path for path in csrc.glob("core/**/*.c") if path.name != "codec.c"]  # needs libzstd
+    sources.append(Path(__file__).with_name("hashed_loop.c"))
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory) / "hashed_loop.so"
+        options = ["-std=gnu11", "-O2", "-shared", "-fPIC", f"-I{csrc}", f"-I{csrc / 'include'}"]
+        subprocess.run(["cc", *options, *map(str, sources), "-o", str(target)], check=True)
+        return ctypes.CDLL(str(target))
+
+
+def _all_hashed(function: str, sock: socket.socket, memory: Memory) -> None:
+    call = getattr(_hashed_loop(), function)
+    result = call(sock.fileno(), ctypes.c_void_p(address_of(memory)), ctypes.c_size_t(len(memory)))
+    if result != 0:
+        raise OSError(-result, f"{function}: {os.strerror(-result)}")
+
+
+def bare(source: Memory, destination: Memory, channels: int, hashed: bool = False) -> float:
+    """Seconds for send and recv alone; ``hashed``: and for every page's hash at both ends."""
     share = len(source) // channels // CHUNK * CHUNK
 
+    if hashed:
+        _hashed_loop()  # compiled before the time counts
+
+    def send(sock: socket.socket, at: int, end: int) -> None:
+        if hashed:
+            _all_hashed("send_hashed", sock, source[at:end])
+        else:
+            sock.sendall(memoryview(source.data)[at:end])
+
     def receive(sock: socket.socket, at: int, end: int) -> None:
+        if hashed:
+            _all_hashed("receive_hashed", sock, destination[at:end])
+            return
         view = memoryview(destination.data)
         while at < end:
             at += sock.recv_into(view[at : min(at + CHUNK, end)], 0, socket.MSG_WAITALL)
@@ -90,9 +129,7 @@ def bare(source: Memory, destination: Memory, channels: int) -> float:
             start = index * share
             end = len(source) if index == channels - 1 else start + share
             threads.append(threading.Thread(target=receive, args=(far, start, end)))
-            threads.append(
-                threading.Thread(target=near.sendall, args=(memoryview(source.data)[start:end],))
-            )
+            threads.append(threading.Thread(target=send, args=(near, start, end)))
         began = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -114,7 +151,13 @@ def _ends(
     words = (len(source) // PAGE + 63) // 64
     maybe = np.full(words, 0 if holes_known else 2**64 - 1, dtype=np.uint64)
     with (
-        NativeSender(_mapped(source), PAGE, hash_seed=1, digest=digest) as sender,
+        NativeSender(
+            _mapped(source),
+            PAGE,
+            hash_seed=1,
+            digest=digest,
+            fast_packet_bytes=FAST_PACKET_BYTES,
+        ) as sender,
         NativeReceiver(
             _mapped(destination),
             PAGE,
@@ -175,8 +218,8 @@ def medians(rounds: int, runs: dict[str, Run]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _bare_into(source: Memory, target: Callable[[], Memory], channels: int) -> float:
-    return bare(source, target(), channels)
+def _bare_into(source: Memory, target: Callable[[], Memory], channels: int, hashed: bool) -> float:
+    return bare(source, target(), channels, hashed)
 
 
 def _transfer_into(
@@ -211,13 +254,15 @@ def main() -> None:
                 return populated if state == "populated" else fresh(nbytes)
 
             runs: dict[str, Run] = {
-                "bare": partial(_bare_into, source, target, channels),
+                "bare": partial(_bare_into, source, target, channels, False),
+                "hashed": partial(_bare_into, source, target, channels, True),
                 "off": partial(_transfer_into, source, target, channels, False),
                 "on": partial(_transfer_into, source, target, channels, True),
             }
             found = medians(args.rounds, runs)
             for name, label in (
                 ("bare", "bare sockets"),
+                ("hashed", "bare, pages hashed"),
                 ("off", "digest off"),
                 ("on", "digest on"),
             ):
