@@ -23,9 +23,9 @@ import socket
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -124,18 +124,17 @@ def bare(source: Memory, destination: Memory, channels: int, hashed: bool = Fals
             at += sock.recv_into(view[at : min(at + CHUNK, end)], 0, socket.MSG_WAITALL)
 
     with sockets(channels) as pairs:
-        threads = []
+        work: list[tuple[Callable[..., None], socket.socket, int, int]] = []
         for index, (near, far) in enumerate(pairs):
             start = index * share
             end = len(source) if index == channels - 1 else start + share
-            threads.append(threading.Thread(target=receive, args=(far, start, end)))
-            threads.append(threading.Thread(target=send, args=(near, start, end)))
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - began
+            work.append((receive, far, start, end))
+            work.append((send, near, start, end))
+        with ThreadPoolExecutor(len(work)) as threads:
+            began = time.perf_counter()
+            for done in [threads.submit(run, *where) for run, *where in work]:
+                done.result()
+            return time.perf_counter() - began
 
 
 def _mapped(memory: Memory) -> list[MappedBlock]:

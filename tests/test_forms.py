@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from memory_guest import MemoryGuest
 
 from vmth import handshake
 from vmth.channel.forms import FORM_NAMES, agreed_forms, forms_mask
-from vmth.channel.pages import NativeReceiver, NativeSender
+from vmth.channel.pages import FAST_PACKET_BYTES, NativeReceiver, NativeSender
 from vmth.errors import UsageError
 from vmth.guest import Guest
 from vmth.handshake import Incoming
@@ -52,10 +53,20 @@ def _memory(seed: int) -> Pages:
 
 
 @contextlib.contextmanager
-def _pair(source: Pages, there: Pages, *, digest: bool = True) -> Iterator[NativeSender]:
+def _pair(
+    source: Pages, there: Pages, *, digest: bool = True, sizes: tuple[int, int] = (262144, 0)
+) -> Iterator[NativeSender]:
     forms, full = forms_mask(FORM_NAMES), np.full(3, 2**64 - 1, dtype=np.uint64)
     with (
-        NativeSender(_mapped(source), PAGE, hash_seed=1, digest=digest, forms=forms) as sender,
+        NativeSender(
+            _mapped(source),
+            PAGE,
+            hash_seed=1,
+            digest=digest,
+            forms=forms,
+            packet_bytes=sizes[0],
+            fast_packet_bytes=sizes[1],
+        ) as sender,
         NativeReceiver(
             _mapped(there),
             PAGE,
@@ -74,6 +85,32 @@ def _pair(source: Pages, there: Pages, *, digest: bool = True) -> Iterator[Nativ
         assert sender.digest() == receiver.digest()
         forms_there = receiver.counters().forms
         assert forms_there["zstd"].pages == sender.counters().forms["zstd"].pages
+
+
+def test_packets_grow_to_what_a_fast_channel_carries_in_half_a_millisecond() -> None:
+    """From a page each; a channel of over 16 MB/s has two and more."""
+    source = _memory(3)
+    there = np.zeros_like(source)
+    bits = np.full(3, 2**64 - 1, dtype=np.uint64)
+    with _pair(source, there, sizes=(PAGE, 32 * PAGE)) as sender:
+        packets = [0]
+        while len(packets) < 2000 and (len(packets) < 3 or packets[-1] - packets[-2] > NPAGES // 4):
+            source[0, 0] ^= 1
+            sender.send(0, 0, NPAGES, bits, len(packets))
+            assert sender.barrier(len(packets))
+            packets.append(sender.counters().packets)
+        assert packets[1] >= NPAGES // 2  # nothing was known of the channel
+        assert packets[-1] - packets[-2] <= NPAGES // 4
+        sender.set_forms(forms_mask(["zstd"]), 3)  # frames have room in the larger packets
+        sender.send(0, 0, NPAGES, bits, len(packets))
+        assert sender.barrier(len(packets))
+        assert sender.counters().forms["zstd"].pages == 54
+    assert np.array_equal(source, there)
+
+
+def test_a_packet_size_beyond_the_wire_is_refused() -> None:
+    with pytest.raises(UsageError, match="fast_packet_bytes 8388609, allowed 0 to 8388608"):
+        NativeSender(_mapped(_memory(4)), PAGE, hash_seed=1, fast_packet_bytes=(8 << 20) + 1)
 
 
 def test_what_each_form_took_and_saved_is_counted() -> None:
@@ -167,6 +204,25 @@ def test_a_session_agrees_on_the_forms_that_both_speak(tmp_path: Path) -> None:
         there = session.made[-1]
         there.pause()
         assert there.counted() == there.total
+
+
+def test_packets_of_a_session_grow_on_a_fast_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Asked(NativeSender):
+        def __init__(self, *args: Any, fast_packet_bytes: int = 0, **kwargs: Any) -> None:
+            asked.append(fast_packet_bytes)
+            super().__init__(*args, fast_packet_bytes=fast_packet_bytes, **kwargs)
+
+    monkeypatch.setattr("vmth.source_session.NativeSender", Asked)
+    session = Session(tmp_path, ["same"])
+    with contextlib.closing(session):
+        session.source.resume()
+        assert session.run().verified
+        session.listener.wait_for_guest(5)
+    assert asked == [FAST_PACKET_BYTES]
 
 
 def test_a_form_that_the_destination_does_not_speak_is_refused_by_name(

@@ -33,7 +33,8 @@ void test_one_size_is_kept_at_any_rate()
     T_EQUAL(flow.packet_payload(UINT64_MAX), usual);
 }
 
-// A quarter of the window, but not below 64 KiB; and what the bandwidth pays in 25 ms.
+// A quarter of the window, but not below 64 KiB; and what the bandwidth pays in half a millisecond, or, if
+// that is less than the usual size, in 25.
 void test_window_and_bandwidth_hold_fast_channels_too()
 {
     FlowControl flow(usual, most, page);
@@ -43,9 +44,13 @@ void test_window_and_bandwidth_hold_fast_channels_too()
     T_EQUAL(flow.packet_payload(UINT64_MAX), 16 * page);
     flow.set_window(0);
     T_EQUAL(flow.packet_payload(UINT64_MAX), most);
-    flow.set_bandwidth(40 * 100 * page);
+    flow.set_bandwidth(2000 * 100 * page);
     T_EQUAL(flow.packet_payload(UINT64_MAX), 100 * page);
     T_EQUAL(flow.packet_payload(0), usual);
+    flow.set_bandwidth(40 * 100 * page);
+    T_EQUAL(flow.packet_payload(UINT64_MAX), usual);
+    flow.set_bandwidth(40 * 10 * page);
+    T_EQUAL(flow.packet_payload(UINT64_MAX), 10 * page);
     flow.set_bandwidth(40);
     T_EQUAL(flow.packet_payload(UINT64_MAX), page);
 }

@@ -38,6 +38,9 @@ void FlowControl::set_bandwidth(uint64_t bytes_per_second)
 uint64_t FlowControl::packet_payload(uint64_t rate_bps) const
 {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (bucket_.limited()) {
+        rate_bps = std::min(rate_bps, bucket_.rate());
+    }
     uint64_t nbytes =
         std::clamp(rate_bps / fast_packets_per_s, packet_bytes_, fast_packet_bytes_);
     if (window_ != 0) {

@@ -208,7 +208,7 @@ bool JobQueue::wait_for_share_locked(std::unique_lock<std::mutex> &lock, size_t 
     return false;
 }
 
-Pulled JobQueue::pull(size_t worker, Batch &batch, uint64_t max_pages, uint64_t &barriers)
+Pulled JobQueue::pull(size_t worker, Batch &batch, const MostPages &most_pages, uint64_t &barriers)
 {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -224,7 +224,7 @@ Pulled JobQueue::pull(size_t worker, Batch &batch, uint64_t max_pages, uint64_t 
             batch.form = jobs_.front().form;
             batch.block = jobs_.front().block;
             batch.round = jobs_.front().round;
-            take_locked(worker, batch, max_pages);
+            take_locked(worker, batch, most_pages(balance_.rate_bps(worker)));
             return Pulled::batch;
         }
     }

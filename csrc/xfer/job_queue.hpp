@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -52,6 +53,8 @@ struct Job {
     uint64_t remaining = 0;      // pages not taken yet
 };
 
+using MostPages = std::function<uint64_t(uint64_t rate_bps)>;
+
 enum class Pulled { batch, barrier, end, stopped };
 
 class JobQueue {
@@ -68,9 +71,10 @@ public:
     void close();  // every worker pulls `end`, after the jobs queued before
     void stop();   // every call returns at once, from now on
 
-    // `barriers` counts those this worker has pulled. A batch of pages to be read has at most `max_pages`,
-    // and fewer where what is left should be shared among the workers; what it took so is told by sent().
-    Pulled pull(size_t worker, Batch &batch, uint64_t max_pages, uint64_t &barriers);
+    // `barriers` counts those this worker has pulled. A batch of pages to be read has at most
+    // `most_pages`, which is asked with the worker's rate once there is one, under the queue's lock; and
+    // fewer where what is left should be shared among the workers. What it took so is told by sent().
+    Pulled pull(size_t worker, Batch &batch, const MostPages &most_pages, uint64_t &barriers);
     // More of the same block, round and form, lent as before or not, without waiting, within the share of
     // the batch: false if there is none at the front. The ticket may be another one.
     bool pull_more(size_t worker, Batch &batch, uint64_t max_pages);

@@ -13,7 +13,7 @@ namespace vmth {
 
 namespace {
 
-// Small enough that what was hashed is still in the cache when it is sent.
+// Small enough to be in the nearest caches while it is looked at.
 constexpr size_t piece_bytes = 256 * 1024;
 constexpr size_t max_piece_pages = 64;
 
@@ -78,14 +78,14 @@ PacketBuilder::PacketBuilder(const BuilderContext &context, unsigned channel)
     : context_(context), channel_(channel),
       piece_pages_(std::clamp<size_t>(piece_bytes / context.memory.page_bytes(), 1,
                                       max_piece_pages)),
-      parts_(context.memory.page_bytes(), context.packet_bytes),
+      parts_(context.memory.page_bytes()),
       delta_(context.memory.page_bytes(), context.deltas, context.counters.forms[VMTH_FORM_DELTA]),
       reuse_(context.reuse, context.counters.forms[VMTH_FORM_REUSE], context.memory.page_bytes()),
       zstd_(context.memory.page_bytes(), context.counters.forms[VMTH_FORM_ZSTD])
 {
 }
 
-void PacketBuilder::begin(uint32_t block, uint32_t round)
+void PacketBuilder::begin(uint32_t block, uint32_t round, uint64_t most_payload_bytes)
 {
     block_ = block;
     round_ = round;
@@ -95,7 +95,8 @@ void PacketBuilder::begin(uint32_t block, uint32_t round)
     }
     pages_read_ = 0;
     fresh_ = {};
-    parts_.begin();
+    // Where less may be sent, a frame still has the room that it may need.
+    parts_.begin(std::max<size_t>(context_.packet_bytes, most_payload_bytes));
 }
 
 void PacketBuilder::add(const Batch &batch)

@@ -53,7 +53,7 @@ class PacketBuilder {
 public:
     PacketBuilder(const BuilderContext &context, unsigned channel);
 
-    void begin(uint32_t block, uint32_t round);
+    void begin(uint32_t block, uint32_t round, uint64_t most_payload_bytes);
     void add(const Batch &batch);
     // Encode the header and return what the ledger keeps. Not for an empty packet.
     SentPacket finish(uint64_t seq);

@@ -2,6 +2,8 @@
 // Appending pages to the packet under construction.
 #include "xfer/packet_parts.hpp"
 
+#include <algorithm>
+
 namespace vmth {
 
 namespace {
@@ -26,8 +28,9 @@ vmth_desc desc_of(vmth_page_form form, uint64_t page, uint64_t npages)
 
 }  // namespace
 
-void PacketParts::begin()
+void PacketParts::begin(size_t most_bytes)
 {
+    most_bytes_ = most_bytes;
     npages_ = 0;
     payload_bytes_ = 0;
     coded_bytes_ = 0;
@@ -76,10 +79,10 @@ void PacketParts::raw(const LentRun &run)
 
 uint8_t *PacketParts::room(size_t nbytes)
 {
-    if (nbytes > packet_bytes_ - coded_bytes_) {
+    if (nbytes > most_bytes_ - coded_bytes_) {
         return nullptr;
     }
-    coded_.resize(packet_bytes_);
+    coded_.resize(std::max(coded_.size(), most_bytes_));
     return coded_.data() + coded_bytes_;
 }
 

@@ -34,13 +34,10 @@ struct StagedPage {
 
 class PacketParts {
 public:
-    // Of at most `packet_bytes` payload.
-    PacketParts(size_t page_bytes, size_t packet_bytes)
-        : page_bytes_(page_bytes), packet_bytes_(packet_bytes)
-    {
-    }
+    explicit PacketParts(size_t page_bytes) : page_bytes_(page_bytes) {}
 
-    void begin();
+    // Of at most `most_bytes` coded payload.
+    void begin(size_t most_bytes);
     // ZERO, HOLE, FREE.
     void told(vmth_page_form form, uint64_t page, uint64_t npages);
     // NORMAL pages, sent from where they lie.
@@ -66,7 +63,7 @@ private:
     void append_payload(const uint8_t *at, size_t nbytes);
 
     const size_t page_bytes_;
-    const size_t packet_bytes_;
+    size_t most_bytes_ = 0;
     size_t npages_ = 0;
     size_t payload_bytes_ = 0;
     size_t coded_bytes_ = 0;
@@ -75,7 +72,7 @@ private:
     std::vector<vmth_run> content_runs_;
     std::vector<vmth_run> zero_runs_;
     std::vector<iovec> payload_;
-    std::vector<uint8_t> coded_;  // packet_bytes_ long once used: payload_ points into it
+    std::vector<uint8_t> coded_;  // of the largest packet that used it: payload_ points into it
 };
 
 }  // namespace vmth

@@ -13,30 +13,6 @@ namespace vmth {
 
 namespace {
 
-SenderOptions checked(SenderOptions options, size_t page_bytes)
-{
-    if (options.packet_bytes < 4096 || options.packet_bytes > VMTH_PACKET_MAX_PAYLOAD_BYTES) {
-        throw TransferError(ErrorKind::usage,
-                            "packet_bytes " + std::to_string(options.packet_bytes) +
-                                ", allowed 4096 to " +
-                                std::to_string(VMTH_PACKET_MAX_PAYLOAD_BYTES));
-    }
-    if (options.fast_packet_bytes > VMTH_PACKET_MAX_PAYLOAD_BYTES) {
-        throw TransferError(ErrorKind::usage,
-                            "fast_packet_bytes " + std::to_string(options.fast_packet_bytes) +
-                                ", allowed 0 to " + std::to_string(VMTH_PACKET_MAX_PAYLOAD_BYTES));
-    }
-    if (options.queue_jobs == 0) {
-        throw TransferError(ErrorKind::usage, "queue_jobs 0, allowed 1 or more");
-    }
-    options.packet_bytes = std::max(options.packet_bytes, static_cast<uint32_t>(page_bytes));
-    options.fast_packet_bytes = std::max(options.fast_packet_bytes, options.packet_bytes);
-    if (options.ops == nullptr) {
-        options.ops = vmth_sock_system_ops();
-    }
-    return options;
-}
-
 TransferError sent_twice(uint32_t block)
 {
     return TransferError(ErrorKind::usage, "block " + std::to_string(block) +

@@ -48,7 +48,7 @@ SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_
     : shared_(shared), place_(place), channel_(fd, index, shared.options.ops), least_trip_ns_(trip_ns),
       builder_({shared.memory, shared.hashes, shared.prefault, shared.known, shared.places,
                 shared.deltas, shared.reuse, shared.copies, shared.forms, shared.counters,
-                shared.options.fast_packet_bytes},
+                shared.options.packet_bytes},
                index)
 {
     if (!shared.options.zerocopy) {
@@ -90,9 +90,11 @@ void SenderChannel::work()
 {
     Batch batch;
     uint64_t barriers = 0;
+    const auto most_pages = [this](uint64_t rate_bps) {
+        return shared_.flow.packet_payload(rate_bps) / shared_.memory.page_bytes();
+    };
     for (;;) {
-        uint64_t max_pages = packet_payload() / shared_.memory.page_bytes();
-        switch (shared_.queue.pull(place_, batch, max_pages, barriers)) {
+        switch (shared_.queue.pull(place_, batch, most_pages, barriers)) {
         case Pulled::batch:
             send_batch(batch);
             break;
@@ -113,16 +115,12 @@ void SenderChannel::work()
     }
 }
 
-uint64_t SenderChannel::packet_payload() const
-{
-    return shared_.flow.packet_payload(shared_.queue.rate_bps(place_));
-}
-
 void SenderChannel::send_batch(Batch &batch)
 {
     const uint64_t page_bytes = shared_.memory.page_bytes();
     const bool read = batch.form == VMTH_FORM_NORMAL;
-    const uint64_t limit = std::max(packet_payload(), read ? batch.npages * page_bytes : 0);
+    const uint64_t limit = std::max(shared_.flow.packet_payload(shared_.queue.rate_bps(place_)),
+                                    read ? batch.npages * page_bytes : 0);
     const uint64_t desc_bytes =
         shared_.forms.get().mask == 0 ? VMTH_DESC_BYTES : VMTH_DESC_REF_BYTES;
     const uint64_t reserved = read ? most_bytes(limit, limit / page_bytes, desc_bytes)
@@ -132,7 +130,7 @@ void SenderChannel::send_batch(Batch &batch)
     }
     round_ = batch.round;
     taken_pages_ = 0;
-    builder_.begin(batch.block, batch.round);
+    builder_.begin(batch.block, batch.round, limit);
     add(batch);
     while (read && builder_.ndesc() < grow_descs &&
            builder_.parts().pages(VMTH_FORM_REUSE) < grow_reused) {

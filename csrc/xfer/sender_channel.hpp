@@ -36,7 +36,6 @@ public:
 private:
     // Worker thread.
     void work();
-    uint64_t packet_payload() const;
     void send_batch(Batch &batch);
     void add(const Batch &batch);
     uint64_t count_cpu();
