@@ -8,8 +8,10 @@ Moves guests of vmth's core. An error is a share of what came, positive where to
 shown are every run and the 90th percentile of the absolute errors over the runs that converged.
 ``ms off`` is the downtime's error in time, of which the 90th percentile is shown as a share of the
 limit too. ``floor`` is what the machine leaves: that percentile for somebody who knew beforehand
-the median of each case's downtimes, and said that. A guest that is switched over after the full
-pass has its forecast from there. Needs root and iproute2 for the links that are shaped.
+the median of each case's downtimes, and said that. ``medians``: of each case's forecasts against
+that of its downtimes, which leaves what is wrong with the forecast itself. A guest that is switched
+over after the full pass has its forecast from there. Needs root and iproute2 for the links that are
+shaped.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ def main() -> None:
     )
     errors: list[tuple[float, float, float]] = []
     downtimes: dict[tuple[str, str], list[float]] = {}
+    forecasts: dict[tuple[str, str], list[float]] = {}
     runs: list[dict[str, Any]] = []
     for link_name in given.link.split(","):
         if link_name not in LINKS:
@@ -86,12 +89,20 @@ def main() -> None:
                     if found is not None:
                         errors.append(found)
                         downtimes.setdefault((link_name, name), []).append(outcome.downtime_s)
+                        said_ms = outcome.detail["forecast"]["downtime_ms"]
+                        forecasts.setdefault((link_name, name), []).append(said_ms / 1e3)
     for what, values in zip(("total time", "downtime"), zip(*errors, strict=True), strict=False):
         print(f"{what}: 90th percentile of the error {percentile(list(values), 0.9):.1%}")
     off_ms = percentile([error[2] for error in errors], 0.9)
     print(f"          {off_ms:.1f} ms, {off_ms / DOWNTIME_LIMIT_MS:.1%} of the limit")
     known = [abs(statistics.median(own) / one - 1) for own in downtimes.values() for one in own]
     print(f"          floor {percentile(known, 0.9):.1%}")
+    for (link_name, name), own in downtimes.items():
+        said, came = statistics.median(forecasts[link_name, name]), statistics.median(own)
+        print(
+            f"          medians of {name}, {link_name}: {said * 1e3:.1f} ms for {came * 1e3:.1f}, "
+            f"{said / came - 1:+.0%}"
+        )
     if given.json:
         machine = {"machine": platform.platform(), "cpus": os.cpu_count()}
         with open(given.json, "w") as file:
