@@ -223,6 +223,25 @@ def test_round_trips_are_those_of_the_kernel(name: str, known: bool) -> None:
     assert known or counters.base_rtt_ns == counters.rtt_ns == 0
 
 
+@pytest.mark.parametrize(
+    ("connect", "trip_ms", "counts"),
+    [(_tcp_pair, 1, False), (_tcp_pair, 500, True), (socket.socketpair, 1, True)],
+    ids=["processes", "tunnel", "unix"],
+)
+def test_of_a_short_trip_the_ends_own_time_is_none_of_the_paths(
+    connect: Connect, trip_ms: int, counts: bool
+) -> None:
+    trip_ns = trip_ms * 1_000_000
+    memory = _memory()
+    near, far = connect()
+    with near, far, NativeSender(_mapped(memory), PAGE, hash_seed=SEED) as sender:
+        sender.add_channel(near.fileno(), 0, trip_ns)
+        told = sender.counters()
+    assert told.rtt_ns >= trip_ns
+    assert (told.base_rtt_ns == trip_ns) is counts
+    assert told.base_rtt_ns > 0
+
+
 def test_what_was_sent_has_its_digest_before_it_has_landed(pair: Harness) -> None:
     assert not pair.receiver.wait_barriers(1, 1)
     pair.send_all(0)

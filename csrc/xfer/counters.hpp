@@ -69,7 +69,9 @@ struct ChannelInfo {
 // Of the slowest channel; zeros until something is known.
 struct PathInfo {
     uint64_t rtt_ns = 0;       // TCP's smoothed one where that is more than the least trip
-    uint64_t base_rtt_ns = 0;  // the least: of TCP's, or of a packet and its acknowledgement
+    // The least: TCP's, or that of a packet and its acknowledgement where it says that something lies
+    // between the ends of the connection.
+    uint64_t base_rtt_ns = 0;
     uint64_t retransmits = 0;
     uint64_t path_mtu = 0;
 };
