@@ -137,6 +137,7 @@ def test_what_each_form_took_and_saved_is_counted() -> None:
         assert last.forms["same"].pages == NPAGES - 1
         assert last.forms["same"].content_bytes == (NPAGES - 1) * PAGE
         assert last.wire_bytes - after.wire_bytes < 2 * PAGE
+        assert round_stats(1, after, last, 1, 0, PAGE, False).same_pages == NPAGES - 1
     assert np.array_equal(source, there)
 
 

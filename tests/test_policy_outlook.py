@@ -23,7 +23,13 @@ from policy_simulation import (
 )
 
 from vmth.policy import Action, FixedRoundsPolicy, OnStall, RoundView, StandardPolicy
-from vmth.policy.forecast import HANDOVER_NS, bytes_per_page, page_ns
+from vmth.policy.forecast import (
+    HANDOVER_NS,
+    SCATTERED_PAGE_NS,
+    bytes_per_page,
+    forecast_downtime,
+    page_ns,
+)
 from vmth.policy.outlook import BUILT_PAGE_NS
 from vmth.report import forecast_lines, forecast_values
 from vmth.stats import DowntimeParts, JobForecast, MigrationResult, RoundStats, TransferCounters
@@ -110,6 +116,55 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     assert told[0].total_ns > 6_000 * MS
     # Few bytes, but 40,000 pages that are read, hashed, encoded and applied.
     assert 5_000 * MS + 40_000 * BUILT_PAGE_NS < told[1].total_ns < 5_400 * MS
+
+
+def test_pages_that_no_round_has_sent_before_cost_as_much_as_in_round_1() -> None:
+    policy, mb = StandardPolicy(), 1_000_000
+    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)
+    again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, 20_000, 80e6, 0)
+    view = view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+
+    def total_ns(view: RoundView) -> int:
+        return policy.foresee(view, policy.decide(view)).total_ns
+
+    unknown, all_, half, none = (
+        total_ns(replace(view, resent_pages=pages)) for pages in (None, 20_000, 10_000, 0)
+    )
+    assert unknown == all_ < half < none
+    # The 20,000 pages take 1667 bytes each, as in round 1: 333 ms, and what is dirtied then.
+    assert 333 * MS < none - 5_000 * MS < 600 * MS
+    # Of round 1, half cost nothing, being the same: the others twice as much, and so will these.
+    same = replace(view, rounds=(full, replace(view.rounds[1], same_pages=30_000)), resent_pages=0)
+    assert total_ns(same) - 5_000 * MS > 667 * MS
+    # No page costs more than a whole one.
+    most, all_same = (
+        total_ns(replace(same, rounds=(full, replace(view.rounds[1], same_pages=pages))))
+        for pages in (36_000, 60_000)
+    )
+    assert total_ns(same) < most == all_same
+
+
+def test_what_is_dirtied_until_the_pause_is_in_the_forecast() -> None:
+    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400_000_000, 4_000 * MS, 100e6, 20_000, 20e6, 0)
+    again = RoundStats(1, 20_000, 20_000, 0, 0, 80_000_000, 800 * MS, 100e6, 5_000, 25e6, 0)
+    short = RoundStats(2, 5_000, 5_000, 0, 0, 20_000_000, 15 * MS, 100e6, 4_000, 25e6, 0)
+    view = view_of(full, again, short)
+    policy = StandardPolicy()
+    decision = policy.decide(view)
+    assert decision.action is Action.SWITCH_OVER
+    told = policy.foresee(view, decision)
+    # A tenth of a round's time: a tenth of its pages.
+    grown = forecast_downtime(view, 4_000 * 1.1)
+    assert told.downtime_ns == grown.total_ns > decision.forecast.total_ns
+
+
+def test_a_few_pages_that_take_no_bytes_are_read_all_the_same() -> None:
+    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400_000_000, 4_000 * MS, 100e6, 60_000, 20e6, 0)
+    silent = RoundStats(1, 60_000, 0, 0, 0, 1_000, 30 * MS, 1e6, 700, 25e6, 0, same_pages=60_000)
+    view = view_of(full, silent)
+    assert forecast_downtime(view).pages_ns == 700 * SCATTERED_PAGE_NS
+    # Many are read side by side, in the order of memory.
+    assert forecast_downtime(view, 100_000).pages_ns < 100_000 * SCATTERED_PAGE_NS / 3
 
 
 #: Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it.

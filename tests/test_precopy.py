@@ -423,6 +423,29 @@ def test_no_write_is_lost_whenever_it_happens(
     loop.check_equal()
 
 
+def test_what_a_round_has_sent_before_is_told_from_what_none_has() -> None:
+    """The full pass does not count: it keeps no bases for what is rewritten later."""
+    guest = LoopGuest([64, 200])
+    writes = iter([[], [(0, 3), (1, 150)], [(1, 9), (1, 10)], [(0, 3), (0, 4), (1, 150)], []])
+
+    class Writing(ScriptedPolicy):
+        def decide(self, view: RoundView) -> Decision:
+            for block, page in next(writes):
+                guest.write(block, page, len(self.views) + 1)
+            return super().decide(view)
+
+    on = answer(Action.CONTINUE)
+    policy = Writing([on, on, on, on, answer(Action.SWITCH_OVER)])
+    loop = Loop(guest, policy)
+    loop.precopy.run()
+    loop.check_equal()
+    decided = policy.views[:5]
+    assert [view.rounds[-1].round for view in decided] == [0, 1, 2, 3, 4]
+    # A write of one decision is fetched in the round that follows, and sent in the next.
+    told = [(view.dirty_pages, view.resent_pages) for view in decided]
+    assert told == [(0, 0), (0, 0), (2, 0), (2, 0), (3, 2)]
+
+
 def test_numbers_of_a_round_add_up() -> None:
     guest = LoopGuest([300])
     for page in range(100):

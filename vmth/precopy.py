@@ -71,6 +71,8 @@ class PreCopy:
     notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
     throttle: GuestThrottle = field(init=False)
     _todo: list[Bitmap] = field(default_factory=list)
+    _resent: list[Bitmap] = field(default_factory=list)  #: pages of all rounds after the full pass
+    _resent_pages: int | None = None  #: set bits of _todo that were in _resent before
     taken_back_ns: int = 0  #: pauses that ended with the guest running here again
     _next_round: int = 0
     _dirty_pages: int = 0  #: set bits of _todo
@@ -157,6 +159,7 @@ class PreCopy:
         if verdict.action is not Action.SWITCH_OVER:
             self._failed_rechecks += 1
             self._resume(verdict.reason)
+            self._mark_resent()
             return None
         self._pause_limit_ns = max(
             LATE_FACTOR * self.tuning.downtime_limit_ns, LATE_FACTOR * verdict.forecast.total_ns
@@ -204,6 +207,8 @@ class PreCopy:
             self._fetch()
         self.sender.take_missed(self._todo)
         self._count()
+        if not self.paused:
+            self._mark_resent()
         stats = round_stats(
             number,
             before,
@@ -330,6 +335,15 @@ class PreCopy:
             for block, bitmap in zip(self.guest.blocks, self._todo, strict=True)
         )
 
+    def _mark_resent(self) -> None:
+        """What the next round sends; how much of it a round has sent before."""
+        if not self._resent:
+            self._resent = new_bitmaps(self.guest.blocks)
+        self._resent_pages = self._dirty_pages - sum(
+            kernels.bitmap_merge(resent, todo, block.npages)
+            for block, resent, todo in zip(self.guest.blocks, self._resent, self._todo, strict=True)
+        )
+
     def _view(self) -> RoundView:
         counters = self.sender.counters()
         return RoundView(
@@ -354,6 +368,7 @@ class PreCopy:
             journal_ns=self.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
             handover_trips=3 if self.seal_ahead is None else 2,
+            resent_pages=self._resent_pages,
         )
 
 

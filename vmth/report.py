@@ -42,6 +42,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "hole_pages": stats.hole_pages,
         "missed_pages": stats.missed_pages,
         "delta_pages": stats.delta_pages,
+        "same_pages": stats.same_pages,
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,
         "duration_ns": stats.duration_ns,

@@ -125,6 +125,7 @@ class RoundStats:
     missed_pages: int = 0
     delta_pages: int = 0  #: that took the form delta
     delta_bytes: int = 0  #: on the wire, of those
+    same_pages: int = 0  #: that were as they had landed before
     idle_ns: int = 0  #: of duration_ns: nothing was under way, and nothing came to be sent
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
 
@@ -238,6 +239,7 @@ def round_stats(
     hole = after.hole_pages - before.hole_pages
     none = FormCounters()
     delta, delta_before = (counters.forms.get("delta", none) for counters in (after, before))
+    same, same_before = (counters.forms.get("same", none) for counters in (after, before))
     return RoundStats(
         round=number,
         pages=normal + zero + hole + after.formed_pages - before.formed_pages,
@@ -254,5 +256,6 @@ def round_stats(
         missed_pages=after.missed_pages - before.missed_pages,
         delta_pages=delta.pages - delta_before.pages,
         delta_bytes=delta.wire_bytes - delta_before.wire_bytes,
+        same_pages=same.pages - same_before.pages,
         idle_ns=idle_ns,
     )
