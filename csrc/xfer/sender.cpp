@@ -531,7 +531,7 @@ PathInfo Sender::path_info() const
             continue;
         }
         path.rtt_ns = std::max(path.rtt_ns, info.rtt_ns);
-        const bool tunnel = trip_ns > info.base_rtt_ns + ends_own_ns;
+        const bool tunnel = info.base_rtt_ns == 0 || trip_ns > info.base_rtt_ns + ends_own_ns;
         path.base_rtt_ns = std::max(path.base_rtt_ns, tunnel ? trip_ns : info.base_rtt_ns);
         path.retransmits += info.retransmits;
         bool smaller = path.path_mtu == 0 || info.path_mtu < path.path_mtu;
