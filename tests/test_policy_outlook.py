@@ -22,7 +22,7 @@ from policy_simulation import (
     zipf,
 )
 
-from vmth.policy import Action, FixedRoundsPolicy, OnStall, RoundView, StandardPolicy
+from vmth.policy import Action, Decision, FixedRoundsPolicy, OnStall, RoundView, StandardPolicy
 from vmth.policy.forecast import (
     HANDOVER_NS,
     SCATTERED_PAGE_NS,
@@ -146,16 +146,29 @@ def test_pages_that_no_round_has_sent_before_cost_as_much_as_in_round_1() -> Non
 
 def test_what_is_dirtied_until_the_pause_is_in_the_forecast() -> None:
     full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400_000_000, 4_000 * MS, 100e6, 20_000, 20e6, 0)
-    again = RoundStats(1, 20_000, 20_000, 0, 0, 80_000_000, 800 * MS, 100e6, 5_000, 25e6, 0)
-    short = RoundStats(2, 5_000, 5_000, 0, 0, 20_000_000, 15 * MS, 100e6, 4_000, 25e6, 0)
+    again = RoundStats(1, 20_000, 20_000, 0, 0, 80_000_000, 800 * MS, 100e6, 16_000, 25e6, 0)
+    short = RoundStats(2, 500, 500, 0, 0, 2_000_000, 20 * MS, 100e6, 800, 163e6, 0)
     view = view_of(full, again, short)
     policy = StandardPolicy()
     decision = policy.decide(view)
     assert decision.action is Action.SWITCH_OVER
     told = policy.foresee(view, decision)
-    # A tenth of a round's time: a tenth of its pages.
-    grown = forecast_downtime(view, 4_000 * 1.1)
-    assert told.downtime_ns == grown.total_ns > decision.forecast.total_ns
+    # 1.5 ms more than the round's 20, of a set that has hardly begun to saturate, at their price.
+    late_ns = told.downtime_ns - decision.forecast.total_ns
+    assert late_ns / decision.forecast.pages_ns == pytest.approx(1.5 / 20, rel=0.05)
+
+
+def test_a_saturated_set_is_not_foreseen_to_grow_until_the_pause() -> None:
+    """Nor to cost what round 1 did, as a set does that is larger than any whose price is known."""
+    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400_000_000, 4_000 * MS, 100e6, 40_000, 20e6, 0)
+    first = RoundStats(1, 40_000, 40_000, 0, 0, 84_000_000, 840 * MS, 100e6, 40_000, 195e6, 0)
+    second = RoundStats(2, 40_000, 0, 0, 0, 4_000_000, 220 * MS, 20e6, 40_000, 745e6, 0)
+    view = view_of(full, first, built(second))
+    policy = StandardPolicy()
+    decision = policy.decide(view)
+    assert decision.action is Action.SWITCH_OVER
+    told = policy.foresee(view, decision)
+    assert told.downtime_ns == pytest.approx(decision.forecast.total_ns, rel=0.01)
 
 
 def test_a_few_pages_that_take_no_bytes_are_read_all_the_same() -> None:
@@ -165,6 +178,27 @@ def test_a_few_pages_that_take_no_bytes_are_read_all_the_same() -> None:
     assert forecast_downtime(view).pages_ns == 700 * SCATTERED_PAGE_NS
     # Many are read side by side, in the order of memory.
     assert forecast_downtime(view, 100_000).pages_ns < 100_000 * SCATTERED_PAGE_NS / 3
+
+
+def test_more_bytes_take_the_link_longer_not_the_processors() -> None:
+    """Over a link of 2 GB/s, a page's 2 us are reading and hashing: 412 bytes take 0.2."""
+    full = RoundStats(0, 1 << 20, 1 << 20, 0, 0, 4 << 30, 2_000 * MS, 2e9, 200_000, 400e6, 0)
+    first = RoundStats(1, 200_000, 0, 0, 0, 82_400_000, 400 * MS, 2e9, 180_000, 1e9, 0)
+    first = replace(first, delta_pages=20_000, delta_bytes=2_000_000, same_pages=180_000)
+    view = replace(view_of(full, first), resent_pages=0)
+    made: list[RoundView] = []
+
+    class Watching(StandardPolicy):
+        def decide(self, view: RoundView) -> Decision:
+            made.append(view)
+            return super().decide(view)
+
+    policy = Watching()
+    policy.foresee(view, policy.decide(view))
+    second = made[1].rounds[-1]
+    assert second.round == 2
+    assert second.bytes == pytest.approx(180_000 * PAGE, rel=0.02)
+    assert second.duration_ns == pytest.approx(180_000 * PAGE / 2e9 * NS, rel=0.1)
 
 
 #: Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it.

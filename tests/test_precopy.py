@@ -423,27 +423,38 @@ def test_no_write_is_lost_whenever_it_happens(
     loop.check_equal()
 
 
-def test_what_a_round_has_sent_before_is_told_from_what_none_has() -> None:
-    """The full pass does not count: it keeps no bases for what is rewritten later."""
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_after_round_1_it_is_known_which_pages_it_sent_as_well(taken_back: bool) -> None:
     guest = LoopGuest([64, 200])
-    writes = iter([[], [(0, 3), (1, 150)], [(1, 9), (1, 10)], [(0, 3), (0, 4), (1, 150)], []])
-
-    class Writing(ScriptedPolicy):
-        def decide(self, view: RoundView) -> Decision:
-            for block, page in next(writes):
-                guest.write(block, page, len(self.views) + 1)
-            return super().decide(view)
-
-    on = answer(Action.CONTINUE)
-    policy = Writing([on, on, on, on, answer(Action.SWITCH_OVER)])
+    on, over = answer(Action.CONTINUE), answer(Action.SWITCH_OVER)
+    policy = ScriptedPolicy(
+        [over if taken_back else on, on, on, over], [on, over] if taken_back else [over]
+    )
     loop = Loop(guest, policy)
+    writes = {0: [(0, 3), (1, 150)], 1: [(0, 3), (1, 9), (1, 20)], 2: [(0, 3)]}
+    barrier = loop.link.sender.barrier
+
+    def barrier_and_write(round_: int, timeout_ns: int = -1) -> bool:
+        for block, page in writes.pop(round_, []):
+            guest.write(block, page, round_ + 1)
+        return barrier(round_, timeout_ns)
+
+    loop.link.sender.barrier = barrier_and_write  # type: ignore[method-assign]
+    pause = loop.precopy.pause_guest
+
+    def write_and_pause() -> bool:
+        if taken_back:
+            guest.write(1, 20, len(loop.events) % 200)
+        return pause()
+
+    loop.precopy.pause_guest = write_and_pause
     loop.precopy.run()
     loop.check_equal()
-    decided = policy.views[:5]
-    assert [view.rounds[-1].round for view in decided] == [0, 1, 2, 3, 4]
-    # A write of one decision is fetched in the round that follows, and sent in the next.
-    told = [(view.dirty_pages, view.resent_pages) for view in decided]
-    assert told == [(0, 0), (0, 0), (2, 0), (2, 0), (3, 2)]
+    told = [(view.dirty_pages, view.resent_pages) for view in policy.views]
+    if taken_back:  # (1, 20) came with the pause, and round 1 sent it
+        assert told == [(2, None), (3, None), (3, 2), (1, None), (0, None), (1, None)]
+    else:
+        assert told == [(2, None), (3, 1), (1, None), (0, None), (0, None)]
 
 
 def test_numbers_of_a_round_add_up() -> None:

@@ -71,8 +71,8 @@ class PreCopy:
     notes: list[str] = field(default_factory=list)  #: of the dirty sources, as of the last fetch
     throttle: GuestThrottle = field(init=False)
     _todo: list[Bitmap] = field(default_factory=list)
-    _resent: list[Bitmap] = field(default_factory=list)  #: pages of all rounds after the full pass
-    _resent_pages: int | None = None  #: set bits of _todo that were in _resent before
+    _resent: list[Bitmap] = field(default_factory=list)  #: what round 1 sends, while it does
+    _resent_pages: int | None = None  #: see RoundView
     taken_back_ns: int = 0  #: pauses that ended with the guest running here again
     _next_round: int = 0
     _dirty_pages: int = 0  #: set bits of _todo
@@ -152,6 +152,7 @@ class PreCopy:
         """Pause, look again at what is left, and send it; None when it had grown too much."""
         pause_started_ns = self._pause()
         self._fetch()
+        self._resent_pages = None  # it was of the set before
         paused_ns = self.clock()
         verdict = self.policy.recheck(self._view(), decision.forecast)
         if verdict.action is Action.GIVE_UP:
@@ -159,7 +160,6 @@ class PreCopy:
         if verdict.action is not Action.SWITCH_OVER:
             self._failed_rechecks += 1
             self._resume(verdict.reason)
-            self._mark_resent()
             return None
         self._pause_limit_ns = max(
             LATE_FACTOR * self.tuning.downtime_limit_ns, LATE_FACTOR * verdict.forecast.total_ns
@@ -190,6 +190,8 @@ class PreCopy:
         started_ns = self.clock()
         before = self.sender.counters()
         self.emit(RoundStarted(started_ns, number, self._dirty_pages))
+        if number == 1 and not self.paused:
+            self._resent = [bitmap.copy() for bitmap in self._todo]
         self._pass.rearm = self.live and not self.paused
         self._pass.send(self._todo, number)
         if ahead is not None:
@@ -207,8 +209,7 @@ class PreCopy:
             self._fetch()
         self.sender.take_missed(self._todo)
         self._count()
-        if not self.paused:
-            self._mark_resent()
+        self._count_resent()
         stats = round_stats(
             number,
             before,
@@ -335,14 +336,17 @@ class PreCopy:
             for block, bitmap in zip(self.guest.blocks, self._todo, strict=True)
         )
 
-    def _mark_resent(self) -> None:
-        """What the next round sends; how much of it a round has sent before."""
-        if not self._resent:
-            self._resent = new_bitmaps(self.guest.blocks)
-        self._resent_pages = self._dirty_pages - sum(
-            kernels.bitmap_merge(resent, todo, block.npages)
-            for block, resent, todo in zip(self.guest.blocks, self._resent, self._todo, strict=True)
-        )
+    def _count_resent(self) -> None:
+        """After round 1: what it sent is known to be rewritten, and its bases are kept."""
+        self._resent_pages = None
+        if self._resent:
+            self._resent_pages = self._dirty_pages - sum(
+                kernels.bitmap_merge(resent, todo, block.npages)
+                for block, resent, todo in zip(
+                    self.guest.blocks, self._resent, self._todo, strict=True
+                )
+            )
+            self._resent = []
 
     def _view(self) -> RoundView:
         counters = self.sender.counters()

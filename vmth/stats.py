@@ -65,7 +65,7 @@ class TransferCounters:
     zerocopy_sends: int = 0
     zerocopy_copied: int = 0  #: completions that the kernel flagged as copied
     rtt_ns: int = 0  #: of the slowest channel, TCP's smoothed one if it is more; 0: not known yet
-    base_rtt_ns: int = 0  #: the least: with little queued, to the other end of any tunnel
+    base_rtt_ns: int = 0  #: the least: TCP's, or to the far end of a tunnel that adds 2 ms or more
     retransmits: int = 0
     path_mtu: int = 0
     cpu_ns: int = 0  #: of the threads that send
@@ -125,9 +125,9 @@ class RoundStats:
     missed_pages: int = 0
     delta_pages: int = 0  #: that took the form delta
     delta_bytes: int = 0  #: on the wire, of those
-    same_pages: int = 0  #: that were as they had landed before
     idle_ns: int = 0  #: of duration_ns: nothing was under way, and nothing came to be sent
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
+    same_pages: int = 0  #: that were as they had landed before
 
 
 @dataclass(frozen=True, slots=True)

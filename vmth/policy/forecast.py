@@ -4,7 +4,7 @@
     downtime = pages + queue + state + overhead      each part is a field of ``Forecast``
 
     pages      dirty pages x bytes a page / bandwidth, but never less than reading them takes, nor
-               than what a page took in the rounds so far
+               than what a page took in the rounds so far; a few, which lie apart, take more
     queue      bytes handed to sockets that have not landed yet / bandwidth
     state      CPU and device state / bandwidth
     overhead   the round trips of last pages and seal, one or two, and of the grant, the journals'
@@ -196,8 +196,7 @@ def page_ns(view: RoundView, pages: float | None = None) -> float:
 def sending_ns(view: RoundView, pages: float) -> float:
     """Until so many dirty pages have landed, without what is queued before them."""
     wire_ns = bytes_per_page(view, pages) / bandwidth_bps(view) * NS
-    together_ns = pages * max(wire_ns, page_ns(view, pages), PAGE_READ_NS)
-    return max(together_ns, min(pages, FEW_PAGES) * SCATTERED_PAGE_NS)
+    return pages * max(wire_ns, page_ns(view, pages), PAGE_READ_NS)
 
 
 def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Forecast:
@@ -206,7 +205,7 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
     pages = view.dirty_pages if dirty_pages is None else dirty_pages
     rate = bandwidth_bps(view)
     return Forecast(
-        pages_ns=round(sending_ns(view, pages)),
+        pages_ns=round(max(sending_ns(view, pages), min(pages, FEW_PAGES) * SCATTERED_PAGE_NS)),
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
         # By then the queue has drained: it is a part of its own.

@@ -71,7 +71,7 @@ class RoundView:
     journal_ns: int = 0  #: one durable record here, of which the downtime has three; 0: unknown
     handover_trips: int = 3  #: round trips of last pages, seal and grant: those that follow another
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
-    #: Of dirty_pages, those that a round after the full pass has sent before; None: not known.
+    #: After round 1: of dirty_pages, those that it has sent as well. None: not known.
     resent_pages: int | None = None
 
     @property

@@ -3,13 +3,14 @@
 
     decide -> CONTINUE     the next round lasts as long as its pages take, and the guest dirties
            -> THROTTLE     the dirty model's pages meanwhile; then the policy is asked again
-           -> SWITCH OVER  what is left is sent while paused: the downtime forecast
+           -> SWITCH OVER  what is left is sent while paused: the decision's own forecast, and what
+                           is dirtied until the pause
            -> GIVE UP      there is no downtime
 
 So short rounds, throttling and timeouts are in it as the policy handles them. The models are those
-of vmth/policy/forecast.py, fitted once, to what was measured. Two things are known to change: what
-was rewritten for the first time in round 1 had no base there, and has one when it is sent again;
-and until the guest is paused, it dirties some more. Pure: no clock, no I/O.
+of vmth/policy/forecast.py, fitted once, to what was measured. What is known to change is what a
+page takes: one that was rewritten for the first time in round 1 had no base there, and has one when
+it is sent again; others have none yet. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from vmth.policy.forecast import (
     ROUND_NS,
     WIRE_OVERHEAD,
     DirtyModel,
+    bandwidth_bps,
     bytes_per_page,
     fit_dirty_model,
-    forecast_downtime,
     sending_ns,
 )
 from vmth.policy.interface import Action, Decision, RoundView
@@ -39,7 +40,7 @@ MOST_ROUNDS = 30
 BUILT_PAGE_NS = 5_800
 #: From the fetch of the dirty set to the pause: what is decided, and vCPUs that are told.
 PAUSES_AFTER_NS = 1_500_000
-#: Of bases that were sent, the share that the cache still has where it is as large as the set.
+#: Of pages that round 1 sent, the share whose base a cache as large as they are still has.
 BASE_FOUND = 0.9
 #: Of round 1's pages: at most such a share is taken to have been the same.
 MOST_SAME = 0.95
@@ -55,7 +56,7 @@ def foresee(
     model = fit_dirty_model(view.rounds)
     for number in range(after + 1, after + 1 + MOST_ROUNDS):
         if decision.action is Action.SWITCH_OVER:
-            downtime_ns = forecast_downtime(view, _pages_at_pause(view)).total_ns
+            downtime_ns = decision.forecast.total_ns + _late_ns(view, decision, model)
             total_ns = view.now_ns + downtime_ns - begun_ns
             return JobForecast(after, True, total_ns, downtime_ns, number + 1)
         if decision.action is Action.GIVE_UP:
@@ -73,12 +74,17 @@ def foresee(
     return JobForecast(after, False, 0, 0, 0)
 
 
-def _pages_at_pause(view: RoundView) -> float:
-    """The dirty pages, and those that are dirtied until the guest is paused."""
+def _late_ns(view: RoundView, decision: Decision, model: DirtyModel) -> int:
+    """What pages take that are dirtied between the fetch and the pause, at the price of the others:
+    those that were not dirty yet."""
     if not view.rounds:
-        return view.dirty_pages
-    lasted_ns = max(view.rounds[-1].duration_ns, PAUSES_AFTER_NS)
-    return view.dirty_pages * (1 + PAUSES_AFTER_NS / lasted_ns)
+        return 0
+    lasted_ns = view.rounds[-1].duration_ns
+    dirty = model.dirty_pages(lasted_ns)
+    if dirty <= 0:
+        return 0
+    grows = model.dirty_pages(lasted_ns + PAUSES_AFTER_NS) / dirty - 1
+    return round(decision.forecast.pages_ns * grows)
 
 
 def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyModel:
@@ -92,21 +98,20 @@ def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyMode
 
 
 def _shrinks_to(view: RoundView, page_bytes: float) -> float:
-    """What a page of the round after round 1 takes, as a share of ``page_bytes``, what one took in
-    round 1. Those that are sent once more have a base then. The others are sent for the first time
-    since they were rewritten, and none of them was sent with what was written last: in round 1 that
-    made some the same."""
+    """Wire bytes of a page of the round after round 1, as a share of ``page_bytes``, those of one
+    in round 1. Some of round 1's were the same, as they had been written before they were sent in
+    the full pass; what is sent for the first time since it was rewritten is never the same."""
     newest = view.rounds[-1]
     if newest.round != 1 or not newest.delta_pages:
         return 1.0
-    once_more = 1.0
-    if view.resent_pages is not None and view.dirty_pages:
-        once_more = view.resent_pages / view.dirty_pages
     changed = 1 - min(newest.same_pages / newest.pages, MOST_SAME)
-    delta = min(1.0, newest.delta_bytes / newest.delta_pages / page_bytes)
-    built = (BASE_FOUND * delta + 1 - BASE_FOUND) * changed
-    whole = view.page_bytes * WIRE_OVERHEAD / page_bytes
-    return once_more * built + (1 - once_more) * min(1 / changed, whole)
+    first_time = min(1 / changed, view.page_bytes * WIRE_OVERHEAD / page_bytes)
+    delta = newest.delta_bytes / newest.delta_pages / page_bytes
+    again = min(1.0, changed * (BASE_FOUND * delta + (1 - BASE_FOUND) * first_time))
+    share = 1.0
+    if view.resent_pages is not None and view.dirty_pages:
+        share = view.resent_pages / view.dirty_pages
+    return share * again + (1 - share) * first_time
 
 
 def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
@@ -115,7 +120,10 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
     page_bytes = bytes_per_page(view)
     shrinks = _shrinks_to(view, page_bytes)
     as_now_ns = sending_ns(view, pages)
-    pages_ns = max(as_now_ns * shrinks, min(as_now_ns, pages * BUILT_PAGE_NS))
+    if shrinks <= 1:
+        pages_ns = max(as_now_ns * shrinks, min(as_now_ns, pages * BUILT_PAGE_NS))
+    else:  # more bytes take the link longer, not whoever reads and hashes pages
+        pages_ns = max(as_now_ns, pages * page_bytes * shrinks / bandwidth_bps(view) * NS)
     idle_ns = view.rounds[-1].idle_ns
     sending_for_ns = round(pages_ns) + view.rtt_ns + ROUND_NS
     duration_ns = sending_for_ns + idle_ns
@@ -142,4 +150,5 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
         rounds=(*view.rounds, stats),
         dirty_pages=dirty,
         queued_bytes=0,
+        resent_pages=None,
     )
