@@ -148,7 +148,7 @@ void test_a_fast_link_opens_it_at_once()
     T_CHECK(links.most(0) >= socket_bytes);
 }
 
-// 10 ms of the link at least, however far it is: bandwidth x round trip fits into it soon.
+// 5 ms of the link at least, however far it is: bandwidth x round trip fits into it soon.
 void test_a_link_that_is_far_is_filled()
 {
     for (const Links::Line &far : std::vector<Links::Line>{
@@ -209,7 +209,7 @@ void test_a_trip_is_that_of_pages()
     told.sent(0, 16, 65616, 1000, 10 * ms);
     told.acked(0, 300, 11 * ms);
     told.acked(0, 65616, 110 * ms);
-    T_CHECK(told.opening(0, 260 * ms));  // 10 ms + 1.5 x 100 ms later
+    T_CHECK(told.opening(0, 260 * ms));  // 5 ms + 1.5 x 100 ms after the trip
 }
 
 void test_it_begins_small()

@@ -3,7 +3,7 @@
 // acknowledges it soon, anything after a second.
 //
 //   256 KiB / channels, not below 128 KiB
-//     -- most of it landed in 10 ms + 1.5 round trips --> twice that --> ... 128 times: any
+//     -- most of it landed in 5 ms + 1.5 round trips --> twice that --> ... 128 times: any
 //
 // A socket takes megabytes at once. On a slow link they would be on their way as they are before it is
 // known that a cheaper form is worth its time. Where the link is fast, or far and fast, the window opens as
@@ -23,7 +23,7 @@ public:
     static constexpr uint64_t first_bytes = 256 * 1024;  // over all channels,
     static constexpr uint64_t least_bytes = 128 * 1024;  // but a channel never has less
     static constexpr unsigned doublings = 7;
-    static constexpr int64_t soon_ns = 10'000'000;
+    static constexpr int64_t soon_ns = 5'000'000;
     static constexpr int64_t longest_ns = 1'000'000'000;
 
     // One of `channels` > 0. 0: it is open.
