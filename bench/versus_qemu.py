@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import re
@@ -42,8 +41,6 @@ from versus_runs import (
 )
 
 MIB = 1 << 20
-#: Memory that a run takes, times the guest's: both ends, and an image of it.
-TAKEN = 3
 MIX = "zero=30,dup=15,files=35,random=20"
 NOISE = "random=100"
 
@@ -107,13 +104,6 @@ def ways(qemu: Sequence[str]) -> dict[str, Callable[[Case, Link], Outcome]]:
     return found
 
 
-def touch(nbytes: int) -> None:
-    """Write to so much memory, and free it."""
-    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        for at in range(0, nbytes, mmap.PAGESIZE):
-            memory[at] = 1
-
-
 def measure(
     case: Case, link_name: str, wanted: re.Pattern[str], rounds: int, qemu: Sequence[str]
 ) -> dict[str, Any]:
@@ -123,7 +113,6 @@ def measure(
         for number in range(rounds):
             for name, run in chosen if number % 2 == 0 else reversed(chosen):
                 print(f"  {case.name} {link_name} {name} ...", file=sys.stderr, flush=True)
-                touch(TAKEN * case.memory_bytes)
                 runs.setdefault(name, []).append(run(case, link))
     return {"case": asdict(case), "link": link_name, "runs": _as_rows(runs)}
 

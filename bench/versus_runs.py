@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -31,6 +32,8 @@ from vmth.qemu.qmp import Qmp, QmpEvent
 #: A guest runs so long before it is moved: its working set has then been written once or more.
 WARM_S = 3.0
 DOWNTIME_LIMIT_MS = 300
+#: Memory that a run takes, times the guest's: both ends, and something to spare.
+TAKEN = 3
 #: More than any guest here can dirty.
 UNPACED_BPS = 1_600_000_000
 PORT = 47440
@@ -94,6 +97,16 @@ def device_bytes(link: Link) -> int:
     return int(told.stdout)
 
 
+def touch(case: Case) -> None:
+    """Write to as much memory as a run will take, and free it: or a hypervisor below this machine
+    gives it out page by page while the run is timed. After all that is made ready beforehand, which
+    takes memory too."""
+    nbytes = TAKEN * case.memory_bytes
+    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        for at in range(0, nbytes, mmap.PAGESIZE):
+            memory[at] = 1
+
+
 # -- QEMU itself
 
 
@@ -102,6 +115,7 @@ def _pair(
     case: Case, link: Link, binary: Sequence[str], shared: bool = False
 ) -> Iterator[tuple[VersusQemu, VersusQemu]]:
     """``shared``: the destination's memory can be written from outside."""
+    touch(case)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="versus-rom-")))
         rom = firmware(folder)
@@ -289,6 +303,7 @@ def run_core(
 ) -> Outcome:
     """``vmth demo --send`` and ``--receive`` in the two hosts."""
     python = (sys.executable, "-m", "vmth", "demo", "--json", "--insecure")
+    touch(case)
     with tempfile.TemporaryDirectory(prefix="versus-state-") as state:
         uri = f"tcp:{link.address}:{PORT}"
         receiver = subprocess.Popen(
