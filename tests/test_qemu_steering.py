@@ -5,27 +5,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_qmp import FakeError, FakeQmp, HangUp, Silence
-from test_policy import view_of
 from waiting import wait_until
 
 from vmth.errors import RefusedError
-from vmth.policy import StandardPolicy
-from vmth.policy.forecast import NS, SCATTERED_PAGE_NS, sending_ns
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.settings import MigrationSettings
-from vmth.qemu.steering import (
-    HELD_DOWNTIME_MS,
-    MAX_DOWNTIME_LIMIT_MS,
-    Steering,
-    room_in_downtime_bytes,
-)
-from vmth.stats import RoundStats
+from vmth.qemu.steering import HELD_DOWNTIME_MS, MAX_DOWNTIME_LIMIT_MS, Steering
 
 MS = 1_000_000
 
@@ -214,18 +204,3 @@ def test_a_qemu_that_keeps_its_run_state_is_not_asked(fake: FakeQmp, steering: S
     steering.allow_downtime(MS)
     wait_until(lambda: fake.parameters["downtime-limit"] == 1)
     assert "query-status" not in fake.commands()
-
-
-def test_many_pages_fit_into_the_downtime_at_the_price_of_many() -> None:
-    """A few hundred that lie apart cost more each, and there is time for many more."""
-    memory = RoundStats(0, 1 << 18, 1 << 18, 0, 0, 1 << 30, NS, 4e9, 20_000, 80e6, 0)
-    again = RoundStats(1, 20_000, 20_000, 0, 0, 80 << 20, 22 * MS, 4e9, 500, 1e6, 0)
-    view = view_of(memory, again)
-    decision = StandardPolicy().decide(view)
-    assert decision.forecast.pages_ns == 500 * SCATTERED_PAGE_NS
-    price_ns = sending_ns(view, 500) / 500
-    assert price_ns < SCATTERED_PAGE_NS * 0.6
-    others_ns = decision.forecast.total_ns - decision.forecast.pages_ns
-    fit = (view.downtime_limit_ns - others_ns) / price_ns
-    assert room_in_downtime_bytes(decision, view) == pytest.approx(fit * view.page_bytes, rel=0.01)
-    assert room_in_downtime_bytes(decision, replace(view, dirty_pages=0)) == 0

@@ -204,8 +204,9 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
     where another set is asked about."""
     pages = view.dirty_pages if dirty_pages is None else dirty_pages
     rate = bandwidth_bps(view)
+    scattered_ns = 0 if view.streamed else min(pages, FEW_PAGES) * SCATTERED_PAGE_NS
     return Forecast(
-        pages_ns=round(max(sending_ns(view, pages), min(pages, FEW_PAGES) * SCATTERED_PAGE_NS)),
+        pages_ns=round(max(sending_ns(view, pages), scattered_ns)),
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
         # By then the queue has drained: it is a part of its own.

@@ -73,6 +73,7 @@ class RoundView:
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
     #: After round 1: of dirty_pages, those that it has sent as well. None: not known.
     resent_pages: int | None = None
+    streamed: bool = False  #: the hypervisor sends the pages here, one behind the other
 
     @property
     def throttled(self) -> bool:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmth.errors import ChannelError, VmthError
-from vmth.policy.forecast import sending_ns
 from vmth.policy.interface import Decision, RoundView
 from vmth.qemu.dirty_limit import VcpuLimits
 from vmth.qemu.qmp import Qmp, QmpEvent
@@ -205,9 +204,7 @@ class Steering:
 def room_in_downtime_bytes(decision: Decision, view: RoundView) -> int:
     """Of pages that the downtime limit leaves time for, as the forecast has it."""
     expected = decision.forecast
-    # Not expected.pages_ns: a few pages cost more each than the many that there is time for.
-    pages_ns = round(sending_ns(view, view.dirty_pages))
-    if pages_ns <= 0:
+    if expected.pages_ns <= 0:
         return 0
     room_ns = view.downtime_limit_ns - (expected.total_ns - expected.pages_ns)
-    return max(0, view.dirty_pages * view.page_bytes * room_ns // pages_ns)
+    return max(0, view.dirty_pages * view.page_bytes * room_ns // expected.pages_ns)

@@ -590,6 +590,7 @@ class StreamPass:
             switchover_requested=tuning.switchover_requested,
             job_started_ns=self.tools.job_started_ns,
             handover_ns=HANDOVER_NS,
+            streamed=True,
             takes_rate=self.throttle is ThrottleWay.DIRTY_LIMIT,
             dirty_limit_bps=self.dirty_limit_bps,
             limited_at_ns=self._limited_at_ns,
