@@ -201,6 +201,13 @@ def test_more_bytes_take_the_link_longer_not_the_processors() -> None:
     assert second.round == 2
     assert second.bytes == pytest.approx(180_000 * PAGE, rel=0.02)
     assert second.duration_ns == pytest.approx(180_000 * PAGE / 2e9 * NS, rel=0.1)
+    # Had round 1 sent them too, a tenth would change: nine of ten by 100 bytes, one without base.
+    made.clear()
+    view = replace(view, resent_pages=180_000)
+    policy.foresee(view, policy.decide(view))
+    assert made[1].resent_pages is None
+    resent = made[1].rounds[-1]
+    assert resent.bytes == pytest.approx(180_000 * 0.1 * (0.9 * 100 + 0.1 * PAGE), rel=0.02)
 
 
 #: Measured over 100 Mbit/s: 1910 bytes a page in round 1, 314 and 271 in those after it.

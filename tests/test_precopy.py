@@ -457,6 +457,16 @@ def test_after_round_1_it_is_known_which_pages_it_sent_as_well(taken_back: bool)
         assert told == [(2, None), (3, 1), (1, None), (0, None), (0, None)]
 
 
+def test_at_the_pause_it_is_no_longer_known_which_pages_round_1_sent() -> None:
+    """The set has grown by then."""
+    policy = ScriptedPolicy([answer(Action.CONTINUE), answer(Action.SWITCH_OVER)])
+    loop = Loop(LoopGuest([64]), policy)
+    loop.precopy.run()
+    loop.check_equal()
+    told = [(view.rounds[-1].round, view.resent_pages) for view in policy.views]
+    assert told == [(0, None), (1, 0), (1, None)]
+
+
 def test_numbers_of_a_round_add_up() -> None:
     guest = LoopGuest([300])
     for page in range(100):
