@@ -453,6 +453,7 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     shared_.counters.acked_bytes.add(sent->bytes);
     counters_.acked_bytes.add(sent->bytes);
     if (sent->kind == VMTH_PACKET_BARRIER) {
+        backlog_.clear();
         shared_.barrier_part_done();
         return;
     }
@@ -463,15 +464,28 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
         shared_.copies.give_back(copy.content);
     }
     if (ack.digest.lo == sent->digest.lo && ack.digest.hi == sent->digest.hi) {
-        shared_.known.landed(sent->block, sent->runs);
-        if (shared_.forms.get().on(VMTH_FORM_DEDUP)) {
-            shared_.places.landed(sent->block, sent->runs);
-        }
-        shared_.known.landed(sent->block, sent->zero_runs);
+        take_landed(*sent);
         return;
     }
     shared_.counters.torn_packets.add(1);
     shared_.missed.add_differing(sent->block, std::move(sent->runs));
+}
+
+void SenderChannel::take_landed(SentPacket &sent)
+{
+    shared_.known.landed(sent.block, sent.runs);
+    shared_.known.landed(sent.block, sent.zero_runs);
+    if (!shared_.places.enabled()) {
+        return;
+    }
+    if (!shared_.forms.get().on(VMTH_FORM_DEDUP)) {
+        backlog_.add(sent.block, std::move(sent.runs));
+        return;
+    }
+    backlog_.take([this](uint32_t block, const std::vector<vmth_run> &runs) {
+        shared_.places.landed(block, runs);
+    });
+    shared_.places.landed(sent.block, sent.runs);
 }
 
 // The missed pages go again; what is left of the packet is judged as if it had been all of it.

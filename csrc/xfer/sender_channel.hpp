@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "xfer/channel.hpp"
+#include "xfer/landed_backlog.hpp"
 #include "xfer/ledger.hpp"
 #include "xfer/packet_builder.hpp"
 #include "xfer/sender.hpp"
@@ -54,6 +55,7 @@ private:
     std::vector<vmth_run> read_missed(const vmth_packet_header &header,
                                       const std::vector<vmth_ack> &acks);
     void take_ack(const vmth_ack &ack, const std::vector<vmth_run> &missed);
+    void take_landed(SentPacket &sent);
     void take_missed(SentPacket &sent, const vmth_ack &ack, const std::vector<vmth_run> &missed);
 
     SenderShared &shared_;
@@ -76,6 +78,7 @@ private:
     vmth_zerocopy completions_ = {};
     // Reader:
     std::vector<uint8_t> desc_;
+    LandedBacklog backlog_;
 };
 
 }  // namespace vmth
