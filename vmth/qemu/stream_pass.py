@@ -33,6 +33,7 @@ from vmth.qemu.queue_bounds import QueueBounds
 from vmth.qemu.ram import PageKind, Runs
 from vmth.qemu.state_store import StateStore
 from vmth.qemu.steering import Helm, room_in_downtime_bytes
+from vmth.qemu.stop_orders import StopOrders
 from vmth.qemu.stream import (
     DeviceState,
     Event,
@@ -60,9 +61,6 @@ LATE_FACTOR = 10
 ROUNDS_KEPT = 1000
 #: Left of a pass, near whose end QEMU may stop its guest.
 NEAR_BYTES = 64 << 20
-#: Before the end of a pass: QEMU looks ten times a second at what it may, so that some orders come
-#: too late and some too soon. Either costs another pass.
-ORDER_NS = 60_000_000
 #: Device state written and loaded, seal and ``cont``: 15 to 25 ms with 7.2 and 10.0.
 HANDOVER_NS = 20_000_000
 #: Pages that multifd has brought twice: when so many wait (4 MiB), they land before the next one.
@@ -71,7 +69,6 @@ MOST_AGAIN_PAGES = 1024
 MOST_AGAIN_AT_END_PAGES = 64
 PUMP_NS = 20_000_000  #: without a look at anything else
 PUMP_PATIENCE_NS = 500_000
-_SECOND_NS = 1_000_000_000
 
 
 class _Landing(enum.Enum):
@@ -116,10 +113,7 @@ class StreamPass:
     _looked_ns: int = 0
     _bounds: QueueBounds = field(default_factory=QueueBounds)
     _limited_at_ns: int = 0
-    _allowed: bool = False  #: QEMU stops when the rest fits
-    _room_bytes: int | None = None  #: to be allowed when ``_allow_at_bytes`` are left
-    _allow_at_bytes: int = 0
-    _stalled_out: bool = False  #: QEMU was told to stop whatever is left
+    _stop: StopOrders = field(init=False)
     _ended_ns: int = 0  #: ram's END section was there: the guest has stopped
     _pause_limit_ns: int = 0
     _landing: _Landing = _Landing.NOT_YET
@@ -127,6 +121,7 @@ class StreamPass:
 
     def __post_init__(self) -> None:
         self._again = PagesAgain(self.tools.page_bytes)
+        self._stop = StopOrders(self.helm, self.tools.tuning)
         sender, stream = self.tools.sender, self.stream
         self._lent = LentAhead(sender, self._check_late)
         if isinstance(sender, CanPump) and isinstance(stream, PumpedStream):
@@ -229,8 +224,8 @@ class StreamPass:
             self._near_end = True
             self.stream.wait_for_more(0 if self._ended_ns else NEAR_PATIENCE_S)
             self._bound_ahead(self.tools.clock())
-        if self._may_be_allowed() and self._left_bytes() <= self._allow_at_bytes:
-            self._allow(self._room_bytes or 0)
+        if not self._pass_ends_at:  # else what is left is not QEMU's pass's
+            self._stop.left(self._left_bytes)
 
     def _pump(self) -> None:
         """Far from a pass's end, while QEMU may not stop its guest, pages go without events."""
@@ -251,8 +246,9 @@ class StreamPass:
             self._look()
 
     def _plain_sailing(self) -> bool:
-        helm, stops = self.helm, self._allowed or self._stalled_out or self._room_bytes is not None
-        if stops or self._near_end or self._ended_ns or helm.stopped_ns is not None:
+        helm = self.helm
+        stops = not self._stop.nothing_allowed or helm.stopped_ns is not None
+        if stops or self._near_end or self._ended_ns:
             return False
         begun = self._pass_ends_at or helm.passes != self._passes
         return not begun and self._left_bytes() > NEAR_BYTES
@@ -281,7 +277,7 @@ class StreamPass:
         return False
 
     def _most_again(self) -> int:
-        return MOST_AGAIN_AT_END_PAGES if self._allowed else MOST_AGAIN_PAGES
+        return MOST_AGAIN_AT_END_PAGES if self._stop.allowed else MOST_AGAIN_PAGES
 
     def _land_kept(self) -> None:
         """In the midst of a round: nothing is known that the policy could be asked about."""
@@ -295,10 +291,6 @@ class StreamPass:
             queued, ticket = self.tools.sender.send_pages(runs, data, self._round)
             assert queued == len(runs)
             self._hold_back(ticket, len(data))
-
-    def _may_be_allowed(self) -> bool:
-        """With QEMU's next pass begun, what is left is not this one's."""
-        return self._room_bytes is not None and not self._pass_ends_at
 
     def _left_bytes(self) -> int:
         """Of this round, if QEMU dirtied nothing meanwhile, and what waits for its end."""
@@ -456,54 +448,24 @@ class StreamPass:
         tuning = self.tools.tuning
         if decision.action is Action.GIVE_UP:
             raise NotConvergedError(decision.reason)
-        if self._stalled_out:
+        if self._stop.told_now:
             return  # that order stands
         if decision.action is not Action.SWITCH_OVER:
-            self._allow_nothing()  # before a limit, which takes QEMU up to a second
+            self._stop.allow_nothing()  # before a limit, which takes QEMU up to a second
         elif decision.forecast.total_ns > tuning.downtime_limit_ns:
-            self._stop_now()
+            self._stop.now()
         elif self.dirty_limit_bps:
-            self._allow_near_end(room_in_downtime_bytes(decision, view), view)
+            self._stop.allow_near_end(room_in_downtime_bytes(decision, view), view)
         else:
-            self._allow(room_in_downtime_bytes(decision, view))
+            self._stop.allow(room_in_downtime_bytes(decision, view))
         if decision.action is Action.THROTTLE and self.throttle is ThrottleWay.DIRTY_LIMIT:
             self._hold_dirty_rate(int(decision.dirty_limit_bps))
-
-    def _allow(self, room_bytes: int) -> None:
-        self._allowed, self._room_bytes = True, None
-        self.helm.allow_downtime(self.tools.tuning.downtime_limit_ns, room_bytes)
-
-    def _allow_near_end(self, room_bytes: int, view: RoundView) -> None:
-        """A vCPU under a dirty limit writes a ringful and sleeps, so each look of QEMU's at what is
-        dirty may bring as much as the last one, however soon it follows. QEMU looks when what is
-        left seems to fit, so that is to be so little that a ringful fits as well."""
-        dirty_bytes = view.dirty_pages * view.page_bytes
-        order_bytes = round(view.rounds[-1].bandwidth_bps * ORDER_NS / _SECOND_NS)
-        self._allow_at_bytes = max(order_bytes, room_bytes - dirty_bytes)
-        if dirty_bytes <= self._allow_at_bytes:
-            self._allow(room_bytes)
-        else:
-            self._allow_nothing()
-            self._room_bytes = room_bytes
-
-    def _allow_nothing(self) -> None:
-        """QEMU would end its passes where the rest fits, and none would become small."""
-        self._room_bytes = None
-        if self._allowed:
-            self._allowed = False
-            self.helm.allow_no_downtime()
 
     def _hold_dirty_rate(self, rate_bps: int) -> None:
         self._limited_at_ns = self.tools.clock()
         self.dirty_limit_bps = rate_bps
         self.helm.hold_dirty_rate(rate_bps)
         self.tools.emit(DirtyLimited(self._limited_at_ns, rate_bps))
-
-    def _stop_now(self) -> None:
-        """Whatever is left: asked for, or the timeout came."""
-        if not self._stalled_out:
-            self._stalled_out = True
-            self.helm.allow_downtime(0)
 
     # -- between events ----------------------------------------------------------------------------
 
@@ -526,7 +488,7 @@ class StreamPass:
         self._bound_ahead(now_ns)
         self._show_throttle()
         if self.tools.tuning.switchover_requested:
-            self._stop_now()
+            self._stop.now()
 
     def _check_late(self) -> None:
         """Raises what ends the wait: a cancel, the peer, QEMU's refusal, or the time."""
@@ -534,7 +496,7 @@ class StreamPass:
         self.helm.check()
         now_ns, tuning = self.tools.clock(), self.tools.tuning
         if self._ended_ns:
-            if now_ns - self._ended_ns > self._pause_limit_ns and not self._stalled_out:
+            if now_ns - self._ended_ns > self._pause_limit_ns and not self._stop.told_now:
                 raise NotConvergedError(
                     f"the last pages have not landed {format_duration(self._pause_limit_ns)} after "
                     f"the pause (limit {format_duration(tuning.downtime_limit_ns)}): the link is "
@@ -546,7 +508,7 @@ class StreamPass:
                     f"the timeout of {format_duration(tuning.timeout_ns)} came in round "
                     f"{self._round}"
                 )
-            self._stop_now()
+            self._stop.now()
 
     def _bound_ahead(self, now_ns: int) -> None:
         tools = self.tools
