@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tests are more of the same: marked ``exhaustive``, which continuous integration leaves out
-to stay within its time (``VMTH_TEST_MARKS='not exhaustive'``).
+to stay within its time (``VMTH_TEST_MARKS='not exhaustive'``), and where records go.
 
 ``sh scripts/test`` runs them. Of each file in KEPT what is named is one case of each kind; of each
 test in THINNED every so many-th case of its table is kept, the first one always.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -61,3 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kept = KEPT.get(item.path.name)
         if kept is not None and item.name not in kept:
             item.add_marker("exhaustive")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever names no directory for records has none of this machine's: a migration of its owner
+    may be under way, and its lock would fail the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMTH_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        yield

@@ -61,6 +61,8 @@ ROUND = RoundStats(
     dirty_pages=2,
     dirty_rate_bps=8e6,
     expected_downtime_ns=3_000_000,
+    delta_pages=2,
+    same_pages=5,
 )
 RESULT = MigrationResult(
     verified=True,
@@ -222,7 +224,8 @@ def test_a_good_end_is_told_completely() -> None:
     assert told["heartbeat_gap_ms"] == 20 and told["heartbeats_lost"] == 0
     assert told["fallbacks"] == ["zerocopy: off"]
     assert told["movers"]["destination"]["peak_memory_bytes"] == 3 << 20
-    assert told["rounds"][0]["zero_pages"] == 3
+    first = told["rounds"][0]
+    assert (first["zero_pages"], first["delta_pages"], first["same_pages"]) == (3, 2, 5)
     text = "\n".join(summary_lines(moved()))
     for said in ("verified         yes, memory", "2000 heartbeats, none lost", "ab" * 16, "21ms"):
         assert said in text

@@ -118,6 +118,22 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     assert 5_000 * MS + 40_000 * BUILT_PAGE_NS < told[1].total_ns < 5_400 * MS
 
 
+def test_a_cache_that_holds_few_of_the_bases_has_few_of_them_later() -> None:
+    policy, mb = StandardPolicy(), 1_000_000
+    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)
+    again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, 40_000, 160e6, 0)
+    view = view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+
+    def total_ns(cache_pages: int) -> int:
+        held = replace(view, delta_cache_pages=cache_pages)
+        return policy.foresee(held, policy.decide(held)).total_ns
+
+    assert total_ns(0) == total_ns(60_000) == total_ns(1 << 20)
+    # 40,000 pages of 1667 bytes: 667 ms if none had a base. With half of the bases, over half.
+    assert total_ns(60_000) + 150 * MS < total_ns(30_000) < total_ns(6_000)
+    assert total_ns(1) > 5_667 * MS - 60 * MS
+
+
 def test_pages_that_no_round_has_sent_before_cost_as_much_as_in_round_1() -> None:
     policy, mb = StandardPolicy(), 1_000_000
     full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)

@@ -230,8 +230,9 @@ def test_a_slow_disk_and_much_state_are_in_the_forecast(
     assert forecast.overhead_ns >= 3 * view.journal_ns
     other, plain = world.guest(), WatchingPolicy()
     other.resume()
-    world.migrate(other, listener, policy=plain)
+    world.migrate(other, listener, policy=plain, delta_cache_bytes=5 << 20)
     assert plain.seen[0][0].state_bytes == USUAL_STATE_BYTES
+    assert plain.seen[0][0].delta_cache_pages == 1280
 
 
 @pytest.mark.parametrize("estimate", [-1, None, 1.5])

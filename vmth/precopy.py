@@ -65,6 +65,7 @@ class PreCopy:
     job_started_ns: int | None = None
     journal_ns: int = 0  #: what a durable record takes here
     seal_ahead: SealAhead | None = None
+    delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
@@ -373,6 +374,7 @@ class PreCopy:
             base_rtt_ns=counters.base_rtt_ns,
             handover_trips=3 if self.seal_ahead is None else 2,
             resent_pages=self._resent_pages,
+            delta_cache_pages=self.delta_cache_pages,
         )
 
 
@@ -392,4 +394,5 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         job_started_ns=tools.job_started_ns,
         journal_ns=tools.journal_ns,
         seal_ahead=tools.seal_ahead,
+        delta_cache_pages=tools.delta_cache_pages,
     )

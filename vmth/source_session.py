@@ -351,6 +351,7 @@ class SourceSession:
             job_started_ns=self._started_ns,
             journal_ns=record.journal_ns,
             seal_ahead=self._sealer if SEAL_AHEAD in self._agreed else None,
+            delta_cache_pages=self._options.delta_cache_bytes // WIRE_PAGE_BYTES,
         )
         self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)

@@ -73,6 +73,7 @@ class RoundView:
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
     #: After round 1: of dirty_pages, those that it has sent as well. None: not known.
     resent_pages: int | None = None
+    delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
     streamed: bool = False  #: the hypervisor sends the pages here, one behind the other
 
     @property

@@ -107,7 +107,10 @@ def _shrinks_to(view: RoundView, page_bytes: float) -> float:
     changed = 1 - min(newest.same_pages / newest.pages, MOST_SAME)
     first_time = min(1 / changed, view.page_bytes * WIRE_OVERHEAD / page_bytes)
     delta = newest.delta_bytes / newest.delta_pages / page_bytes
-    again = min(1.0, changed * (BASE_FOUND * delta + (1 - BASE_FOUND) * first_time))
+    found = BASE_FOUND
+    if view.delta_cache_pages:
+        found *= min(1.0, view.delta_cache_pages / newest.pages)
+    again = min(1.0, changed * (found * delta + (1 - found) * first_time))
     share = 1.0
     if view.resent_pages is not None and view.dirty_pages:
         share = view.resent_pages / view.dirty_pages
