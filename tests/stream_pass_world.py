@@ -193,6 +193,7 @@ class World:
             pause_guest=self.guest.pause,
             resume_guest=self.guest.resume,
             check=self.check,
+            delta_cache_pages=77,
         )
         self.engine = StreamPass(self.guest, self.tools, self.stream, self.helm)
 

@@ -156,7 +156,7 @@ def test_what_was_to_be_allowed_is_not_when_it_fits_no_more() -> None:
     world.engine.dirty_limit_bps = 5_000_000
     world.engine.run()
     assert [view.dirty_pages for view in policy.views[:2]] == [50, 40]
-    assert all(view.streamed for view in policy.views)
+    assert all(view.streamed and view.delta_cache_pages == 77 for view in policy.views)
     assert world.helm.allowed == []
 
 

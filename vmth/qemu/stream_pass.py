@@ -558,5 +558,6 @@ class StreamPass:
             limited_at_ns=self._limited_at_ns,
             journal_ns=self.tools.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
+            delta_cache_pages=self.tools.delta_cache_pages,
             handover_trips=4 if len(self._again) else 3 if self.tools.seal_ahead is None else 2,
         )
