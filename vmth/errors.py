@@ -92,7 +92,8 @@ class NotConvergedError(MigrationError):
 
 
 class VerificationError(MigrationError):
-    """The digests differ and could not be repaired within the downtime limit."""
+    """The digests differ and could not be repaired in time, or an audit, or the guest, found
+    damage."""
 
     exit_code = ExitCode.VERIFICATION_FAILED
 

@@ -66,7 +66,7 @@ class MigrateOptions:
     channels: int = 1
     bandwidth_bps: int = 0  #: bytes/s over all channels
     downtime_limit_ns: int = 300_000_000
-    timeout_ns: int = 0  #: of the whole migration
+    timeout_ns: int = 0  #: of the rounds, from the first page on
     on_stall: OnStall = OnStall.PAUSE
     policy: Policy | None = None  #: None: StandardPolicy
     digest: bool = True

@@ -20,7 +20,6 @@ from vmth.errors import StreamError, UsageError
 
 __all__ = [
     "ACK_BYTES",
-    "DESC_BYTES",
     "HEADER_BYTES",
     "Ack",
     "AckStatus",
@@ -37,7 +36,6 @@ __all__ = [
 ]
 
 HEADER_BYTES = 64
-DESC_BYTES = 16  #: of the forms without a base or payload length
 ACK_BYTES = 32
 
 

@@ -32,7 +32,8 @@ NOT_PERMITTED = (
     "real-time priority: not permitted (CAP_SYS_NICE or RLIMIT_RTPRIO, and real-time run time of "
     "the cgroup where the kernel divides that)"
 )
-#: No pause that is worth it lasts longer; whatever the other end does, it is over then.
+#: At a destination: no pause that is worth it lasts longer; whatever the source does, it is over
+#: then.
 LONGEST_NS = 5_000_000_000
 #: What a thread may be taken from; one with another policy has been given it by somebody.
 _USUAL = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)

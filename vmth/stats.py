@@ -190,7 +190,8 @@ class KeptMemory:
 @dataclass(frozen=True, slots=True)
 class MigrationResult:
     """How a migration went. ``verified`` is True only when the digests of all guest memory were
-    equal before the grant; ``verified_scope`` says how far the proof reaches ("memory", "none")."""
+    equal before the grant; ``verified_scope`` says how far the proof reaches: "memory", "stream"
+    (as it was handed to a QEMU), "none"."""
 
     verified: bool
     verified_scope: str

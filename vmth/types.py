@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain data that every layer shares: the block table and its parts.
 
-Nothing here does I/O. Address spaces are separate types: a ``gpa`` is a guest physical byte
-address, a ``block_page`` a page index inside one ramblock.
+Nothing here does I/O. A ``Gpa`` is a guest physical byte address; pages are counted within their
+ramblock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ __all__ = [
     "Bitmap",
     "Bitmaps",
     "BlockFlags",
-    "BlockPage",
     "Gpa",
     "MadeMapping",
     "Mapping",
@@ -30,7 +29,6 @@ __all__ = [
 ]
 
 Gpa = NewType("Gpa", int)
-BlockPage = NewType("BlockPage", int)
 
 #: One bit a page of one ramblock, LSB first in uint64 words (``csrc/include/vmth/bitmap.h``).
 Bitmap: TypeAlias = npt.NDArray[np.uint64]

@@ -20,7 +20,8 @@
  * walker_step.h has what a step stores, beats and pace are this file's.
  *
  * Addresses in the schedule are the guest's own and may be anything (the pool's are checked when the
- * registers are loaded): a store that would leave the mapping stops the walker with -EFAULT (the guest crashed), it never reaches the host's memory.
+ * registers are loaded): a store that would leave the mapping stops the walker with -EFAULT (the guest
+ * crashed), it never reaches the host's memory.
  *
  * Threads: one caller at a time for everything except vmth_walker_report, which any thread may call. */
 #ifndef VMTH_GUEST_WALKER_H

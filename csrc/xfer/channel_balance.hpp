@@ -33,7 +33,6 @@ public:
 
     // Returns the channel's place, from 0 on.
     size_t add_channel();
-    size_t nchannels() const noexcept { return channels_.size(); }
 
     // Most bytes under way over all channels, shared by their rates; 0: no limit. Until it is called each
     // channel has one that opens by itself.

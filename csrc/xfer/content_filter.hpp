@@ -28,7 +28,6 @@ public:
     // No part follows.
     void complete();
 
-    bool complete_set() const noexcept { return complete_; }
     uint64_t entries() const noexcept { return rests_.size(); }
     const vmth_content_key &key() const noexcept { return key_; }
     // Any thread, once it is complete. A hash that is not in the set is found once in 65536 times.

@@ -20,7 +20,8 @@ private:
     std::atomic<uint64_t> value_{0};
 };
 
-// Of one form that was agreed on, at the sender; the receiver counts pages and wire_bytes.
+// Of one form that was agreed on, at the sender; the receiver counts pages, wire_bytes and the cpu_ns of
+// undoing it.
 struct FormCounters {
     Counter pages;          // that took this form
     Counter tried_pages;    // given to its encoder; those it declined took another form

@@ -5,8 +5,8 @@
 //              block, round, form, and a bitmap copy or a list of runs
 //
 // Which channel takes how much is said by ChannelBalance: a slow one leaves the last pages of a round to
-// others. A job leaves the queue when its last batch was taken. A barrier is not a job: each worker sees it once,
-// when no job is left, and sends its own barrier packet behind its own pages.
+// others. A job leaves the queue when its last batch was taken. A barrier is not a job: each worker sees
+// it once, when no job is left, and sends its own barrier packet behind its own pages.
 #ifndef VMTH_XFER_JOB_QUEUE_HPP
 #define VMTH_XFER_JOB_QUEUE_HPP
 

@@ -4,8 +4,9 @@
 //   caller --send*()--> JobQueue --batches--> worker of channel k: read, hash, packet --> socket k
 //          <-barrier()-- ledgers <--------- reader of channel k: acknowledgements  <---- socket k
 //
-// Threads: send*, barrier, finish and close come from one thread; everything else from any. The first
-// failure ends all channels: sockets are shut down, blocked calls wake and throw it, later ones too.
+// Threads: add_channel, *_reuse, send*, sent, barrier(s), keep, take_missed*, forget, finish and close come
+// from one thread; everything else from any. The first failure ends all channels: sockets are shut down,
+// blocked calls wake and throw it, later ones too.
 #ifndef VMTH_XFER_SENDER_HPP
 #define VMTH_XFER_SENDER_HPP
 

@@ -52,7 +52,7 @@ def cli() -> None:
       4    cancelled (also by SIGTERM), the source guest runs
       5    did not converge or timed out, the source guest runs
       6    verification failed
-      7    in doubt: both ends are paused, an operator must decide
+      7    in doubt, or not resumed after a failure: paused here, an operator must decide
       130  interrupted (Ctrl-C), the source guest runs
     """
 

@@ -139,7 +139,7 @@ _OF_DESTINATION = frozenset(
     metavar="FILE",
     help="Keep the guest's memory here once it runs over there, for --reuse when it comes back.",
 )
-@click.option("--timeout", type=DURATION_S, default="0", help="Of the whole move; 0: none.")
+@click.option("--timeout", type=DURATION_S, default="0", help="Of the rounds; 0: none.")
 @click.option(
     "--on-stall",
     type=click.Choice([choice.value for choice in OnStall]),

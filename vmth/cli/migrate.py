@@ -39,7 +39,7 @@ __all__ = ["migrate"]
     show_default=True,
     help="Switch over when the rest fits into this.",
 )
-@click.option("--timeout", type=DURATION_S, default="0", help="Of the whole move; 0: none.")
+@click.option("--timeout", type=DURATION_S, default="0", help="Of the rounds; 0: none.")
 @click.option(
     "--on-stall",
     type=click.Choice([choice.value for choice in OnStall]),

@@ -25,7 +25,10 @@ __all__ = ["restore"]
 )
 @click.option("--running/--paused", default=None, help="What it does then.  [as when it was saved]")
 @click.option(
-    "--workers", type=click.IntRange(0, 64), default=0, help="Threads that unpack.  [one a CPU]"
+    "--workers",
+    type=click.IntRange(0, 64),
+    default=0,
+    help="Threads that unpack.  [one a CPU, at most 8]",
 )
 @click.option(
     "--timeout",

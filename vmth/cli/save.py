@@ -41,7 +41,10 @@ __all__ = ["save"]
     help="Of zstd; 0: pages are stored as they are.",
 )
 @click.option(
-    "--workers", type=click.IntRange(0, 64), default=0, help="Threads that compress.  [one a CPU]"
+    "--workers",
+    type=click.IntRange(0, 64),
+    default=0,
+    help="Threads that compress.  [one a CPU, at most 8]",
 )
 @click.option("--bandwidth", type=RATE, default="0", help="Cap on what QEMU sends; 0: none.")
 @click.option(

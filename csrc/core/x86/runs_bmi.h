@@ -6,8 +6,9 @@
  *
  * Why it equals the scalar twin: outside a run the first edge is a start, and starts and ends take
  * turns from there, so the positions of all edges, in order, are the runs:
- * {edge 2k, edge 2k+1 less edge 2k}. If a run is open, the first edge is its end. Blocks of words are done in two steps: the
- * positions of the edges go to a scratch array, which tells how many there are; then they become runs.
+ * {edge 2k, edge 2k+1 less edge 2k}. If a run is open, the first edge is its end. Blocks of words are
+ * done in two steps: the positions of the edges go to a scratch array, which tells how many there are;
+ * then they become runs.
  * Every word is read once, so no later change of it can make the two steps disagree.
  *
  * Where too little room is left for a block it is walked word by word, by the scalar twin. */

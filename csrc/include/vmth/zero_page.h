@@ -15,7 +15,7 @@
 
 VMTH_BEGIN_DECLS
 
-/* True if `nbytes` (a multiple of 64, at most 2 MiB or more: no upper bound) bytes are all zero.
+/* True if `nbytes` (a multiple of 64, however many) bytes are all zero.
  * Any alignment. Stops at the first cache lines that are not. */
 bool vmth_is_zero(const uint8_t *bytes, size_t nbytes);
 
