@@ -26,6 +26,7 @@ KEPT = {
         "test_a_guest_arrives_and_runs_on[memory-True-False-memory]",
         "test_a_guest_arrives_and_runs_on[stream-True-False-stream]",
         "test_a_paused_guest_arrives_paused_and_can_move_on",
+        "test_a_guest_arrives_in_a_call_from_python",
         "test_a_qemu_that_vmth_starts_lives_on",
         "test_a_killed_receiver_leaves_nothing_that_the_next_does_not_end",
     ),

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from qemu_world import Command, Machine, World, build
 from waiting import wait_until
 
 from vmth.errors import MigrationError, RefusedError
+from vmth.options import ReceiveOptions
 from vmth.qemu.facts import Facts, gather
 from vmth.qemu.landing import Land, choose_landing, shared_blocks
 from vmth.qemu.launch import wait_for_exit
 from vmth.qemu.qmp import Qmp
+from vmth.qemu.receive import QemuReceiver, QemuTarget, receive_qemu
 from vmth.qemu.waiting_memory import WaitingMemory
 from vmth.stats import MigrationResult
 
@@ -233,6 +236,29 @@ def test_another_machine_is_refused_and_the_waiting_qemu_stays(
     uri, receiver = world.receive(there, "auto")
     world.departs(source, uri)
     assert receiver.answer()["status"] == "running"
+
+
+def test_a_guest_arrives_in_a_call_from_python(world: Arrivals, source: CapturedSource) -> None:
+    there = world.await_guest("there", build("DST"))
+    options = ReceiveOptions(state_dir=there.state_dir)
+    with ThreadPoolExecutor() as pool:
+        listening: Future[QemuReceiver] = Future()
+        arrival = pool.submit(
+            receive_qemu,
+            f"unix:{world.folder}/call",
+            QemuTarget(qmp=str(there.qmp)),
+            options,
+            land=Land.STREAM,
+            on_listening=listening.set_result,
+        )
+        result = world.departs(source, listening.result(30).display)
+        arrived = arrival.result(30)
+    assert arrived.verified and arrived.digest == result.digest_source
+    assert arrived.landing == "stream" and not arrived.started
+    assert arrived.pid == there.process.pid and arrived.status == there.status() == "running"
+    world.hosts.append(there)
+    there.wait_beats(2)
+    world.check(there)
 
 
 def test_a_qemu_that_vmth_starts_lives_on(world: Arrivals, source: CapturedSource) -> None:
