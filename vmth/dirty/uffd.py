@@ -27,8 +27,8 @@ class UffdWpSource:
     populated (see ``populated``), and costs 8 bytes of page table for each page never touched.
 
     It does **not** see: writes through another mapping of the same file, ``pwrite`` to it, another
-    process (vhost-user), DMA, and hole punches in shared memory (fallocate, MADV_REMOVE): combine
-    it with a source that knows those. A mapping that is unmapped or moved while it is tracked is
+    process (vhost-user), DMA, and hole punches in shared memory (fallocate, MADV_REMOVE): give the
+    guest (``Guest.dirty``) a source that knows those, too. A mapping that is unmapped or moved while it is tracked is
     not noticed. Not thread-safe: callbacks come one at a time, writers need no lock.
     """
 
