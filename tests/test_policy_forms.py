@@ -62,9 +62,12 @@ class World:
 
 def run(world: World, intervals: int = 60, chooser: FormChooser | None = None) -> list[int]:
     """The rung of each interval."""
-    chooser = chooser or FormChooser(ALL)
+    return run_from(0, world, intervals, chooser or FormChooser(ALL))
+
+
+def run_from(at: int, world: World, intervals: int, chooser: FormChooser) -> list[int]:
     names = [rung.name for rung in chooser.rungs]
-    at, used = 0, []
+    used = []
     for _ in range(intervals):
         used.append(at)
         at = names.index(chooser.choose(world.interval(at)).rung.name)
@@ -193,6 +196,50 @@ def test_any_numbers_give_an_allowed_choice_with_a_reason(
         )
         choice = chooser.choose(view)
         assert choice.rung in chooser.rungs and choice.reason
+
+
+@pytest.mark.parametrize("higher_bps", [0, 2_000_000_000])
+@pytest.mark.parametrize("lower_bps", [10_000_000, 50_000_000])
+def test_a_cap_that_is_lifted_is_no_measure_of_the_link(lower_bps: int, higher_bps: int) -> None:
+    """At memory speed pages go as they are again, within few intervals, which are short."""
+    world, chooser = World(FILES, 4e9, cap_bps=lower_bps), FormChooser(ALL)
+    assert run(world, 40, chooser)[-1] >= LIGHTEST
+    names = [rung.name for rung in chooser.rungs]
+    at, choices = chooser._at, []
+    world.cap_bps = higher_bps
+    for _ in range(30):
+        choices.append(chooser.choose(world.interval(at)))
+        at = names.index(choices[-1].rung.name)
+    used = [names.index(choice.rung.name) for choice in choices]
+    assert max(used) <= 1 and used.count(0) > 20, used  # the next one is tried at times
+    assert choices[0].brief and not choices[-1].brief
+    world.cap_bps = lower_bps
+    assert run_from(at, world, 10, chooser)[-1] >= LIGHTEST
+
+
+def test_a_slow_link_is_soon_known_again_after_its_cap_is_lifted() -> None:
+    world, chooser = World(FILES, 12.5e6, cap_bps=10_000_000), FormChooser(ALL)
+    at = run(world, 40, chooser)[-1]
+    world.cap_bps = 0
+    used = run_from(at, world, 30, chooser)
+    assert used.count(0) <= 4 and min(used[6:]) >= LIGHTEST, used
+    world.cap_bps = 11_000_000  # that is no more than is known
+    assert min(run_from(used[-1], world, 30, chooser)) >= LIGHTEST
+    world.cap_bps = 12_000_000
+    assert min(run_from(used[-1], world, 30, chooser)) >= LIGHTEST
+
+
+def test_a_reason_names_the_cap_that_counts() -> None:
+    def told(world: World) -> str:
+        chooser = FormChooser(ALL)
+        run(world, 10, chooser)
+        return chooser.choose(world.interval(chooser._at)).reason
+
+    assert told(World(FILES, 4e9, cap_bps=125_000_000)).endswith("capped at 125 MB/s")
+    assert told(World(FILES, 12.5e6, cap_bps=125_000_000)).endswith("link 12 MB/s")
+    assert told(World(FILES, 12.5e6)).endswith("link 12 MB/s")
+    assert told(World(FILES, 4e11)).endswith("link not the limit")
+    assert told(World(FILES, 4e11)).startswith("raw: ")
 
 
 def test_with_a_warm_destination_looking_comes_first() -> None:

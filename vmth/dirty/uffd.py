@@ -28,8 +28,9 @@ class UffdWpSource:
 
     It does **not** see: writes through another mapping of the same file, ``pwrite`` to it, another
     process (vhost-user), DMA, and hole punches in shared memory (fallocate, MADV_REMOVE): give the
-    guest (``Guest.dirty``) a source that knows those, too. A mapping that is unmapped or moved while
-    it is tracked is not noticed. Not thread-safe: callbacks come one at a time, writers need no lock.
+    guest (``Guest.dirty``) a source that knows those, too. A mapping that is unmapped or moved
+    while it is tracked is not noticed. Not thread-safe: callbacks come one at a time, writers need
+    no lock.
     """
 
     def __init__(

@@ -114,6 +114,8 @@ PROBE_EVERY = 16
 #: more seldom.
 SHORT_SHARE = 1 / 8
 SHORT_PROBE_FACTOR = 4
+#: After what makes all that is known of the link void, so many intervals are to be short.
+BRIEF_INTERVALS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class FormChoice:
 
     rung: Rung
     reason: str
+    brief: bool = False  #: the next interval is to be short: the link is being learned
 
     @property
     def forms(self) -> frozenset[str]:
@@ -183,6 +186,8 @@ class FormChooser:
     _taken_at: int = -TAKE_EVERY  #: the interval in which cores were taken from others last
     _compressing_since: int = -COMPRESS_FOR  #: the interval in which that was begun last
     _settled: bool = True
+    _limit_bps: int = 0  #: the cap of the interval before
+    _brief: int = 0  #: intervals that are still to be short
 
     def __post_init__(self) -> None:
         self.rungs = _rungs(self.allowed)
@@ -190,6 +195,7 @@ class FormChooser:
     def first(self, limit_bps: int, workers: int) -> FormChoice:
         """Before anything is measured: under a cap what the priors make of it, else the cheapest.
         ``workers`` are taken to have a core each at most half the time: the other end needs one."""
+        self._limit_bps = limit_bps
         if limit_bps:
             view = FormsView(1, FormCost(0, 0, 0), 0.0, limit_bps, workers, workers / 2)
             rates = self.rates(view)
@@ -206,11 +212,13 @@ class FormChooser:
     def choose(self, view: FormsView) -> FormChoice:
         """At the end of every interval, a fraction of a second long."""
         self._intervals += 1
+        self._brief = max(0, self._brief - 1)
+        rose = self._limit_rose(view.limit_bps)
         if not self._settled:  # this interval still had packets of the choice before
             self._settled = True
-            rung = self.rungs[self._at]
-            return FormChoice(rung, f"{rung.name}: just begun")
-        self._learn(view)
+            return self._stay("just begun")
+        if not rose:  # else it had some of the old cap
+            self._learn(view)
         self._had_cores = max(
             view.cost.cpu_ns / max(1, view.interval_ns), (1 - FADE) * self._had_cores
         )
@@ -232,8 +240,19 @@ class FormChooser:
         if self.rungs[at].level == 0 and self._intervals - self._compressing_since < COMPRESS_FOR:
             at = max(at, self._at)
         if at != self._at:
-            return self._move(at, self._reason(at, rates))
-        return FormChoice(self.rungs[self._at], self._reason(self._at, rates))
+            return self._move(at, self._reason(at, rates, view))
+        return self._stay(self._reason(at, rates, view))
+
+    def _limit_rose(self, limit_bps: int) -> bool:
+        """What was seen of a link below a cap says little of what it carries above."""
+        before, self._limit_bps = self._limit_bps, limit_bps
+        rose = before > 0 and (limit_bps == 0 or limit_bps > before)
+        if rose:
+            self._link_is_known, self._link_bps = False, 0.0
+            self._waits = self._busy_intervals = 0
+            self._landed_bps.clear()
+            self._brief = BRIEF_INTERVALS
+        return rose
 
     @property
     def _warm(self) -> bool:
@@ -254,8 +273,11 @@ class FormChooser:
         self._at = at
         self._settled = False  # the next interval still has packets of the old choice
         self._landed_bps.clear()
-        rung = self.rungs[at]
-        return FormChoice(rung, f"{rung.name}: {reason}")
+        return self._stay(reason)
+
+    def _stay(self, reason: str) -> FormChoice:
+        rung = self.rungs[self._at]
+        return FormChoice(rung, f"{rung.name}: {reason}", self._brief > 0)
 
     def _best(self, rates: Sequence[float], view: FormsView) -> int:
         """The rung that lets most through. Among equals the cheapest, since what it saves is the
@@ -384,19 +406,23 @@ class FormChooser:
         cpu, size = known.cpu_ns, known.wire_bytes
         for step in range(nearest + 1, at + 1):
             cpu, size = cpu + rungs[step].cpu_ns, size * rungs[step].shrink
+        if at < nearest:  # by shares: a machine is slower or faster at all of them
+            prior = [sum(rung.cpu_ns for rung in rungs[: up + 1]) for up in (at, nearest)]
+            cpu = max(rungs[0].cpu_ns, cpu * prior[0] / prior[1])
         for step in range(at + 1, nearest + 1):
-            cpu = max(rungs[0].cpu_ns, cpu - rungs[step].cpu_ns)
             size = min(float(self.page_bytes), size / rungs[step].shrink)
         if rungs[at].forms == _RAW:
             size = float(self.page_bytes)  # whatever the others save
         return cpu, size
 
-    def _reason(self, at: int, rates: Sequence[float]) -> str:
+    def _reason(self, at: int, rates: Sequence[float], view: FormsView) -> str:
         cpu_ns, wire_bytes = self._costs()[at]
-        link = f"{self._link_bps / 1e6:.0f} MB/s" if self._link_is_known else "not the limit"
+        link = f"link {self._link_bps / 1e6:.0f} MB/s" if self._link_is_known else ""
+        if view.limit_bps and (not link or self._link_bps * WORTH_A_CHANGE >= view.limit_bps):
+            link = f"capped at {view.limit_bps / 1e6:.0f} MB/s"
         return (
             f"{rates[at]:.0f} pages/s expected at {cpu_ns / 1e3:.1f} us of CPU and "
-            f"{wire_bytes:.0f} bytes a page; link {link}"
+            f"{wire_bytes:.0f} bytes a page; {link or 'link not the limit'}"
         )
 
 
