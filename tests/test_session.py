@@ -18,6 +18,7 @@ import pytest
 from memory_guest import PAGE, MemoryGuest
 
 import vmth
+from vmth.channel.control import ControlConnection
 from vmth.errors import (
     CancelledError,
     ExitCode,
@@ -38,7 +39,7 @@ from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.policy.interface import Decision, Forecast, RoundView
 from vmth.policy.standard import StandardPolicy
 from vmth.uri import parse_endpoint
-from vmth.wire.messages import Mode
+from vmth.wire.messages import Abort, Message, Mode
 
 
 class World:
@@ -436,6 +437,35 @@ def test_cancel_leaves_the_guest_running(world: World) -> None:
     world.check_stayed(source)
     assert job.stats().status == "cancelled"
     _again(world, source)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.3])
+def test_the_destination_knows_that_it_was_cancelled(
+    world: World, late_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the page channels are closed before the source says so."""
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    send = ControlConnection.send
+
+    def send_late(control: ControlConnection, message: Message) -> None:
+        if isinstance(message, Abort):
+            time.sleep(late_s)
+        send(control, message)
+
+    monkeypatch.setattr(ControlConnection, "send", send_late)
+    job = vmth.start_migration(
+        source, listener.endpoint.display, world.options(bandwidth_bps=1 << 20)
+    )
+    assert isinstance(next(job.events()), Connected)
+    job.cancel()
+    outcome = listener.outcomes.get(timeout=5)
+    assert isinstance(outcome, CancelledError), outcome
+    assert "the source ended the migration: cancelled by the caller" in str(outcome)
+    with pytest.raises(CancelledError):
+        job.wait(10)
+    world.check_stayed(source)
+    _again(world, source, failed=0)
 
 
 @pytest.mark.parametrize("callback", ["pause", "save_state"])

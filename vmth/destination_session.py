@@ -89,6 +89,8 @@ log = logging.getLogger(__name__)
 
 #: How long the source's answer to Aborted is waited for; it only lets the record go.
 ABORT_TIMEOUT_S = 2.0
+#: How long a source's reason is waited for when a page channel has broken.
+REASON_TIMEOUT_S = 1.0
 #: How long last pages are waited for before it is looked whether the source says something.
 LANDING_LOOK_NS = 20_000_000
 
@@ -338,6 +340,8 @@ class DestinationSession:
                     break
         except VmthError as error:
             trouble = self._handing_on_failed() or error
+            if trouble is error and isinstance(error, ChannelError):
+                self._ended.wait(REASON_TIMEOUT_S)  # a source closes its channels, then says why
         if trouble is not None and not self._ended.is_set():
             self._control.interrupt(trouble)
 
