@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -32,7 +33,15 @@ from vmth.events import RoundFinished
 from vmth.guest import StateStream
 from vmth.meter import MoverCost, MoverMeter
 from vmth.progress import Console, round_line
-from vmth.stats import DowntimeParts, JobStats, MigrationResult, RoundStats, TransferCounters
+from vmth.report import form_lines
+from vmth.stats import (
+    DowntimeParts,
+    FormCounters,
+    JobStats,
+    MigrationResult,
+    RoundStats,
+    TransferCounters,
+)
 from vmth.types import Mapping, RamBlock
 
 RECORD = TravelRecord(
@@ -252,6 +261,21 @@ def test_a_failure_has_every_key_of_a_success() -> None:
     assert told["exit_code"] == ExitCode.NOT_CONVERGED and told["source_runs"] is True
     assert told["rounds"][0]["round"] == 0 and told["downtime_ms"] is None
     assert "runs here" in "\n".join(summary_lines(outcome))
+
+
+def test_the_forms_that_pages_took_are_one_line() -> None:
+    forms = {
+        "same": FormCounters(pages=5),
+        "zstd": FormCounters(pages=70, tried_pages=90, content_bytes=286_720, wire_bytes=2048),
+        "delta": FormCounters(tried_pages=3),
+    }
+    transfer = TransferCounters(normal_pages=12, zero_pages=3, forms=forms)
+    (line,) = form_lines(replace(RESULT, transfer=transfer))
+    assert line.split(maxsplit=1) == ["pages", "12 as they are, 3 zero, 70 zstd in 2KiB, 5 same"]
+    assert form_lines(replace(RESULT, transfer=TransferCounters())) == []
+    outcome = moved()
+    outcome.result = replace(RESULT, transfer=transfer)
+    assert line in summary_lines(outcome)
 
 
 def test_a_round_is_one_line() -> None:

@@ -304,6 +304,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
             WarmFiles([tmp_path / name])
 
 
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/meminfo"])
+def test_a_file_whose_bytes_cannot_be_read_is_named(path: str) -> None:
+    with pytest.raises(RefusedError, match=rf"{path} cannot be read: I"):
+        open_pages(Path(path))
+
+
 def test_a_damaged_image_is_refused_by_name(tmp_path: Path) -> None:
     whole = bytearray(image(data(0, 100), level=0))
     path = tmp_path / "vm.vmth"

@@ -146,6 +146,7 @@ def test_a_file_that_is_not_what_was_indexed_costs_bytes_and_nothing_else(
     assert result.transfer.missed_pages >= 400
     proposed = result.transfer.forms["reuse"].pages
     assert received.reused[0].pages <= proposed - 400
+    assert not [what for what in received.fallbacks if "source did not agree" in what]
 
 
 def test_reuse_is_not_offered_by_a_source_that_may_not_use_it(world: World) -> None:
@@ -157,6 +158,7 @@ def test_reuse_is_not_offered_by_a_source_that_may_not_use_it(world: World) -> N
     assert result.verified
     assert result.transfer.forms["reuse"].pages == 0
     assert received.reused[0].pages == 0
+    assert [what for what in received.fallbacks if "source did not agree" in what]
 
 
 class _Told:

@@ -94,6 +94,7 @@ REASON_TIMEOUT_S = 1.0
 #: How long last pages are waited for before it is looked whether the source says something.
 LANDING_LOOK_NS = 20_000_000
 
+NOT_REUSED = "reuse: the source did not agree to it, so no file was looked into"
 _LOOKS_PER_TIMEOUT = 4
 
 MakeGuest = Callable[[Incoming], Guest]
@@ -539,6 +540,7 @@ class DestinationSession:
                 *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
                 *self._announce_note,
                 *((NOT_PERMITTED,) if self._realtime.refused else ()),
+                *((NOT_REUSED,) if self._options.reuse and REUSE not in self._agreed else ()),
             ),
             reused=tuple(
                 ReusedFile(source.path, pages)

@@ -23,6 +23,7 @@ __all__ = [
     "fact_line",
     "forecast_lines",
     "forecast_values",
+    "form_lines",
     "kept_line",
     "kept_values",
     "part_values",
@@ -95,6 +96,26 @@ def forecast_lines(result: MigrationResult) -> list[str]:
         else "that the rounds would not converge"
     )
     return [fact_line("forecast", f"after round {forecast.after_round}: {told}")]
+
+
+def form_lines(result: MigrationResult) -> list[str]:
+    """For people: pages by the form that they took, as often as they were sent."""
+    transfer = result.transfer
+    told = [
+        f"{pages} {what}"
+        for pages, what in (
+            (transfer.normal_pages, "as they are"),
+            (transfer.zero_pages, "zero"),
+            (transfer.hole_pages, "holes"),
+            (transfer.free_pages, "free"),
+        )
+        if pages
+    ]
+    taken = [(form, name) for name, form in transfer.forms.items() if form.pages]
+    for form, name in sorted(taken, key=lambda one: -one[0].pages):
+        spent = f" in {format_size(form.wire_bytes)}" if form.wire_bytes else ""
+        told.append(f"{form.pages} {name}{spent}")
+    return [fact_line("pages", ", ".join(told))] if told else []
 
 
 def part_values(parts: DowntimeParts) -> dict[str, float]:

@@ -81,7 +81,11 @@ def draft_result(
     """What is known before the grant: no rounds and no times. ``digests``: (the source's, None with
     the digest off; the destination's)."""
     ours, theirs = digests
-    unverified = () if ours is not None else ("digest off: nothing was verified",)
+    unverified = (
+        ()
+        if ours is not None
+        else ("digest off: nothing was verified, and no page went as same, dedup, delta or reuse",)
+    )
     return MigrationResult(
         verified=ours is not None,
         verified_scope=scope if ours is not None else "none",

@@ -20,6 +20,7 @@ from vmth.report import (
     fact_line,
     forecast_lines,
     forecast_values,
+    form_lines,
     kept_line,
     kept_values,
     part_values,
@@ -234,6 +235,7 @@ def _time_lines(outcome: Outcome) -> list[str]:
                 f"memory ({share:.1f} %)",
             )
         )
+        lines += form_lines(result)
         if result.digest_source:
             lines.append(fact_line("digest", f"source      {result.digest_source}"))
             lines.append(fact_line("", f"destination {result.digest_destination}"))

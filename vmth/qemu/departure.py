@@ -20,6 +20,7 @@ from vmth.report import (
     fact_line,
     forecast_lines,
     forecast_values,
+    form_lines,
     kept_line,
     kept_values,
     part_values,
@@ -160,6 +161,7 @@ def departure_lines(departure: Departure) -> list[str]:
                 f"{format_size(result.wire_bytes)} for {format_size(result.memory_bytes)} of "
                 f"memory ({share:.1f} %)",
             ),
+            *form_lines(result),
             fact_line("digest", f"source      {result.digest_source or '-'}"),
             fact_line("", f"destination {result.digest_destination or '-'}"),
         ]

@@ -93,12 +93,15 @@ def open_pages(path: Path, page_bytes: int = 4096) -> PageFile:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise RefusedError(f"{path}: allowed are a regular file and a block device")
-        begin = os.pread(fd, 4096, 0)
-        if not is_image(begin):
-            _refuse_formats(path, begin)
-            raw = RawFile(path, fd, page_bytes)
-            undo.pop_all()
-            return raw
+        try:
+            begin = os.pread(fd, 4096, 0)
+            if not is_image(begin):
+                _refuse_formats(path, begin)
+                raw = RawFile(path, fd, page_bytes)
+                undo.pop_all()
+                return raw
+        except OSError as error:
+            raise RefusedError(f"{path} cannot be read: {error.strerror}") from None
     return _open_image(path, page_bytes)
 
 
