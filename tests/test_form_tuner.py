@@ -18,7 +18,14 @@ from waiting import wait_until
 from vmth import form_tuner
 from vmth.channel.forms import FORM_NAMES, forms_mask
 from vmth.errors import ChannelError, UsageError
-from vmth.form_tuner import FormTuner, idle_seconds, tuner_for
+from vmth.form_tuner import (
+    FIRST_INTERVAL_NS,
+    FIRST_INTERVALS,
+    INTERVAL_NS,
+    FormTuner,
+    idle_seconds,
+    tuner_for,
+)
 from vmth.options import ALL_FORMS, MigrateOptions
 from vmth.policy.forms import FormChoice, FormChooser, FormsView
 from vmth.stats import ChannelCounters, FormDecision, TransferCounters
@@ -91,6 +98,21 @@ def test_a_slow_link_turns_compression_on_and_says_why() -> None:
     assert mask & forms_mask(["zstd"]) and level >= 1
     assert world.told == world.tuner.decisions
     assert "us of CPU" in world.told[-1].reason and world.told[-1].after_ns > 0
+
+
+def test_after_a_cap_was_lifted_it_looks_sooner() -> None:
+    world = World()
+    world.cap_bps = 12_500_000
+    for _ in range(4):
+        world.interval(12.5e6)
+    assert world.tuner.next_interval_ns(FIRST_INTERVALS) == INTERVAL_NS
+    assert world.tuner.next_interval_ns(FIRST_INTERVALS - 1) == FIRST_INTERVAL_NS
+    world.cap_bps = 0
+    world.interval(12.5e6)
+    assert world.tuner.next_interval_ns(FIRST_INTERVALS) == FIRST_INTERVAL_NS
+    for _ in range(8):
+        world.interval(12.5e6)
+    assert world.tuner.next_interval_ns(FIRST_INTERVALS) == INTERVAL_NS
 
 
 def test_a_cap_is_heeded_before_anything_is_measured() -> None:

@@ -564,6 +564,7 @@ def test_what_the_command_says_at_the_end(scene: Scene) -> None:
     assert told["downtime_ms"] > 0 and told["movers"]["source"]["cpu_seconds"] > 0
     lines = departure_lines(departure)
     assert "verified         yes, memory" in lines and "source QEMU      was quit" in lines
+    assert any(line.startswith("pages  ") and " zero" in line for line in lines)
     assert "guest paused at the source" in pane.text
 
 

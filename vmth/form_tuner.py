@@ -126,6 +126,11 @@ class FormTuner:
         self._chosen = choice
         return choice
 
+    def next_interval_ns(self, intervals: int) -> int:
+        """Until the next look, after so many."""
+        brief = self._chosen is not None and self._chosen.brief
+        return FIRST_INTERVAL_NS if brief or intervals < FIRST_INTERVALS else INTERVAL_NS
+
     def _view(self, after: TransferCounters, interval_ns: int) -> FormsView:
         before = self._before
         cost = FormCost(
@@ -165,13 +170,9 @@ class FormTuner:
             del self.decisions[1]
         self._emit(decision)
 
-    def _next_interval_ns(self, intervals: int) -> int:
-        brief = self._chosen is not None and self._chosen.brief
-        return FIRST_INTERVAL_NS if brief or intervals < FIRST_INTERVALS else INTERVAL_NS
-
     def _run(self) -> None:
         intervals = 0
-        while not self._ended.wait(self._next_interval_ns(intervals) / 1e9):
+        while not self._ended.wait(self.next_interval_ns(intervals) / 1e9):
             intervals += 1
             try:
                 if not self._too_early():
