@@ -229,6 +229,16 @@ def test_a_slow_link_is_soon_known_again_after_its_cap_is_lifted() -> None:
     assert min(run_from(used[-1], world, 30, chooser)) >= LIGHTEST
 
 
+def test_an_interval_that_began_below_the_old_cap_says_nothing_of_the_link() -> None:
+    world, chooser = World(FILES, 4e9, cap_bps=100_000_000), FormChooser(ALL)
+    at = run(world, 40, chooser)[-1]
+    mixed = replace(world.interval(at), limit_bps=115_000_000)
+    world.cap_bps = 115_000_000
+    assert chooser.choose(mixed).rung is chooser.rungs[at]
+    assert chooser.choose(world.interval(at)).reason.endswith("capped at 115 MB/s")
+    assert chooser.choose(world.interval(at)).reason.endswith("capped at 115 MB/s")
+
+
 def test_a_reason_names_the_cap_that_counts() -> None:
     def told(world: World) -> str:
         chooser = FormChooser(ALL)

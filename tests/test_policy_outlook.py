@@ -118,11 +118,16 @@ def test_pages_that_had_no_base_in_round_1_have_one_later() -> None:
     assert 5_000 * MS + 40_000 * BUILT_PAGE_NS < told[1].total_ns < 5_400 * MS
 
 
-def test_a_cache_that_holds_few_of_the_bases_has_few_of_them_later() -> None:
-    policy, mb = StandardPolicy(), 1_000_000
+def based_by_a_third(dirty_pages: int) -> RoundView:
+    """After round 1, a third of whose pages had bases; so many are dirty now."""
+    mb, rate = 1_000_000, dirty_pages * 4_000.0
     full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)
-    again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, 40_000, 160e6, 0)
-    view = view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+    again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, dirty_pages, rate, 0)
+    return view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+
+
+def test_a_cache_that_holds_few_of_the_bases_has_few_of_them_later() -> None:
+    policy, view = StandardPolicy(), based_by_a_third(40_000)
 
     def total_ns(cache_pages: int) -> int:
         held = replace(view, delta_cache_pages=cache_pages)
@@ -135,10 +140,8 @@ def test_a_cache_that_holds_few_of_the_bases_has_few_of_them_later() -> None:
 
 
 def test_pages_that_no_round_has_sent_before_cost_as_much_as_in_round_1() -> None:
-    policy, mb = StandardPolicy(), 1_000_000
-    full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)
-    again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, 20_000, 80e6, 0)
-    view = view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+    policy, view = StandardPolicy(), based_by_a_third(20_000)
+    full, again = view.rounds
 
     def total_ns(view: RoundView) -> int:
         return policy.foresee(view, policy.decide(view)).total_ns
@@ -150,11 +153,11 @@ def test_pages_that_no_round_has_sent_before_cost_as_much_as_in_round_1() -> Non
     # The 20,000 pages take 1667 bytes each, as in round 1: 333 ms, and what is dirtied then.
     assert 333 * MS < none - 5_000 * MS < 600 * MS
     # Of round 1, half cost nothing, being the same: the others twice as much, and so will these.
-    same = replace(view, rounds=(full, replace(view.rounds[1], same_pages=30_000)), resent_pages=0)
+    same = replace(view, rounds=(full, replace(again, same_pages=30_000)), resent_pages=0)
     assert total_ns(same) - 5_000 * MS > 667 * MS
     # No page costs more than a whole one.
     most, all_same = (
-        total_ns(replace(same, rounds=(full, replace(view.rounds[1], same_pages=pages))))
+        total_ns(replace(same, rounds=(full, replace(again, same_pages=pages))))
         for pages in (36_000, 60_000)
     )
     assert total_ns(same) < most == all_same

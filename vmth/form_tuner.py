@@ -59,7 +59,7 @@ def idle_seconds(stat: str = "/proc/stat") -> float:
 
 class FormTuner:
     """A context manager: a thread named ``vmth-forms`` looks ten times a second inside it,
-    more often at first and less where few pages go out.
+    more often at first and when a cap rose, less where few pages go out.
     ``limit_bps`` is asked anew each time, so that a cap that changes changes the choice.
 
     ``idle`` tells the seconds that cores have idled, ``share`` which part of the time in which the

@@ -63,7 +63,7 @@ class RoundTools:
     job_started_ns: int | None = None  #: on the clock; what the job's total time counts from
     journal_ns: int = 0  #: what a durable record takes here
     seal_ahead: SealAhead | None = None  #: None: everything lands first
-    delta_cache_pages: int = 0  #: of which both ends keep a base; 0: of none
+    delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
 
 
 class RoundEngine(Protocol):

@@ -16,13 +16,6 @@ namespace {
 constexpr uint32_t same = vmth::form_bit(VMTH_FORM_SAME);
 constexpr uint32_t dedup = vmth::form_bit(VMTH_FORM_DEDUP);
 
-vmth::SenderOptions with_forms(uint32_t agreed)
-{
-    vmth::SenderOptions options;
-    options.forms = agreed;
-    return options;
-}
-
 // These forms are agreed on, and none is on.
 struct Agreed : Pair {
     Agreed(uint64_t npages, unsigned channels, uint32_t agreed)
@@ -31,11 +24,6 @@ struct Agreed : Pair {
     }
     uint64_t copies() const { return sender->counters().forms[VMTH_FORM_DEDUP].pages.get(); }
 };
-
-void copy_page(Memory &memory, uint64_t to, uint64_t from)
-{
-    memcpy(memory.page(to), memory.page(from), page_bytes);
-}
 
 // Whoever looks for copies only from the middle of a round on finds what went before, up to the last
 // barrier; behind it nothing older is looked for, nor is anything wrong.

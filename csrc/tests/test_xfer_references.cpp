@@ -14,13 +14,6 @@ constexpr uint32_t delta = vmth::form_bit(VMTH_FORM_DELTA);
 constexpr uint32_t zstd = vmth::form_bit(VMTH_FORM_ZSTD);
 constexpr uint32_t all_forms = same | dedup | delta | zstd;
 
-vmth::SenderOptions with_forms(uint32_t agreed)
-{
-    vmth::SenderOptions options;
-    options.forms = agreed;
-    return options;
-}
-
 struct FormsPair : Pair {
     FormsPair(uint64_t npages, unsigned channels, uint32_t on, vmth::SenderOptions options)
         : Pair(npages, channels, unix_pair, options)
@@ -46,11 +39,6 @@ struct FormsPair : Pair {
         return word;
     }
 };
-
-void copy_page(Memory &memory, uint64_t to, uint64_t from)
-{
-    memcpy(memory.page(to), memory.page(from), page_bytes);
-}
 
 // Pages of a buffer, as whoever reads a stream sends them: round after round, one run each.
 struct LentPair : FormsPair {

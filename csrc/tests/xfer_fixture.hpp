@@ -424,6 +424,19 @@ inline void thread_sleeping(const std::string &name)
     Blocked::wait_asleep(found);
 }
 
+inline void copy_page(Memory &memory, uint64_t to, uint64_t from)
+{
+    memcpy(memory.page(to), memory.page(from), page_bytes);
+}
+
+// Of a sender to which these forms are agreed on; none is on.
+inline vmth::SenderOptions with_forms(uint32_t agreed)
+{
+    vmth::SenderOptions options;
+    options.forms = agreed;
+    return options;
+}
+
 }  // namespace t
 
 #endif
