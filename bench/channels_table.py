@@ -32,7 +32,7 @@ def move(
     hosts: Hosts, addresses: Sequence[str], mib: int, options: Sequence[str]
 ) -> dict[str, Any]:
     """What the source says of one migration over those of its addresses."""
-    vmth = (sys.executable, "-m", "vmth", "demo", "--insecure")
+    vmth = (sys.executable, "-P", "-m", "vmth", "demo", "--insecure")
     with tempfile.TemporaryDirectory(prefix="vmth-bench-") as directory:
         there = subprocess.Popen(
             [

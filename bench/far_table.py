@@ -48,7 +48,7 @@ print(time.monotonic() - began)
 
 
 def bare(link: Link, mib: int) -> Outcome:
-    python = (sys.executable, "-c")
+    python = (sys.executable, "-P", "-c")
     with subprocess.Popen(
         [*link.destination, *python, SERVE, link.address], stdout=subprocess.PIPE
     ) as there:

@@ -227,7 +227,17 @@ def idle_table(rounds: int, state: Path) -> None:
 
 def memory_table() -> None:
     print("\nmemory of each mover, from its own report")
-    command = [sys.executable, "-m", "vmth", "demo", "--memory", "4GiB", "--content", "random=100"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vmth",
+        "demo",
+        "--memory",
+        "4GiB",
+        "--content",
+        "random=100",
+    ]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for line in output.splitlines():
         if "mover" in line and "memory" in line:

@@ -111,7 +111,7 @@ class Idle:
 
 
 def idle() -> Idle:
-    process = subprocess.Popen([sys.executable, "-c", IMPORT], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-P", "-c", IMPORT], stdin=subprocess.PIPE)
     before = -1.0
     while cpu_s(process.pid) != before:  # until it waits for its input
         before = cpu_s(process.pid)

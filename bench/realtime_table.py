@@ -29,7 +29,17 @@ DEFAULT = (
 
 def move(realtime: str, options: Sequence[str]) -> dict[str, float]:
     """The downtime's parts of one move, and ``downtime``."""
-    command = [sys.executable, "-m", "vmth", "demo", "--json", "--realtime", realtime, *options]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vmth",
+        "demo",
+        "--json",
+        "--realtime",
+        realtime,
+        *options,
+    ]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     told = json.loads(run.stdout)
     return {"downtime": told["downtime_ms"], **told["downtime_parts_ms"]}

@@ -110,7 +110,7 @@ def way_to(folder: Path, name: str) -> Iterator[tuple[str, list[subprocess.Popen
 
     def relay(*arguments: str) -> str:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vmth", "relay", "--once", "--json", *arguments],
+            [sys.executable, "-P", "-m", "vmth", "relay", "--once", "--json", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -162,7 +162,7 @@ def idle_cpu_seconds() -> float:
     """Of a process that only starts."""
     before = children_cpu_seconds()
     subprocess.run(
-        [sys.executable, "-m", "vmth", "relay", "--help"], capture_output=True, check=True
+        [sys.executable, "-P", "-m", "vmth", "relay", "--help"], capture_output=True, check=True
     )
     return children_cpu_seconds() - before
 

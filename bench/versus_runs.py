@@ -222,7 +222,7 @@ def _await_end(qmp: Qmp, deadline: float) -> dict[str, Any]:
 
 def run_qemu_path(case: Case, link: Link, binary: Sequence[str], land: str) -> Outcome:
     """``vmth migrate`` and ``vmth receive``, timed by the QEMUs' own events as ``run_qemu`` is."""
-    vmth = (sys.executable, "-m", "vmth")
+    vmth = (sys.executable, "-P", "-m", "vmth")
     uri = f"tcp:{link.address}:{PORT}"
     with (
         _pair(case, link, binary, shared=land == "memory") as (source, destination),
@@ -302,7 +302,7 @@ def run_core(
     case: Case, link: Link, options: Sequence[str], receive_options: Sequence[str] = ()
 ) -> Outcome:
     """``vmth demo --send`` and ``--receive`` in the two hosts."""
-    python = (sys.executable, "-m", "vmth", "demo", "--json", "--insecure")
+    python = (sys.executable, "-P", "-m", "vmth", "demo", "--json", "--insecure")
     touch(case)
     with tempfile.TemporaryDirectory(prefix="versus-state-") as state:
         uri = f"tcp:{link.address}:{PORT}"
@@ -356,7 +356,7 @@ def run_core(
 def run_core_warm(case: Case, link: Link, options: Sequence[str]) -> Outcome:
     """The destination has the memory that the same guest, run before, left there: all but what the
     workload has written since is found in that file. Keeping and indexing it is not timed."""
-    vmth = (sys.executable, "-m", "vmth")
+    vmth = (sys.executable, "-P", "-m", "vmth")
     with tempfile.TemporaryDirectory(prefix="versus-warm-", dir="/var/tmp") as folder:
         kept = f"{folder}/memory"
         _quietly(
@@ -397,7 +397,7 @@ def _disk_images() -> Sequence[str]:
         image = f"{images}/{len(made)}.img"
         _quietly(mkfs, "-q", "-t", "ext4", "-b", "4096", "-d", folder, image, str(blocks))
         made.append(image)
-    _quietly(sys.executable, "-m", "vmth", "index", *made)  # one key for all
+    _quietly(sys.executable, "-P", "-m", "vmth", "index", *made)  # one key for all
     os.sync()  # as in run_core_warm
     return made
 
