@@ -4,12 +4,22 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from vmth import __version__
-from vmth.cli import main
+from vmth.channel.sockets import LinkOptions
+from vmth.cli import cli, main
+from vmth.errors import OptionError
+from vmth.option_names import OPTIONS, for_users
+from vmth.options import MigrateOptions
+from vmth.qemu.migrate import QemuMigrateOptions
+from vmth.qemu.restore import RestoreOptions
+from vmth.reuse.warm import WarmFiles
 
 BAD_INPUT = [
     ("unknown command", ["demon"], "demon"),
@@ -17,7 +27,7 @@ BAD_INPUT = [
     ("size without a unit that is known", ["demo", "--memory", "3foo"], "3foo"),
     ("rate that may mean bits", ["demo", "--bandwidth", "5Mb/s"], "Mbit/s"),
     ("duration", ["demo", "--downtime-limit", "soon"], "soon"),
-    ("no time for the run", ["demo", "--downtime-limit", "0"], "downtime_limit_ns"),
+    ("no time for the run", ["demo", "--downtime-limit", "0"], "--downtime-limit: received 0"),
     ("phase jump without a rate", ["demo", "--phase-jump", "5s"], "TIME:RATE"),
     ("workload", ["demo", "--workload", "busy"], "zipf"),
     ("guest", ["demo", "--guest", "qemu"], "process"),
@@ -75,6 +85,34 @@ BAD_INPUT = [
         ["relay", "--listen", "unix:/l", "--connect", "unix:/s", "--interface", "eth0"],
         "--interface: received eth0 for unix:/s",
     ),
+    ("form", ["demo", "--forms", "zero,raw"], "--forms: received 'raw', allowed zero, same, dedup"),
+    ("level", ["demo", "--zstd-level", "3"], "--zstd-level: received 3, allowed with fixed forms"),
+    ("no address", ["demo", "--bind", "ten"], "--bind: received 'ten', allowed IP addresses"),
+    (
+        "more addresses than channels",
+        ["migrate", "--qmp", "/s", "tcp:h:9", "--bind", "127.0.0.1,127.0.0.2"],
+        "--bind: received 2 for 1 channels",
+    ),
+    (
+        "address of another host",
+        ["demo", "--bind", "192.0.2.1"],
+        "--bind: received '192.0.2.1', allowed IP addresses of this host (",
+    ),
+    (
+        "address of another host for a QEMU",
+        ["migrate", "--qmp", "/s", "tcp:127.0.0.1:9", "--bind", "192.0.2.1"],
+        "--bind: received '192.0.2.1', allowed IP addresses of this host (",
+    ),
+    (
+        "interface that is not here",
+        ["demo", "--interface", "none0"],
+        "--interface: received 'none0', allowed lo",
+    ),
+    (
+        "memory for indexes",
+        ["demo", "--reuse", "/dev/null", "--reuse-memory", "1"],
+        "--reuse-memory: received 1, allowed 24 and more",
+    ),
     ("port", ["demo", "--send", "tcp:host:0"], "1 to 65535"),
     ("plaintext to another host", ["demo", "--send", "tcp:192.0.2.1:4444"], "--insecure"),
     ("plaintext from other hosts", ["demo", "--receive", "tcp:0.0.0.0:0"], "--insecure"),
@@ -93,7 +131,7 @@ BAD_INPUT = [
     (
         "congestion control that the kernel does not have",
         ["demo", "--congestion-control", "none-such"],
-        "congestion control: received 'none-such'",
+        "--congestion-control: received 'none-such'",
     ),
     (
         "congestion control of a relay",
@@ -106,7 +144,7 @@ BAD_INPUT = [
             "--congestion-control",
             "none-such",
         ],
-        "congestion control: received 'none-such'",
+        "--congestion-control: received 'none-such'",
     ),
     (
         "congestion control of a unix socket",
@@ -217,3 +255,24 @@ def test_probe_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["guest"] == ("kvm" if told["kvm"]["usable"] else "process")
     assert run(["probe"]) == 0
     assert "uffd-wp" in capsys.readouterr().out
+
+
+def test_names_for_users_are_options_of_commands() -> None:
+    taken = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    known = {
+        field.name
+        for options in (MigrateOptions, LinkOptions, QemuMigrateOptions, RestoreOptions)
+        for field in fields(options)
+    } | set(signature(WarmFiles).parameters)
+    assert set(OPTIONS.values()) <= taken
+    assert set(OPTIONS) <= known
+    for field in ("peer_timeout_s", "forms"):
+        error = OptionError(field, "received 1")
+        assert str(error) == f"{field}: received 1"
+        assert pickle.loads(pickle.dumps(error)).problem == "received 1"
+        assert for_users(error) == f"{OPTIONS.get(field, field)}: received 1"

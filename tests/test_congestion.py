@@ -113,7 +113,7 @@ exec "$@" 192.0.2.1 192.0.2.2 203.0.113.1 2001:db8::1 2001:db8::2
 def test_what_the_kernel_does_not_have_is_refused_before_anything(world: World) -> None:
     for name in ("none-such", "a" * 16, "\n", "cubic\0"):
         with pytest.raises(
-            UsageError, match=r"congestion control: received .*allowed here: .*reno"
+            UsageError, match=r"congestion_control: received .*allowed here: .*reno"
         ):
             LinkOptions(congestion_control=name)
     world.moves(world.listen())

@@ -22,8 +22,8 @@ from listener_world import World, one_world
 
 import vmth
 from vmth.channel.pages import NativeReceiver, NativeSender
-from vmth.channel.sockets import LinkOptions, dial
-from vmth.errors import MigrationError, UsageError
+from vmth.channel.sockets import DialError, LinkOptions, dial
+from vmth.errors import OptionError, UsageError
 from vmth.memory import MappedBlock, address_of
 from vmth.options import MigrateOptions
 from vmth.types import Mapping, RamBlock
@@ -127,14 +127,17 @@ def _bound(*addresses: str, channels: int = 2) -> MigrateOptions:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: _bound("10.0.0.1", "ten"), "local address: received 'ten', allowed IP addresses"),
-        (lambda: _bound("", "::1"), "local address: received '', allowed IP addresses"),
+        (
+            lambda: _bound("10.0.0.1", "ten"),
+            "source_addresses: received 'ten', allowed IP addresses",
+        ),
+        (lambda: _bound("", "::1"), "source_addresses: received '', allowed IP addresses"),
         (
             lambda: _bound("127.0.0.1", "127.0.0.2", channels=1),
             "source_addresses: received 2 for 1 channels, allowed at most one a channel",
         ),
-        (lambda: LinkOptions(interfaces=("a" * 16,)), "interface: received 'aaaaaaaaaaaaaaaa'"),
-        (lambda: LinkOptions(interfaces=("eth0", "")), "interface: received '', allowed names"),
+        (lambda: LinkOptions(interfaces=("a" * 16,)), "interfaces: received 'aaaaaaaaaaaaaaaa'"),
+        (lambda: LinkOptions(interfaces=("eth0", "")), "interfaces: received '', allowed names"),
         (
             lambda: MigrateOptions(link=LinkOptions(interfaces=("a", "b"))),
             "interfaces: received 2 for 1 channels",
@@ -172,12 +175,14 @@ def test_an_address_of_another_host_ends_it_before_the_guest_is_touched(
     source = world.guest()
     source.resume()
     addresses = ("127.0.0.2", "203.0.113.7") if good_first else ("203.0.113.7", "127.0.0.2")
-    with pytest.raises(MigrationError, match=r"cannot connect to tcp:127.* from 203\.0\.113\.7: "):
-        vmth.migrate(
-            source,
-            listener.endpoint.display,
-            world.options(channels=2, link=LinkOptions(source_addresses=addresses)),
-        )
+    link = LinkOptions(source_addresses=addresses)
+    with pytest.raises(
+        OptionError, match=r"received '203\.0\.113\.7', allowed IP "
+    ):
+        vmth.migrate(source, listener.endpoint.display, world.options(channels=2, link=link))
+    index = addresses.index("203.0.113.7") + 1  # as when it goes away after the check
+    with pytest.raises(DialError, match=r"cannot connect to tcp:127.* from 203\.0\.113\.7: "):
+        dial(listener.endpoint, link, index)
     assert source.running and "pause" not in source.calls
     world.moves(listener)
 

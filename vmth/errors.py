@@ -20,6 +20,7 @@ __all__ = [
     "MigrationError",
     "NotConvergedError",
     "NotResumedError",
+    "OptionError",
     "RefusedError",
     "StreamError",
     "UsageError",
@@ -53,6 +54,20 @@ class UsageError(VmthError, ValueError):
     """The caller's mistake: a value outside what is allowed. The message names both."""
 
     exit_code = ExitCode.USAGE
+
+
+class OptionError(UsageError):
+    """A field of an options class has a value that is not allowed. ``field`` is its name there;
+    the command line names its own option instead. ``problem``: what was received, what is
+    allowed."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
 
 
 class StreamError(VmthError):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
-from vmth.errors import UsageError, let_frames_go
+from vmth.errors import OptionError, let_frames_go
 from vmth.events import Completed, Event, EventLog, Failed
 from vmth.stats import JobStats, MigrationResult
 from vmth.tuning import Tuning
@@ -92,7 +92,7 @@ class MigrationJob:
             ("timeout_ns", timeout_ns, 0),
         ):
             if value is not None and value < least:
-                raise UsageError(f"{name}: received {value}, allowed {least} and more")
+                raise OptionError(name, f"received {value}, allowed {least} and more")
         self._session.retune(bandwidth_bps, downtime_limit_ns, timeout_ns)
 
     def stats(self) -> JobStats:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmth.channel.forms import FORM_NAMES
 from vmth.channel.reuse import ReuseSource, check_sources
 from vmth.channel.sockets import LinkOptions
-from vmth.errors import UsageError
+from vmth.errors import OptionError, UsageError
 from vmth.policy.interface import OnStall, Policy
 from vmth.uri import Endpoint, Scheme
 from vmth.wire.messages import Mode
@@ -55,7 +55,7 @@ def check_types(options: DataclassInstance) -> None:
         value = getattr(options, field_.name)
         allowed, what = _TYPES.get(str(field_.type), ((object,), ""))
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise UsageError(f"{field_.name}: received {value!r}, allowed {what}")
+            raise OptionError(field_.name, f"received {value!r}, allowed {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +90,13 @@ class MigrateOptions:
     def __post_init__(self) -> None:
         check_types(self)
         if not 1 <= self.channels <= MAX_CHANNELS:
-            raise UsageError(f"channels: received {self.channels}, allowed 1 to {MAX_CHANNELS}")
+            raise OptionError("channels", f"received {self.channels}, allowed 1 to {MAX_CHANNELS}")
         for name in ("source_addresses", "interfaces"):
             given = len(getattr(self.link, name))
             if given > self.channels:
-                raise UsageError(
-                    f"{name}: received {given} for {self.channels} channels, allowed at most one a "
-                    "channel"
+                raise OptionError(
+                    name,
+                    f"received {given} for {self.channels} channels, allowed at most one a channel",
                 )
         for name in (
             "bandwidth_bps",
@@ -107,20 +107,24 @@ class MigrateOptions:
             "kept_copies_bytes",
         ):
             if getattr(self, name) < 0:
-                raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 and more")
+                raise OptionError(name, f"received {getattr(self, name)}, allowed 0 and more")
         if self.downtime_limit_ns == 0:
-            raise UsageError("downtime_limit_ns: received 0, allowed 1 and more")
+            raise OptionError("downtime_limit_ns", "received 0, allowed 1 and more")
         if not 0.1 <= self.peer_timeout_s <= 3600:
-            raise UsageError(f"peer_timeout_s: received {self.peer_timeout_s}, allowed 0.1 to 3600")
+            raise OptionError(
+                "peer_timeout_s", f"received {self.peer_timeout_s}, allowed 0.1 to 3600"
+            )
         for name in self.forms:
             if name not in ALL_FORMS:
-                raise UsageError(f"form: received {name!r}, allowed {', '.join(ALL_FORMS)}")
+                raise OptionError("forms", f"received {name!r}, allowed {', '.join(ALL_FORMS)}")
         if self.zstd_level and not self.fixed_forms:
-            raise UsageError("zstd_level: received without fixed forms, which it belongs to")
+            raise OptionError(
+                "zstd_level", f"received {self.zstd_level}, allowed with fixed forms only"
+            )
         if not -10 <= self.zstd_level <= 19:
-            raise UsageError(f"zstd_level: received {self.zstd_level}, allowed -10 to 19")
+            raise OptionError("zstd_level", f"received {self.zstd_level}, allowed -10 to 19")
         if self.audit and not self.digest:
-            raise UsageError("audit: received on with the digest off, allowed only with it on")
+            raise OptionError("audit", "received on with the digest off, allowed only with it on")
 
     def check_for(self, endpoint: Endpoint) -> str | None:
         """What to report of a migration to ``endpoint``, as ``check_plaintext``; UsageError also
@@ -154,13 +158,13 @@ class ReceiveOptions:
             ("linger_s", 0.0),
         ):
             if not least <= getattr(self, name) <= 86400:
-                raise UsageError(
-                    f"{name}: received {getattr(self, name)}, allowed {least:g} to 86400"
+                raise OptionError(
+                    name, f"received {getattr(self, name)}, allowed {least:g} to 86400"
                 )
         if not 1 <= self.max_sessions <= 1024:
-            raise UsageError(f"max_sessions: received {self.max_sessions}, allowed 1 to 1024")
+            raise OptionError("max_sessions", f"received {self.max_sessions}, allowed 1 to 1024")
         if self.max_records < 1:
-            raise UsageError(f"max_records: received {self.max_records}, allowed 1 and more")
+            raise OptionError("max_records", f"received {self.max_records}, allowed 1 and more")
 
 
 def check_plaintext(endpoint: Endpoint, insecure: bool) -> str | None:

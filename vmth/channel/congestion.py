@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from vmth.errors import UsageError
+from vmth.errors import OptionError
 
 __all__ = ["UNPACED", "check_congestion_control", "is_on_this_host", "set_congestion_control"]
 
@@ -22,7 +22,7 @@ _ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 
 def check_congestion_control(name: str) -> None:
-    """UsageError where this process cannot give ``name`` to a connection: the kernel does not have
+    """OptionError where this process cannot give ``name`` to a connection: the kernel does not have
     it, or it is not in net.ipv4.tcp_allowed_congestion_control and CAP_NET_ADMIN is missing."""
     reason = "no name of one"
     if _NAME.fullmatch(name):
@@ -36,7 +36,7 @@ def check_congestion_control(name: str) -> None:
     allowed = ""
     with contextlib.suppress(OSError):
         allowed = f", allowed here: {', '.join(_ALLOWED.read_text().split())}"
-    raise UsageError(f"congestion control: received {name!r} ({reason}){allowed}")
+    raise OptionError("congestion_control", f"received {name!r} ({reason}){allowed}")
 
 
 def set_congestion_control(sock: socket.socket, address: Any, name: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vmth._native import _sys, _xfer
 from vmth.channel.congestion import check_congestion_control, set_congestion_control
-from vmth.errors import ChannelError, UsageError
+from vmth.errors import ChannelError, OptionError, UsageError
 from vmth.uri import Endpoint, Scheme
 
 __all__ = [
@@ -60,35 +60,47 @@ class LinkOptions:
             _check_address(address)
         for name in self.interfaces:
             if not 1 <= len(name.encode()) <= _INTERFACE_BYTES or set(name) & set("/ \0"):
-                raise UsageError(
-                    f"interface: received {name!r}, allowed names of 1 to {_INTERFACE_BYTES} bytes"
+                raise OptionError(
+                    "interfaces",
+                    f"received {name!r}, allowed names of 1 to {_INTERFACE_BYTES} bytes",
                 )
         if self.congestion_control:
             check_congestion_control(self.congestion_control)
         if not UNMARKED <= self.dscp <= 63:
-            raise UsageError(f"dscp: received {self.dscp}, allowed 0 to 63")
+            raise OptionError("dscp", f"received {self.dscp}, allowed 0 to 63")
         if not 0 < self.connect_timeout_s <= 3600:
-            raise UsageError(
-                f"connect_timeout_s: received {self.connect_timeout_s}, allowed over 0 to 3600"
+            raise OptionError(
+                "connect_timeout_s", f"received {self.connect_timeout_s}, allowed over 0 to 3600"
             )
         for name, most in _MOST.items():
             if not 0 <= getattr(self, name) <= most:
-                raise UsageError(f"{name}: received {getattr(self, name)}, allowed 0 to {most}")
+                raise OptionError(name, f"received {getattr(self, name)}, allowed 0 to {most}")
 
     def check_for(self, endpoint: Endpoint) -> None:
-        """UsageError where connections to ``endpoint`` cannot take the addresses, interfaces and
-        congestion control that were chosen for them: only TCP has such."""
+        """OptionError where connections to ``endpoint`` cannot take the addresses, interfaces and
+        congestion control that were chosen for them: only TCP has such; or as ``check_here``."""
         control = (self.congestion_control,) if self.congestion_control else ()
-        for option, names in (
-            ("--bind", self.source_addresses),
-            ("--interface", self.interfaces),
-            ("--congestion-control", control),
+        for name, chosen in (
+            ("source_addresses", self.source_addresses),
+            ("interfaces", self.interfaces),
+            ("congestion_control", control),
         ):
-            if names and endpoint.scheme is not Scheme.TCP:
-                raise UsageError(
-                    f"{option}: received {','.join(names)} for {endpoint.display}, allowed with "
-                    "tcp:HOST:PORT only"
+            if chosen and endpoint.scheme is not Scheme.TCP:
+                raise OptionError(
+                    name,
+                    f"received {','.join(chosen)} for {endpoint.display}, allowed with "
+                    "tcp:HOST:PORT only",
                 )
+        self.check_here()
+
+    def check_here(self) -> None:
+        """OptionError for an address or interface that this host does not have."""
+        for address in self.source_addresses:
+            _check_is_here(address)
+        here = [name for _, name in socket.if_nameindex()]
+        for name in self.interfaces:
+            if name not in here:
+                raise OptionError("interfaces", f"received {name!r}, allowed {', '.join(here)}")
 
 
 #: IFNAMSIZ without its terminating zero byte.
@@ -99,8 +111,20 @@ def _check_address(address: str) -> None:
     try:
         ipaddress.ip_address(address)
     except ValueError:
-        raise UsageError(
-            f"local address: received {address!r}, allowed IP addresses of this host"
+        raise OptionError(
+            "source_addresses", f"received {address!r}, allowed IP addresses of this host"
+        ) from None
+
+
+def _check_is_here(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.bind((address, 0))
+    except OSError as error:
+        raise OptionError(
+            "source_addresses",
+            f"received {address!r}, allowed IP addresses of this host ({error.strerror})",
         ) from None
 
 

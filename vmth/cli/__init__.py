@@ -30,6 +30,7 @@ from vmth.cli.save import save
 from vmth.cli.version import version
 from vmth.errors import ExitCode, VmthError
 from vmth.interrupts import Terminated
+from vmth.option_names import for_users
 
 __all__ = ["cli", "main"]
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None, *, signal_mask: Iterable[int] | Non
     except click.ClickException as error:
         code = fail(error.format_message(), ExitCode(error.exit_code), as_json)
     except VmthError as error:
-        code = fail(str(error), error.exit_code, as_json)
+        code = fail(for_users(error), error.exit_code, as_json)
     except OSError as error:  # a help text that cannot be written, a file that cannot be read
         code = fail(str(error), ExitCode.FAILED, as_json)
     except (click.Abort, KeyboardInterrupt) as error:

@@ -10,7 +10,7 @@ import click
 
 from vmth.channel.sockets import UNMARKED, LinkOptions
 from vmth.cli.values import NAMES
-from vmth.errors import UsageError
+from vmth.errors import OptionError
 
 __all__ = ["congestion_option", "dscp_choice", "link_choices", "link_options"]
 
@@ -53,7 +53,7 @@ def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def dscp_choice(given: dict[str, Any]) -> int:
     dscp: int | None = given["dscp"]
     if dscp is not None and dscp < 0:
-        raise UsageError(f"dscp: received {dscp}, allowed 0 to 63")
+        raise OptionError("dscp", f"received {dscp}, allowed 0 to 63")
     return UNMARKED if dscp is None else dscp
 
 

@@ -14,6 +14,7 @@ from vmth.errors import ExitCode, VmthError
 from vmth.events import Throttled
 from vmth.guests.requests import Prepared
 from vmth.meter import MoverCost
+from vmth.option_names import for_users
 from vmth.stats import MigrationResult, RoundStats
 
 __all__ = ["Outcome"]
@@ -62,7 +63,7 @@ class Outcome:
         """The first failure is the one that is told."""
         if self.error:
             return
-        self.error = str(error) or type(error).__name__
+        self.error = for_users(error) or type(error).__name__
         if exit_code is None:
             exit_code = error.exit_code if isinstance(error, VmthError) else ExitCode.FAILED
         self.exit_code = exit_code

@@ -50,6 +50,7 @@ def run_local(settings: DemoSettings, console: Console) -> Outcome:
         options = settings.migrate
         if options.state_dir is None:
             options = replace(options, state_dir=_state_dir(outcome, resources))
+        options.link.check_here()  # before a guest is started for nothing
         _index(outcome, settings, console)
         guest = _spawn_guest(outcome, settings, console, resources)
         mover = _spawn_mover(outcome, settings, options, guest, resources)

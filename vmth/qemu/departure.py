@@ -12,6 +12,7 @@ from vmth.errors import ExitCode, InDoubtError, VmthError
 from vmth.events import RoundFinished, ThrottleChosen
 from vmth.interrupts import Interrupts
 from vmth.meter import MoverCost, MoverMeter
+from vmth.option_names import for_users
 from vmth.progress import Console
 from vmth.qemu.migrate import QemuMigrateOptions, start_qemu_migration
 from vmth.report import (
@@ -76,7 +77,7 @@ def depart(
 
 
 def _fail(departure: Departure, error: VmthError) -> None:
-    departure.error, departure.exit_code = str(error), error.exit_code
+    departure.error, departure.exit_code = for_users(error), error.exit_code
     departure.source_runs = getattr(error, "source_runs", True)
     if isinstance(error, InDoubtError):
         departure.source_runs = None

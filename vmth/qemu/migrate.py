@@ -22,6 +22,7 @@ from vmth.errors import (
     InDoubtError,
     MigrationError,
     NotResumedError,
+    OptionError,
     RefusedError,
     UsageError,
     VmthError,
@@ -111,12 +112,13 @@ class QemuMigrateOptions:
     def __post_init__(self) -> None:
         check_types(self)
         if self.on_success not in ON_SUCCESS:
-            raise UsageError(
-                f"on success: received {self.on_success!r}, allowed {', '.join(ON_SUCCESS)}"
+            raise OptionError(
+                "on_success", f"received {self.on_success!r}, allowed {', '.join(ON_SUCCESS)}"
             )
         if not 0 <= self.multifd_channels <= MAX_CHANNELS:
-            raise UsageError(
-                f"multifd channels: received {self.multifd_channels}, allowed 0 to {MAX_CHANNELS}"
+            raise OptionError(
+                "multifd_channels",
+                f"received {self.multifd_channels}, allowed 0 to {MAX_CHANNELS}",
             )
         self.session_options()
 

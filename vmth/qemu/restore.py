@@ -26,9 +26,9 @@ from vmth.errors import (
     CancelledError,
     ChannelError,
     MigrationError,
+    OptionError,
     RefusedError,
     StreamError,
-    UsageError,
     VerificationError,
     VmthError,
 )
@@ -71,7 +71,7 @@ class RestoreOptions:
 
     def __post_init__(self) -> None:
         if self.timeout_s < 0:
-            raise UsageError(f"timeout_s: received {self.timeout_s:g}, allowed 0 and more")
+            raise OptionError("timeout_s", f"received {self.timeout_s:g}, allowed 0 and more")
 
 
 @dataclass(frozen=True, slots=True)

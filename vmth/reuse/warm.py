@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vmth.channel.reuse import KEY_BYTES, MAX_REUSE_PAGES, ReuseSource
-from vmth.errors import RefusedError, UsageError
+from vmth.errors import OptionError, RefusedError, UsageError
 from vmth.reuse.content import PageFile, open_pages
 from vmth.reuse.index import ContentIndex, build, index_path, usable
 from vmth.reuse.layout import ENTRY_BYTES, UnusableError
@@ -109,13 +109,13 @@ class WarmFiles:
         progress: Callable[[IndexProgress], None] = lambda _: None,
     ) -> None:
         if len(paths) > MAX_FILES:
-            raise UsageError(f"files to reuse: received {len(paths)}, allowed {MAX_FILES}")
+            raise OptionError("paths", f"received {len(paths)} files, allowed {MAX_FILES}")
         if memory_bytes < ENTRY_BYTES:
-            raise UsageError(
-                f"memory for indexes: received {memory_bytes}, allowed {ENTRY_BYTES} and more"
+            raise OptionError(
+                "memory_bytes", f"received {memory_bytes}, allowed {ENTRY_BYTES} and more"
             )
         if folder is not None and not folder.is_dir():
-            raise UsageError(f"directory for indexes: received {folder}, which is none")
+            raise OptionError("folder", f"received {folder}, allowed directories")
         self.notes: list[str] = []
         self.files: list[WarmFile] = []
         self.sources: tuple[ReuseSource, ...] = ()
