@@ -375,6 +375,48 @@ void test_a_disk_that_fails()
     pair.finish();
 }
 
+// Pages that can no longer be read, and how often a disk was asked.
+struct Disk {
+    uint64_t bad_every = UINT64_MAX;
+    uint64_t reads = 0;
+};
+Disk disk;
+
+ssize_t disk_pread(int fd, void *buffer, size_t nbytes, off_t offset)
+{
+    disk.reads++;
+    const uint64_t first = static_cast<uint64_t>(offset) / page_bytes;
+    for (uint64_t page = first; page * page_bytes < static_cast<uint64_t>(offset) + nbytes; page++) {
+        if (page % disk.bad_every == disk.bad_every - 1) {
+            if (page == first) {
+                errno = EIO;
+                return -1;
+            }
+            nbytes = page * page_bytes - static_cast<uint64_t>(offset);
+        }
+    }
+    return pread(fd, buffer, nbytes, offset);
+}
+
+// Pages that follow one another are read together, and yet one bad page costs no other.
+void test_a_disk_with_bad_pages()
+{
+    const vmth_file_ops files = {disk_pread, pwrite};
+    Memory before(128);
+    fill(before, 1);
+    const Stored file(pages_of(before, 0, 128));
+    for (const uint64_t bad_every : {UINT64_MAX, uint64_t{1}, uint64_t{2}, uint64_t{5}, uint64_t{64}}) {
+        disk = {bad_every, 0};
+        ReusePair pair(128, reuse, {file.source()}, 1, &files);
+        memcpy(pair.source.page(0), before.page(0), 128 * page_bytes);
+        pair.round(0);
+        T_EQUAL(pair.reused(), 128);
+        T_CHECK(bad_every != UINT64_MAX || disk.reads <= 128 / 8);
+        T_EQUAL(pair.repair(1), bad_every == UINT64_MAX ? 0 : 128 / bad_every);
+        pair.finish();
+    }
+}
+
 // The filter knows fingerprints alone: one that is in it by chance costs a miss.
 void test_a_filter_that_says_too_much()
 {
@@ -576,6 +618,7 @@ int main()
     test_an_index_that_lies();
     test_frames_that_lie();
     test_a_disk_that_fails();
+    test_a_disk_with_bad_pages();
     test_a_filter_that_says_too_much();
     test_hostile_filters();
     test_hostile_packets();

@@ -45,6 +45,16 @@ std::optional<StoredFrame> find_frame(const StoreSource &source, uint64_t place)
     return place - frame.first < frame.npages ? std::optional(frame) : std::nullopt;
 }
 
+// The first of these places, and how many behind it follow one another in the file.
+size_t following(const std::optional<uint64_t> *places, size_t n)
+{
+    size_t npages = 1;
+    while (npages < n && places[npages] && *places[npages] - *places[0] == npages) {
+        npages++;
+    }
+    return npages;
+}
+
 }  // namespace
 
 // ---- the store --------------------------------------------------------------------------------------
@@ -83,13 +93,18 @@ uint64_t StoredPages::read(const vmth_u128 *hashes, size_t n, uint8_t *content)
         size_t index[most];
         vmth_u128 got[most];
         size_t nread = 0;
+        std::optional<uint64_t> places[most];
         for (size_t i = 0; i < n; i++) {
-            const std::optional<uint64_t> place =
-                (right >> i & 1) == 0 ? find_place(store_.source(source), hashes[i]) : std::nullopt;
+            if ((right >> i & 1) == 0) {
+                places[i] = find_place(store_.source(source), hashes[i]);
+            }
+        }
+        for (size_t i = 0, got_pages; i < n; i += std::max<size_t>(got_pages, 1)) {
             uint8_t *to = content + i * page_bytes;
-            if (place && fetch(source, *place, to)) {
-                pages[nread] = to;
-                index[nread++] = i;
+            got_pages = places[i] ? fetch(source, *places[i], following(places + i, n - i), to) : 0;
+            for (size_t k = 0; k < got_pages; k++) {
+                pages[nread] = to + k * page_bytes;
+                index[nread++] = i + k;
             }
         }
         if (vmth_content_hash(&store_.key(), pages, page_bytes, nread, got) != 0) {
@@ -105,27 +120,41 @@ uint64_t StoredPages::read(const vmth_u128 *hashes, size_t n, uint8_t *content)
     return right;
 }
 
-// False: it is not there, or cannot be read. That is no failure: the page comes another way.
-bool StoredPages::fetch(size_t source, uint64_t place, uint8_t *to)
+// How many of these pages, from the first on, are at `to` now. None: it is not there, or cannot be read;
+// that is no failure: the page comes another way.
+size_t StoredPages::fetch(size_t source, uint64_t place, size_t npages, uint8_t *to)
 {
     const size_t page_bytes = store_.page_bytes();
     const StoreSource &from = store_.source(source);
     const std::optional<StoredFrame> frame = find_frame(from, place);
     if (!frame || frame->npages > UINT64_MAX / page_bytes) {
-        return false;
+        return 0;
     }
-    const uint64_t inside = (place - frame->first) * page_bytes;
+    const uint64_t first = place - frame->first;
+    const uint64_t inside = first * page_bytes;
+    npages = static_cast<size_t>(std::min<uint64_t>(npages, frame->npages - first));
     if (frame->nbytes == frame->npages * page_bytes) {
-        const bool fits = inside <= UINT64_MAX - frame->offset;
-        return fits && vmth_file_read_at(store_.ops(), from.fd, to, page_bytes,
-                                         frame->offset + inside) ==
-                           static_cast<int64_t>(page_bytes);
+        return inside <= UINT64_MAX - frame->offset
+                   ? read_pages(from.fd, frame->offset + inside, npages, to)
+                   : 0;
     }
     const uint8_t *unpacked = unpack(source, *frame);
-    if (unpacked != nullptr) {
-        memcpy(to, unpacked + inside, page_bytes);
+    if (unpacked == nullptr) {
+        return 0;
     }
-    return unpacked != nullptr;
+    memcpy(to, unpacked + inside, npages * page_bytes);
+    return npages;
+}
+
+// All at once; where that fails, one page: what is behind a bad one is asked for by itself.
+size_t StoredPages::read_pages(int fd, uint64_t offset, size_t npages, uint8_t *to)
+{
+    const size_t page_bytes = store_.page_bytes();
+    int64_t got = vmth_file_read_at(store_.ops(), fd, to, npages * page_bytes, offset);
+    if (got < 0 && npages > 1) {
+        got = vmth_file_read_at(store_.ops(), fd, to, page_bytes, offset);
+    }
+    return got < 0 ? 0 : static_cast<size_t>(got) / page_bytes;
 }
 
 // The frame's pages; nullptr: it does not unpack to just these.

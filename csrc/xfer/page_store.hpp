@@ -79,7 +79,8 @@ public:
     uint64_t read(const vmth_u128 *hashes, size_t n, uint8_t *content);
 
 private:
-    bool fetch(size_t source, uint64_t place, uint8_t *to);
+    size_t fetch(size_t source, uint64_t place, size_t npages, uint8_t *to);
+    size_t read_pages(int fd, uint64_t offset, size_t npages, uint8_t *to);
     const uint8_t *unpack(size_t source, const StoredFrame &frame);
 
     PageStore &store_;
