@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from channel_proxy import PageProxy
+from waiting import wait_until
 
+from vmth._native import _xfer
 from vmth.channel.fake import FakeLink, FakeSender
 from vmth.channel.forms import FORM_NAMES, forms_mask
 from vmth.channel.interface import PageReceiver
@@ -221,6 +223,23 @@ def test_round_trips_are_those_of_the_kernel(name: str, known: bool) -> None:
         counters = harness.sender.counters()
     assert (0 < counters.base_rtt_ns <= counters.rtt_ns < 60_000_000_000) is known
     assert known or counters.base_rtt_ns == counters.rtt_ns == 0
+    assert name.startswith("tcp") or counters.carrying_ns == 0
+
+
+def test_while_the_far_end_has_no_room_the_link_carries_nothing() -> None:
+    memory, full = _memory(), np.full(4, 2**64 - 1, dtype=np.uint64)
+    memory[0][:] = 7
+    near, far = _tcp_pair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with near, far, NativeSender(_mapped(memory), PAGE, hash_seed=SEED) as sender:
+        sender.add_channel(near.fileno(), 0, 0)
+        assert sender.counters().carrying_ns == 0
+        sender.send(0, 0, SHAPE[0], full, 0)
+        wait_until(lambda: _xfer.tcp_info(near.fileno())["peer_full_ns"] > 0)
+        before, carried = _xfer.tcp_info(near.fileno())["busy_ns"], sender.counters().carrying_ns
+        wait_until(lambda: _xfer.tcp_info(near.fileno())["busy_ns"] > before + 200_000_000)
+        assert sender.counters().carrying_ns - carried < 100_000_000
+        sender.cancel("enough")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,28 @@ def test_a_slow_link_turns_compression_on_and_says_why() -> None:
     assert "us of CPU" in world.told[-1].reason and world.told[-1].after_ns > 0
 
 
+@pytest.mark.parametrize(
+    ("before_ms", "after_ms", "carrying"),
+    [(0, 0, 1.0), (0, 25, 0.25), (40, 40, 0.0), (40, 240, 1.0)],  # 0 at last: TCP does not tell
+)
+def test_the_time_in_which_the_link_carried_something_is_told(
+    before_ms: int, after_ms: int, carrying: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[FormsView] = []
+    choose = FormChooser.choose
+
+    def watched(chooser: FormChooser, view: FormsView) -> FormChoice:
+        seen.append(view)
+        return choose(chooser, view)
+
+    monkeypatch.setattr(FormChooser, "choose", watched)
+    world = World()
+    for told_ms in (before_ms, after_ms):
+        world.sender.now = replace(world.sender.now, carrying_ns=told_ms * 1_000_000)
+        world.interval(12.5e6)
+    assert seen[-1].carrying == carrying
+
+
 def test_after_a_cap_was_lifted_it_looks_sooner() -> None:
     world = World()
     world.cap_bps = 12_500_000

@@ -185,15 +185,15 @@ def test_an_interval_without_pages_teaches_nothing() -> None:
     workers=st.integers(1, 64),
     cores=st.integers(1, 64),
     pages=st.lists(st.integers(0, 1 << 20), min_size=1, max_size=30),
+    carrying=st.floats(0.0, 1.0),
 )
 def test_any_numbers_give_an_allowed_choice_with_a_reason(
-    link: float, cap: int, workers: int, cores: int, pages: list[int]
+    link: float, cap: int, workers: int, cores: int, pages: list[int], carrying: float
 ) -> None:
     chooser = FormChooser(ALL)
     for count in pages:
-        view = FormsView(
-            INTERVAL_NS, FormCost(count, count * 1000, count * 100), link, cap, workers, cores
-        )
+        cost = FormCost(count, count * 1000, count * 100)
+        view = FormsView(INTERVAL_NS, cost, link, cap, workers, cores, carrying=carrying)
         choice = chooser.choose(view)
         assert choice.rung in chooser.rungs and choice.reason
 
@@ -302,6 +302,96 @@ def test_a_stretch_that_is_not_there_does_not_end_the_looking() -> None:
             chooser.choose(World(NOISE if away else RETURNED, 125e6).interval(at)).rung.name
         )
         assert at > 0, interval
+
+
+@dataclass
+class SlowDestination(World):
+    """It takes so many pages/s of each rung."""
+
+    takes: tuple[float, ...] = (500e3, 120e3, 110e3, 60e3)
+
+    def rate(self, at: int) -> float:
+        return min(super().rate(at), self.takes[min(at, len(self.takes) - 1)])
+
+    def interval(self, at: int) -> FormsView:
+        view = super().interval(at)
+        carrying = view.acked_bps / self.link_bps
+        return replace(view, carrying=carrying if carrying < 0.9 else 1.0)
+
+
+@pytest.mark.parametrize("mbit", [1000, 10_000, 100_000])
+def test_what_the_destination_takes_is_not_taken_for_the_link(mbit: int) -> None:
+    used = warm_run(SlowDestination(RETURNED, mbit * 1e6 / 8), 60)
+    assert set(used) == {1}, used
+
+
+def test_a_destination_that_finds_slowly_gets_pages_as_they_are_where_the_link_is_faster() -> None:
+    slow_disk = (500e3, 20e3, 20e3, 20e3)
+    used = warm_run(SlowDestination(RETURNED, 125e7, takes=slow_disk), 100)
+    assert set(used[10:]) == {0}, used
+    used = warm_run(SlowDestination(RETURNED, 12.5e6, takes=slow_disk), 300)
+    assert sum(at == 0 for at in used) <= 15, used
+    assert set(used[-20:]) == {1}, used
+
+
+def test_an_unseen_link_is_not_asked_because_a_destination_was_busy_for_a_while() -> None:
+    busy = SlowDestination(RETURNED, 125e6, takes=(500e3, 40e3, 40e3))
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    assert run_from(1, busy, 40, chooser) == [1] * 40
+
+
+def test_a_look_is_short() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    world, at, briefs = SlowDestination(RETURNED, 125e6), 1, []
+    names = [rung.name for rung in chooser.rungs]
+    for _ in range(80):
+        choice = chooser.choose(world.interval(at))
+        at = names.index(choice.rung.name)
+        briefs.append((at, choice.brief))
+    looks = [(at, brief) for at, brief in briefs if at == 0 or brief]
+    assert 1 <= len(looks) <= 4 and all(brief for _, brief in looks), looks
+
+
+def test_a_look_at_a_fast_link_finds_that_it_takes_more_than_the_destination_finds() -> None:
+    used = warm_run(SlowDestination(RETURNED, 125e8), 300)
+    assert set(used[:60]) == {1} and set(used[70:]) <= {0, 1}, used
+    assert sum(at == 0 for at in used[70:]) > 150, used
+
+
+def test_under_a_cap_the_link_idles_and_the_destination_is_not_blamed() -> None:
+    world = World(STANDARD, 125e7, cap_bps=12_500_000)
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    at = names.index(chooser.first(world.cap_bps, world.workers).rung.name)
+    for _ in range(60):
+        choice = chooser.choose(replace(world.interval(at), carrying=0.01))
+        at = names.index(choice.rung.name)
+        assert choice.level > 0 and "destination" not in choice.reason
+    assert choice.reason.endswith("capped at 12 MB/s")
+
+
+def test_a_reason_names_the_destination() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    for _ in range(10):
+        choice = chooser.choose(SlowDestination(RETURNED, 125e6).interval(1))
+    assert choice.reason.endswith("the destination takes no more")
+    assert "120000 pages/s expected" in choice.reason
+
+
+def test_a_tunnel_in_which_the_near_end_takes_all_is_still_a_slow_link() -> None:
+    """Its near end takes bytes at once: the link looks idle, whatever is sent."""
+    world = World(STANDARD, 12.5e6)
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    at, used = 0, []
+    for _ in range(200):
+        used.append(at)
+        choice = chooser.choose(replace(world.interval(at), carrying=0.1))
+        at = names.index(choice.rung.name)
+    assert reached(world, used) > 0.9, used
 
 
 @dataclass

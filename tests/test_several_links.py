@@ -176,9 +176,7 @@ def test_an_address_of_another_host_ends_it_before_the_guest_is_touched(
     source.resume()
     addresses = ("127.0.0.2", "203.0.113.7") if good_first else ("203.0.113.7", "127.0.0.2")
     link = LinkOptions(source_addresses=addresses)
-    with pytest.raises(
-        OptionError, match=r"received '203\.0\.113\.7', allowed IP "
-    ):
+    with pytest.raises(OptionError, match=r"received '203\.0\.113\.7', allowed IP "):
         vmth.migrate(source, listener.endpoint.display, world.options(channels=2, link=link))
     index = addresses.index("203.0.113.7") + 1  # as when it goes away after the check
     with pytest.raises(DialError, match=r"cannot connect to tcp:127.* from 203\.0\.113\.7: "):

@@ -141,6 +141,7 @@ class FormTuner:
         cores = (cost.cpu_ns + (idle_s - self._idle_s) * 1e9) / interval_ns
         self._idle_s = idle_s
         given = self._workers * self._share()
+        carrying = (after.carrying_ns - before.carrying_ns) / interval_ns
         return FormsView(
             interval_ns,
             cost,
@@ -150,6 +151,7 @@ class FormTuner:
             cores,
             given,
             after.opening,
+            min(1.0, carrying) if after.carrying_ns else 1.0,
         )
 
     def _pages(self, after: TransferCounters) -> int:

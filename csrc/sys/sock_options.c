@@ -159,5 +159,7 @@ int vmth_sock_get_info(int fd, struct vmth_sock_info *info)
     info->path_mtu = tcp.tcpi_pmtu;
     info->congestion_window = tcp.tcpi_snd_cwnd;
     info->delivery_bps = tcp.tcpi_delivery_rate;
+    info->busy_ns = tcp.tcpi_busy_time * 1000;
+    info->peer_full_ns = tcp.tcpi_rwnd_limited * 1000;
     return 0;
 }

@@ -29,6 +29,8 @@ struct vmth_sock_info {
     uint32_t path_mtu;
     uint32_t congestion_window; /* segments */
     uint64_t delivery_bps;      /* bytes/s, the kernel's estimate */
+    uint64_t busy_ns;           /* with bytes to send or unacknowledged, over its life */
+    uint64_t peer_full_ns;      /* of that: the peer's receive window was the limit */
 };
 
 /* Is it a connected stream socket? 0, -ENOTSOCK, -EPROTOTYPE for another type, -ENOTCONN. */

@@ -75,6 +75,8 @@ struct PathInfo {
     uint64_t base_rtt_ns = 0;
     uint64_t retransmits = 0;
     uint64_t path_mtu = 0;
+    // With bytes on the way that the peer had room for, over the life of the busiest channel; 0: not known.
+    uint64_t carrying_ns = 0;
 };
 
 }  // namespace vmth

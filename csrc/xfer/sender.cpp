@@ -534,6 +534,7 @@ PathInfo Sender::path_info() const
         const bool tunnel = info.base_rtt_ns == 0 || trip_ns > info.base_rtt_ns + ends_own_ns;
         path.base_rtt_ns = std::max(path.base_rtt_ns, tunnel ? trip_ns : info.base_rtt_ns);
         path.retransmits += info.retransmits;
+        path.carrying_ns = std::max(path.carrying_ns, info.busy_ns - info.peer_full_ns);
         bool smaller = path.path_mtu == 0 || info.path_mtu < path.path_mtu;
         path.path_mtu = smaller ? info.path_mtu : path.path_mtu;
     }

@@ -180,7 +180,7 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "zerocopy_copied"_a = counters.zerocopy_copied.get(), "cpu_ns"_a = counters.cpu_ns.get(),
         "forms"_a = forms_of(counters), "rtt_ns"_a = path.rtt_ns,
         "base_rtt_ns"_a = path.base_rtt_ns, "retransmits"_a = path.retransmits,
-        "path_mtu"_a = path.path_mtu);
+        "path_mtu"_a = path.path_mtu, "carrying_ns"_a = path.carrying_ns);
 }
 
 // (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s, opening) of each channel
@@ -380,7 +380,8 @@ py::dict tcp_info(int fd)
                     "base_rtt_ns"_a = info.base_rtt_ns, "rttvar_ns"_a = info.rttvar_ns,
                     "retransmits"_a = info.retransmits, "path_mtu"_a = info.path_mtu,
                     "congestion_window"_a = info.congestion_window,
-                    "delivery_bps"_a = info.delivery_bps);
+                    "delivery_bps"_a = info.delivery_bps, "busy_ns"_a = info.busy_ns,
+                    "peer_full_ns"_a = info.peer_full_ns);
 }
 
 void select_kernel(const std::string &family, const std::string &name)

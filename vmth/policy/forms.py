@@ -26,10 +26,15 @@ something better: there compression stays on as long as it costs nothing, and it
 cores would idle and bytes are saved. Under a cap the first packets are chosen by the priors. With a
 warm destination a look costs thousands of bytes less than it saves, so it begins with looking, and
 looks for a faster link more seldom the more bytes that would cost.
+
+Workers also wait where the destination takes no more pages. TCP tells it from a slow link: the link
+idles, or the other end has no room. Then what lands says nothing of the link, and what the
+destination takes on this rung is an upper bound for it and for dearer ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +82,8 @@ SLOWEST_LINK_BPS = 4e7
 WORTH_IDLE_TIME = 1.02
 #: On faster links a look at a page costs about as long as sending it: it must have shown its worth.
 SLOW_LINK_BPS = 3e8
+#: A link that was not seen is worth a look where the destination finds less than this: 1 Gbit/s.
+COMMON_LINK_BPS = 1.25e8
 #: What is taken from others must promise so many times more pages a second than what idles.
 WORTH_TAKING = 1.25
 #: Intervals between two such takings.
@@ -94,6 +101,9 @@ LEARN = 0.5
 #: the least say nothing that would replace what is known.
 LINK_INTERVALS = 4
 LEAST_INTERVALS = 3
+#: A link that carries something for less than this share of the time is not what workers wait for:
+#: that is the destination, unless it has the least to do already.
+LEAST_CARRYING = 0.75
 #: A connection begins slowly: a link is known once the workers have waited for it so often.
 LEAST_WAITS = 2
 #: A link that may have grown is asked again after so many intervals of busy workers for each in
@@ -139,6 +149,9 @@ class FormsView:
     cores: float  #: that they used or could have used: their own time, and what idled
     given_cores: float = 0.0  #: that the scheduler gave them when they wanted one; 0: not known
     opening: bool = False  #: the channels' own windows held them, or may have: not the link
+    carrying: float = (
+        1.0  #: share of the time in which bytes were on the way and welcome over there
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +192,9 @@ class FormChooser:
     _link_bps: float = 0.0
     _link_is_known: bool = False
     _landed_bps: deque[float] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
+    _recent: deque[FormsView] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
+    _taken_pps: dict[int, float] = field(default_factory=dict)
+    #: by rung: pages/s that the destination takes, where the workers waited for it
     _waits: int = 0  #: intervals in which the workers waited for the link
     _busy_intervals: int = 0  #: since the last of them
     _had_cores: float = 0.0  #: that the workers had of late when they wanted them
@@ -270,9 +286,12 @@ class FormChooser:
     def _move(self, at: int, reason: str) -> FormChoice:
         if self.rungs[self._at].level == 0 and self.rungs[at].level != 0:
             self._compressing_since = self._intervals
+        if at == 0 and not self._link_is_known:  # a look, which may cost bytes
+            self._brief = max(self._brief, LEAST_WAITS + 1)
         self._at = at
         self._settled = False  # the next interval still has packets of the old choice
         self._landed_bps.clear()
+        self._recent.clear()
         return self._stay(reason)
 
     def _stay(self, reason: str) -> FormChoice:
@@ -323,8 +342,8 @@ class FormChooser:
         return self._by_cpu(up, view) >= HEADROOM * rates[up - 1]
 
     def _by_cpu(self, at: int, view: FormsView) -> float:
-        """Pages a second that the workers could do on that rung."""
-        return _workers(view) * 1e9 / self._costs()[at][0]
+        """Pages a second that the workers could do on that rung, and the destination takes."""
+        return min(_workers(view) * 1e9 / self._costs()[at][0], self._taken(at))
 
     def rates(self, view: FormsView) -> list[float]:
         """Non-zero pages a second that each rung promises."""
@@ -334,13 +353,14 @@ class FormChooser:
             link_bps = min(link_bps, view.limit_bps) if self._link_is_known else view.limit_bps
         elif not self._link_is_known:
             # Who gave a file has no fast link, until it is seen to be one.
-            unseen = max(link_bps, 0.0 if self._waits else SLOW_LINK_BPS)
+            hoped_bps = COMMON_LINK_BPS if self._taken_pps else SLOW_LINK_BPS
+            unseen = max(link_bps, 0.0 if self._waits else hoped_bps)
             link_bps = unseen if self._warm and self._waits < LEAST_WAITS else 0.0
         found = []
-        for cpu_ns, wire_bytes in self._costs():
+        for at, (cpu_ns, wire_bytes) in enumerate(self._costs()):
             by_cpu = workers * 1e9 / cpu_ns
             by_link = link_bps / wire_bytes if link_bps else by_cpu
-            found.append(min(by_cpu, by_link))
+            found.append(min(by_cpu, by_link, self._taken(at)))
         return found
 
     def _learn(self, view: FormsView) -> None:
@@ -367,6 +387,8 @@ class FormChooser:
         landed_bps = sum(self._landed_bps) / len(self._landed_bps)
         busy = view.cost.cpu_ns / max(1, view.interval_ns * _workers(view))
         capped = 0 < view.limit_bps <= landed_bps * WORTH_A_CHANGE
+        if self._waits_for_destination(view, busy < BUSY_SHARE and not capped):
+            return
         if busy < BUSY_SHARE or capped:
             self._busy_intervals = 0
             if landed_bps > 0:
@@ -386,6 +408,21 @@ class FormChooser:
         if self._busy_intervals > STALE_AFTER * self._waits * patience:
             self._link_is_known = False
             self._busy_intervals = 0
+
+    def _waits_for_destination(self, view: FormsView, waits: bool) -> bool:
+        """Learns what it takes, where it is what the workers wait for."""
+        self._recent.append(view)
+        carrying = sum(seen.carrying for seen in self._recent) / len(self._recent)
+        for at in self._taken_pps:
+            self._taken_pps[at] *= 1 + FADE
+        if self._at == 0 or not waits or carrying >= LEAST_CARRYING:
+            self._taken_pps.pop(self._at, None)
+            return False
+        if len(self._recent) >= LEAST_INTERVALS:  # the first ones have what beginning costs
+            pages = sum(seen.cost.pages for seen in self._recent)
+            took_ns = sum(seen.interval_ns for seen in self._recent)
+            self._taken_pps[self._at] = pages * 1e9 / max(1, took_ns)
+        return True
 
     def _costs(self) -> list[tuple[float, float]]:
         """(CPU ns, wire bytes) a non-zero page of each rung: as measured, or from the nearest rung
@@ -420,10 +457,16 @@ class FormChooser:
         link = f"link {self._link_bps / 1e6:.0f} MB/s" if self._link_is_known else ""
         if view.limit_bps and (not link or self._link_bps * WORTH_A_CHANGE >= view.limit_bps):
             link = f"capped at {view.limit_bps / 1e6:.0f} MB/s"
+        if rates[at] >= self._taken(at):
+            link = "the destination takes no more"
         return (
             f"{rates[at]:.0f} pages/s expected at {cpu_ns / 1e3:.1f} us of CPU and "
             f"{wire_bytes:.0f} bytes a page; {link or 'link not the limit'}"
         )
+
+    def _taken(self, at: int) -> float:
+        """Pages/s that the destination takes at most: what is dearer does not make it faster."""
+        return min((pps for down, pps in self._taken_pps.items() if down <= at), default=math.inf)
 
 
 def _workers(view: FormsView) -> float:
