@@ -26,7 +26,7 @@ from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.precopy import make_precopy
 from vmth.rounds import RoundEngine, RoundTools
 from vmth.source_session import SourceSession
-from vmth.stats import MigrationResult, round_stats
+from vmth.stats import FormCounters, MigrationResult, round_stats
 from vmth.types import Gpa, Mapping, RamBlock
 from vmth.uri import parse_endpoint
 from vmth.wire.messages import Offer
@@ -137,7 +137,9 @@ def test_what_each_form_took_and_saved_is_counted() -> None:
         assert last.forms["same"].pages == NPAGES - 1
         assert last.forms["same"].content_bytes == (NPAGES - 1) * PAGE
         assert last.wire_bytes - after.wire_bytes < 2 * PAGE
-        assert round_stats(1, after, last, 1, 0, PAGE, False).same_pages == NPAGES - 1
+        again = round_stats(1, after, last, 1, 0, PAGE, False)
+        assert again.same_pages == NPAGES - 1 == again.forms["same"].pages
+        assert again.forms["zstd"] == FormCounters() and again.formed_pages == NPAGES - 1
     assert np.array_equal(source, there)
 
 

@@ -44,6 +44,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "missed_pages": stats.missed_pages,
         "delta_pages": stats.delta_pages,
         "same_pages": stats.same_pages,
+        "forms": {name: asdict(form) for name, form in stats.forms.items()},
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,
         "duration_ns": stats.duration_ns,

@@ -33,6 +33,16 @@ class FormCounters:
     wire_bytes: int = 0  #: that they took on the wire: descriptors and payload
     cpu_ns: int = 0  #: of encoding, declined pages included
 
+    def since(self, before: FormCounters) -> FormCounters:
+        """What was counted after ``before``."""
+        return FormCounters(
+            self.pages - before.pages,
+            self.tried_pages - before.tried_pages,
+            self.content_bytes - before.content_bytes,
+            self.wire_bytes - before.wire_bytes,
+            self.cpu_ns - before.cpu_ns,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ChannelCounters:
@@ -132,6 +142,12 @@ class RoundStats:
     idle_ns: int = 0  #: of duration_ns: nothing was under way, and nothing came to be sent
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
     same_pages: int = 0  #: that were as they had landed before
+    forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: of this round, by form
+
+    @property
+    def formed_pages(self) -> int:
+        """That took a cheaper form: neither normal nor zero, hole or free."""
+        return sum(form.pages for form in self.forms.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +259,8 @@ def round_stats(
     zero = after.zero_pages - before.zero_pages
     hole = after.hole_pages - before.hole_pages
     none = FormCounters()
-    delta, delta_before = (counters.forms.get("delta", none) for counters in (after, before))
-    same, same_before = (counters.forms.get("same", none) for counters in (after, before))
+    forms = {name: form.since(before.forms.get(name, none)) for name, form in after.forms.items()}
+    delta, same = (forms.get(name, none) for name in ("delta", "same"))
     return RoundStats(
         round=number,
         pages=normal + zero + hole + after.formed_pages - before.formed_pages,
@@ -259,8 +275,9 @@ def round_stats(
         expected_downtime_ns=0,
         paused=paused,
         missed_pages=after.missed_pages - before.missed_pages,
-        delta_pages=delta.pages - delta_before.pages,
-        delta_bytes=delta.wire_bytes - delta_before.wire_bytes,
-        same_pages=same.pages - same_before.pages,
+        delta_pages=delta.pages,
+        delta_bytes=delta.wire_bytes,
+        same_pages=same.pages,
+        forms=forms,
         idle_ns=idle_ns,
     )
