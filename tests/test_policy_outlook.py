@@ -345,6 +345,27 @@ def test_a_throttle_to_come_is_in_the_forecast() -> None:
     assert first.total_ns == pytest.approx(ended_ns(out), rel=0.35)
 
 
+def test_a_guest_that_dirties_all_of_its_set_in_every_round_is_foreseen_to_be_held() -> None:
+    """How fast it writes is not known, so neither is how much a throttle leaves of it."""
+    pages = 128 * MIB / PAGE
+
+    def rewrites(start_s: float, end_s: float, throttle: int) -> float:
+        return min(pages, 200e6 / PAGE * (1 - throttle / 100) * (end_s - start_s))
+
+    out = moved(
+        StandardPolicy(),
+        rewrites,
+        Link(GBIT),
+        memory_bytes=1 << 30,
+        on_stall=OnStall.THROTTLE,
+    )
+    assert out.throttle_percent and out.downtime_ns
+    made = out.forecasts[1]
+    assert (made.after_round, made.converges) == (1, True)
+    assert made.downtime_ns > 0
+    assert made.total_ns == pytest.approx(ended_ns(out), rel=0.2)
+
+
 def test_it_counts_from_the_jobs_start_the_guests_handover_and_the_journals_records() -> None:
     policy = StandardPolicy()
     views = []

@@ -15,6 +15,7 @@ it is sent again; others have none yet. Pure: no clock, no I/O.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from vmth.policy.forecast import (
     sending_ns,
 )
 from vmth.policy.interface import Action, Decision, RoundView
+from vmth.policy.throttle import first_touch_pps
 from vmth.stats import JobForecast, RoundStats
 
 __all__ = ["foresee"]
@@ -89,12 +91,17 @@ def _late_ns(view: RoundView, decision: Decision, model: DirtyModel) -> int:
 
 def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyModel:
     """vCPUs that run for a share of the time touch that share of pages; those that are held to a
-    rate touch no more than that."""
+    rate touch no more than that. Of a guest that dirtied all of its working set in every round, the
+    least that this takes counts, as where the throttle is chosen."""
     if decision.dirty_limit_bps:
         limit_pps = decision.dirty_limit_bps / view.page_bytes
         return replace(model, first_touch_pps=min(model.first_touch_pps, limit_pps))
+    rate_pps = model.first_touch_pps
+    if math.isinf(rate_pps) and view.rounds:
+        last = view.rounds[-1]
+        rate_pps = first_touch_pps(last.dirty_pages, last.duration_ns / NS, model.working_set_pages)
     share = (100 - decision.throttle_percent) / max(1, 100 - view.throttle_percent)
-    return replace(model, first_touch_pps=model.first_touch_pps * share)
+    return replace(model, first_touch_pps=rate_pps * share)
 
 
 def _shrinks_to(view: RoundView, page_bytes: float) -> float:
