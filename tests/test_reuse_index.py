@@ -237,6 +237,18 @@ def test_an_index_that_cannot_be_kept_is_used_from_memory(
 # -- the memory bound ------------------------------------------------------------------------------
 
 
+def test_a_file_given_twice_is_used_once(tmp_path: Path) -> None:
+    path = raw(tmp_path / "vm", [1, 2, 3])
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    other = raw(tmp_path / "other", [1, 2, 3])
+    with WarmFiles([path, link, other, path], memory_bytes=6 * ENTRY_BYTES) as warm:
+        assert [one.path for one in warm.files] == [str(path), str(other)]
+        assert [one.contents for one in warm.files] == [3, 3]
+        assert f"{link}: the same file as {path}, used once" in warm.notes
+        assert f"{path}: the same file as {path}, used once" in warm.notes
+
+
 def test_memory_goes_to_the_files_in_their_order(tmp_path: Path) -> None:
     paths = [
         raw(tmp_path / name, range(first, first + 10)) for name, first in (("a", 1), ("b", 20))

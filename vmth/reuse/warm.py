@@ -115,14 +115,16 @@ class WarmFiles:
                 "memory_bytes", f"received {memory_bytes}, allowed {ENTRY_BYTES} and more"
             )
         if folder is not None and not folder.is_dir():
-            raise OptionError("folder", f"received {folder}, allowed directories")
+            raise OptionError("folder", f"received {folder}, which is none, allowed directories")
         self.notes: list[str] = []
         self.files: list[WarmFile] = []
         self.sources: tuple[ReuseSource, ...] = ()
         self._progress = progress
         self._resources = contextlib.ExitStack()
         try:
-            opened = [self._open(path, index_path(path, folder), page_bytes) for path in paths]
+            opened = self._once(
+                [self._open(path, index_path(path, folder), page_bytes) for path in paths]
+            )
             key = self._agree_on_key(opened)
             left = min(memory_bytes // ENTRY_BYTES, MAX_REUSE_PAGES)
             for one in opened:
@@ -165,6 +167,16 @@ class WarmFiles:
         except UnusableError as error:
             opened.why = str(error)
         return opened
+
+    def _once(self, opened: Sequence[_Opened]) -> list[_Opened]:
+        """A file that was given twice, under whatever names, would take its memory twice."""
+        first: dict[tuple[int, int, int], _Opened] = {}
+        for one in opened:
+            about = os.fstat(one.file.fd)
+            twin = first.setdefault((about.st_dev, about.st_ino, about.st_rdev), one)
+            if twin is not one:
+                self.notes.append(f"{one.file.path}: the same file as {twin.file.path}, used once")
+        return list(first.values())
 
     def _agree_on_key(self, opened: Sequence[_Opened]) -> bytes:
         """A page is hashed once, whatever the number of files: the first index's key is that of
