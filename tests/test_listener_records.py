@@ -20,13 +20,13 @@ from waiting import wait_until
 
 import vmth
 from vmth.destination_record import DestinationRecord
-from vmth.destination_session import ReceiveResult
 from vmth.errors import MigrationError
 from vmth.guest import Guest
 from vmth.job import JobSession
 from vmth.journal import Side, StateDirectory
 from vmth.listener import Listener
 from vmth.options import ReceiveOptions
+from vmth.received import ReceiveResult
 from vmth.source_session import SourceSession
 from vmth.wire.framing import PreambleStatus
 from vmth.wire.handover import Action, Record

@@ -15,11 +15,11 @@ from memory_guest import PAGE, MemoryGuest
 from warm_file import KEY, Pages, stored
 
 from vmth.channel.reuse import KEY_BYTES, ReuseSource, filter_messages, hear_filter
-from vmth.destination_session import ReceiveResult
 from vmth.errors import MigrationError, StreamError, UsageError
 from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.received import ReceiveResult, not_found
 from vmth.source_session import SourceSession
 from vmth.stats import MigrationResult
 from vmth.uri import parse_endpoint
@@ -114,6 +114,7 @@ def test_a_guest_that_comes_back_sends_what_changed(world: World) -> None:
     ]
     assert received.reused[0].pages == 0
     assert 0 < received.reused[1].pages <= reuse.pages
+    assert not [what for what in received.fallbacks if "not in the files" in what]
     assert result.transfer.missed_pages == 0
 
 
@@ -146,7 +147,27 @@ def test_a_file_that_is_not_what_was_indexed_costs_bytes_and_nothing_else(
     assert result.transfer.missed_pages >= 400
     proposed = result.transfer.forms["reuse"].pages
     assert received.reused[0].pages <= proposed - 400
+    missed = proposed - received.reused[0].pages
+    (told,) = (what for what in received.fallbacks if "not in the files" in what)
+    assert told.startswith(f"reuse: {missed} of {proposed} pages were not in the files")
     assert not [what for what in received.fallbacks if "source did not agree" in what]
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "memory_pages", "told"),
+    [
+        (0, [], 1 << 20, False),
+        (1000, [600, 400], 1 << 20, False),
+        (1000, [600, 336], 1 << 20, False),  # as many may be there by chance
+        (1000, [600, 335], 1 << 20, True),
+        (1000, [984], 1 << 10, False),
+        (1000, [983], 1 << 10, True),
+    ],
+)
+def test_what_is_there_by_chance_is_no_damage(
+    asked: int, served: list[int], memory_pages: int, told: bool
+) -> None:
+    assert bool(not_found(asked, served, memory_pages)) is told
 
 
 def test_reuse_is_not_offered_by_a_source_that_may_not_use_it(world: World) -> None:

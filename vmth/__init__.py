@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vmth.api import migrate, receive, start_migration
-    from vmth.destination_session import ReceiveResult
     from vmth.errors import (
         CancelledError,
         ChannelError,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from vmth.job import MigrationJob
     from vmth.listener import Listener
     from vmth.options import MigrateOptions, ReceiveOptions
+    from vmth.received import ReceiveResult
     from vmth.recovery import recover
     from vmth.stats import JobStats, MigrationResult, RoundStats
     from vmth.types import Mapping, RamBlock

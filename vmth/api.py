@@ -11,12 +11,13 @@ import logging
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from vmth.destination_session import MakeGuest, ReceiveResult
+from vmth.destination_session import MakeGuest
 from vmth.errors import UsageError
 from vmth.guest import Guest
 from vmth.job import MigrationJob
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
+from vmth.received import ReceiveResult
 from vmth.source_session import SourceSession
 from vmth.stats import MigrationResult
 from vmth.uri import parse_endpoint

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from vmth import __version__
 from vmth.abort import abort_code
@@ -56,6 +55,7 @@ from vmth.handshake import (
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import ReceiveOptions
 from vmth.realtime import NOT_PERMITTED, Realtime
+from vmth.received import NOT_REUSED, ReceiveResult, not_found
 from vmth.seal import digest_text
 from vmth.state_streams import StateCollector
 from vmth.wire.framing import Preamble
@@ -83,7 +83,7 @@ from vmth.wire.messages import (
     State,
 )
 
-__all__ = ["DestinationSession", "ReceiveResult"]
+__all__ = ["DestinationSession"]
 
 log = logging.getLogger(__name__)
 
@@ -94,30 +94,11 @@ REASON_TIMEOUT_S = 1.0
 #: How long last pages are waited for before it is looked whether the source says something.
 LANDING_LOOK_NS = 20_000_000
 
-NOT_REUSED = "reuse: the source did not agree to it, so no file was looked into"
 _LOOKS_PER_TIMEOUT = 4
 
 MakeGuest = Callable[[Incoming], Guest]
 #: Messages that belong before the seal is answered.
 _WHILE_RECEIVING = (Paused, State, PackedState, DigestRequest, LastBarrier, Seal)
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiveResult:
-    """A guest that arrived. ``verified``: its memory's digest equalled the source's before it
-    ran."""
-
-    session_id: str
-    guest: Guest
-    was_running: bool  #: and so runs now; a guest that was paused at the source stays paused
-    verified: bool
-    verified_scope: str
-    digest: str
-    peer: str
-    memory_bytes: int
-    wire_bytes: int
-    fallbacks: tuple[str, ...] = ()  #: what was slower than asked at this end
-    reused: tuple[ReusedFile, ...] = ()  #: what each file of ``ReceiveOptions.reuse`` gave
 
 
 class DestinationSession:
@@ -525,6 +506,9 @@ class DestinationSession:
 
     def _result(self) -> ReceiveResult:
         assert self._guest is not None and self._receiver is not None and self._record is not None
+        counters, served = self._receiver.counters(), self._receiver.reused()
+        memory_bytes = sum(block.used_length for block in self._guest.blocks)
+        asked = counters.forms[REUSE].pages if REUSE in counters.forms else 0
         return ReceiveResult(
             session_id=self._preamble.session_id.hex(),
             guest=self._guest,
@@ -533,18 +517,19 @@ class DestinationSession:
             verified_scope=self._scope if self._digest_on else "none",
             digest=self._digest,
             peer=self.peer,
-            memory_bytes=sum(block.used_length for block in self._guest.blocks),
-            wire_bytes=self._receiver.counters().wire_bytes,
+            memory_bytes=memory_bytes,
+            wire_bytes=counters.wire_bytes,
             fallbacks=(
                 *self._receiver.fallbacks(),
                 *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
                 *self._announce_note,
                 *((NOT_PERMITTED,) if self._realtime.refused else ()),
                 *((NOT_REUSED,) if self._options.reuse and REUSE not in self._agreed else ()),
+                *not_found(asked, served, memory_bytes // WIRE_PAGE_BYTES),
             ),
             reused=tuple(
                 ReusedFile(source.path, pages)
-                for source, pages in zip(self._options.reuse, self._receiver.reused(), strict=True)
+                for source, pages in zip(self._options.reuse, served, strict=True)
             ),
         )
 

@@ -21,12 +21,13 @@ from types import TracebackType
 
 from vmth.channel.sockets import ListeningSocket, fd_sockets, set_link_options
 from vmth.destination_record import DestinationRecord
-from vmth.destination_session import DestinationSession, MakeGuest, ReceiveResult
+from vmth.destination_session import DestinationSession, MakeGuest
 from vmth.errors import ChannelError, MigrationError, StreamError, VmthError, let_frames_go
 from vmth.guest import Guest
 from vmth.handshake import read_preamble, receive_before
 from vmth.journal import Side, StateDirectory, default_state_dir
 from vmth.options import ReceiveOptions, check_plaintext
+from vmth.received import ReceiveResult
 from vmth.uri import Endpoint, Scheme, parse_endpoint
 from vmth.wire.framing import (
     FrameDecoder,

@@ -20,7 +20,6 @@ from vmth.demo.check import GuestCheckReport, check_arrival
 from vmth.demo.guests import ArrivingGuest, vcpus_of
 from vmth.demo.record import TravelRecord
 from vmth.demo.settings import ArrivalSettings
-from vmth.destination_session import ReceiveResult
 from vmth.errors import CancelledError
 from vmth.guest import Guest
 from vmth.guests.spawn import ReadyHolder, choose_guest, spawn_destination
@@ -28,6 +27,7 @@ from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.meter import MoverCost, MoverMeter
 from vmth.options import WIRE_PAGE_BYTES, ReceiveOptions
+from vmth.received import ReceiveResult
 from vmth.reuse.report import FileReused, reused_of
 from vmth.reuse.warm import IndexProgress
 from vmth.uri import parse_endpoint

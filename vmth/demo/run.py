@@ -24,7 +24,6 @@ from vmth.demo.guests import DepartingGuest, duplicate_memory, guest_info
 from vmth.demo.mover import DestinationMover
 from vmth.demo.outcome import Outcome
 from vmth.demo.settings import ArrivalSettings, DemoSettings
-from vmth.destination_session import ReceiveResult
 from vmth.errors import ExitCode, InDoubtError, UsageError, VerificationError, VmthError
 from vmth.events import RoundFinished, Throttled
 from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
@@ -33,6 +32,7 @@ from vmth.listener import Listener
 from vmth.meter import MoverMeter
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.progress import Console
+from vmth.received import ReceiveResult
 from vmth.reuse.report import index_progress
 from vmth.units import format_duration, format_size
 from vmth.uri import parse_endpoint

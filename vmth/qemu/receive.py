@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 from vmth import __version__
-from vmth.destination_session import ReceiveResult
 from vmth.errors import (
     CancelledError,
     ExitCode,
@@ -34,6 +33,7 @@ from vmth.qemu.landing import Land
 from vmth.qemu.launch import QemuProcess, check_command, sweep
 from vmth.qemu.qmp import Qmp
 from vmth.qemu.waiting_memory import WaitingMemory
+from vmth.received import ReceiveResult
 from vmth.reuse.report import FileReused, reused_lines, reused_of
 from vmth.reuse.warm import WarmFile, WarmFiles
 from vmth.units import format_size
