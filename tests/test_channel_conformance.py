@@ -234,11 +234,14 @@ def test_while_the_far_end_has_no_room_the_link_carries_nothing() -> None:
     with near, far, NativeSender(_mapped(memory), PAGE, hash_seed=SEED) as sender:
         sender.add_channel(near.fileno(), 0, 0)
         assert sender.counters().carrying_ns == 0
+        assert sender.counters().starved_ns < sender.counters().starved_ns
         sender.send(0, 0, SHAPE[0], full, 0)
         wait_until(lambda: _xfer.tcp_info(near.fileno())["peer_full_ns"] > 0)
         before, carried = _xfer.tcp_info(near.fileno())["busy_ns"], sender.counters().carrying_ns
+        starved_ns = sender.counters().starved_ns
         wait_until(lambda: _xfer.tcp_info(near.fileno())["busy_ns"] > before + 200_000_000)
         assert sender.counters().carrying_ns - carried < 100_000_000
+        assert sender.counters().starved_ns == starved_ns  # the rest is still queued
         sender.cancel("enough")
 
 

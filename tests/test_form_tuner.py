@@ -117,9 +117,11 @@ def test_the_time_in_which_the_link_carried_something_is_told(
     monkeypatch.setattr(FormChooser, "choose", watched)
     world = World()
     for told_ms in (before_ms, after_ms):
-        world.sender.now = replace(world.sender.now, carrying_ns=told_ms * 1_000_000)
+        ns = told_ms * 1_000_000
+        world.sender.now = replace(world.sender.now, carrying_ns=ns, starved_ns=ns // 2)
         world.interval(12.5e6)
     assert seen[-1].carrying == carrying
+    assert seen[-1].starved == (after_ms - before_ms) / 200
 
 
 def test_after_a_cap_was_lifted_it_looks_sooner() -> None:

@@ -372,6 +372,14 @@ def test_under_a_cap_the_link_idles_and_the_destination_is_not_blamed() -> None:
     assert choice.reason.endswith("capped at 12 MB/s")
 
 
+def test_workers_that_have_nothing_to_send_do_not_wait_for_the_destination() -> None:
+    world, chooser = SlowDestination(RETURNED, 125e8, takes=(1e3, 1e3)), FormChooser(ALL)
+    chooser.first(0, 2)
+    for _ in range(40):
+        choice = chooser.choose(replace(world.interval(1), starved=0.5))
+        assert "destination" not in choice.reason
+
+
 def test_a_reason_names_the_destination() -> None:
     chooser = FormChooser(ALL | {"reuse"})
     chooser.first(0, 2)

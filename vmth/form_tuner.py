@@ -152,6 +152,7 @@ class FormTuner:
             given,
             after.opening,
             min(1.0, carrying) if after.carrying_ns else 1.0,
+            (after.starved_ns - before.starved_ns) / interval_ns,
         )
 
     def _pages(self, after: TransferCounters) -> int:

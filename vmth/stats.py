@@ -82,6 +82,7 @@ class TransferCounters:
         0  #: at the source: TCP had bytes on the way that the other end had room for,
     )
     #: over the life of the busiest channel; 0: not known
+    starved_ns: int = 0  #: at the source: no page was queued to be sent
     cpu_ns: int = 0  #: of the threads that send
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: by the form's name
     channels: tuple[ChannelCounters, ...] = ()  #: the source's; none once the channels are closed

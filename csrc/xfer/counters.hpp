@@ -77,6 +77,7 @@ struct PathInfo {
     uint64_t path_mtu = 0;
     // With bytes on the way that the peer had room for, over the life of the busiest channel; 0: not known.
     uint64_t carrying_ns = 0;
+    uint64_t starved_ns = 0;  // nothing was queued to be sent
 };
 
 }  // namespace vmth

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <chrono>
 
-#include "xfer/steady_clock.hpp"
-
 namespace vmth {
 
 namespace {
@@ -110,6 +108,9 @@ bool JobQueue::push(Job &&job)
         return false;
     }
     if (job.remaining > 0) {
+        if (jobs_.empty()) {
+            empty_ns_ += static_cast<uint64_t>(steady_ns() - empty_since_ns_);
+        }
         jobs_.push_back(std::move(job));
         work_.notify_all();
     }
@@ -169,6 +170,9 @@ void JobQueue::take_locked(size_t worker, Batch &batch, uint64_t max_pages)
     }
     if (job.remaining == 0) {
         jobs_.pop_front();
+        if (jobs_.empty()) {
+            empty_since_ns_ = steady_ns();
+        }
         room_.notify_one();
         if (held_back_ > 0) {
             work_.notify_all();
@@ -292,6 +296,13 @@ size_t JobQueue::waiting() const
 {
     std::lock_guard<std::mutex> lock(mutex_);
     return jobs_.size();
+}
+
+uint64_t JobQueue::empty_ns() const
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    return empty_ns_ +
+           (jobs_.empty() ? static_cast<uint64_t>(steady_ns() - empty_since_ns_) : 0);
 }
 
 }  // namespace vmth

@@ -22,6 +22,7 @@
 #include "vmth/packet.h"
 #include "xfer/channel_balance.hpp"
 #include "xfer/lent_pages.hpp"
+#include "xfer/steady_clock.hpp"
 
 namespace vmth {
 
@@ -87,6 +88,8 @@ public:
     bool opening(size_t worker) const;
     // Jobs with pages not yet taken.
     size_t waiting() const;
+    // Nanoseconds, of its whole life, in which there was none.
+    uint64_t empty_ns() const;
 
 private:
     void take_locked(size_t worker, Batch &batch, uint64_t max_pages);
@@ -99,6 +102,8 @@ private:
     std::condition_variable work_;  // pull waits for it
     // Under mutex_:
     std::deque<Job> jobs_;
+    int64_t empty_since_ns_ = steady_ns();
+    uint64_t empty_ns_ = 0;  // before that
     ChannelBalance balance_;
     unsigned held_back_ = 0;  // workers that leave the front to others, for now
     uint64_t barriers_ = 0;

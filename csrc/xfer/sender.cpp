@@ -521,6 +521,7 @@ void Sender::forget(uint32_t block, uint64_t page, uint64_t npages)
 PathInfo Sender::path_info() const
 {
     PathInfo path;
+    path.starved_ns = shared_.queue.empty_ns();
     std::lock_guard<std::mutex> lock(shared_.mutex);
     for (const std::unique_ptr<SenderChannel> &channel : shared_.channels) {
         const uint64_t trip_ns = channel->least_trip_ns();

@@ -180,7 +180,8 @@ py::dict counters_of(const vmth::Counters &counters, const vmth::PathInfo &path)
         "zerocopy_copied"_a = counters.zerocopy_copied.get(), "cpu_ns"_a = counters.cpu_ns.get(),
         "forms"_a = forms_of(counters), "rtt_ns"_a = path.rtt_ns,
         "base_rtt_ns"_a = path.base_rtt_ns, "retransmits"_a = path.retransmits,
-        "path_mtu"_a = path.path_mtu, "carrying_ns"_a = path.carrying_ns);
+        "path_mtu"_a = path.path_mtu, "carrying_ns"_a = path.carrying_ns,
+        "starved_ns"_a = path.starved_ns);
 }
 
 // (index, pages, packets, wire bytes, acknowledged bytes, acknowledged bytes/s, opening) of each channel

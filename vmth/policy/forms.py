@@ -104,6 +104,8 @@ LEAST_INTERVALS = 3
 #: A link that carries something for less than this share of the time is not what workers wait for:
 #: that is the destination, unless it has the least to do already.
 LEAST_CARRYING = 0.75
+#: Workers that had nothing to send for more than this share of the time waited for that.
+MOST_STARVED = 0.1
 #: A connection begins slowly: a link is known once the workers have waited for it so often.
 LEAST_WAITS = 2
 #: A link that may have grown is asked again after so many intervals of busy workers for each in
@@ -149,9 +151,8 @@ class FormsView:
     cores: float  #: that they used or could have used: their own time, and what idled
     given_cores: float = 0.0  #: that the scheduler gave them when they wanted one; 0: not known
     opening: bool = False  #: the channels' own windows held them, or may have: not the link
-    carrying: float = (
-        1.0  #: share of the time in which bytes were on the way and welcome over there
-    )
+    carrying: float = 1.0  #: share of the time in which bytes were on the way, and had room there
+    starved: float = 0.0  #: share of the time in which no page was there to be sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,9 +414,11 @@ class FormChooser:
         """Learns what it takes, where it is what the workers wait for."""
         self._recent.append(view)
         carrying = sum(seen.carrying for seen in self._recent) / len(self._recent)
+        starved = sum(seen.starved for seen in self._recent) / len(self._recent)
         for at in self._taken_pps:
             self._taken_pps[at] *= 1 + FADE
-        if self._at == 0 or not waits or carrying >= LEAST_CARRYING:
+        idles = carrying < LEAST_CARRYING and starved < MOST_STARVED
+        if self._at == 0 or not waits or not idles:
             self._taken_pps.pop(self._at, None)
             return False
         if len(self._recent) >= LEAST_INTERVALS:  # the first ones have what beginning costs
