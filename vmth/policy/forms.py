@@ -104,6 +104,9 @@ LEAST_INTERVALS = 3
 #: A link that carries something for less than this share of the time is not what workers wait for:
 #: that is the destination, unless it has the least to do already.
 LEAST_CARRYING = 0.75
+#: So much more the destination may take, for each interval since it was seen what it takes: it may
+#: have been busy with something else.
+FORGIVE = 0.05
 #: Workers that had nothing to send for more than this share of the time waited for that.
 MOST_STARVED = 0.1
 #: A connection begins slowly: a link is known once the workers have waited for it so often.
@@ -287,8 +290,9 @@ class FormChooser:
     def _move(self, at: int, reason: str) -> FormChoice:
         if self.rungs[self._at].level == 0 and self.rungs[at].level != 0:
             self._compressing_since = self._intervals
-        if at == 0 and not self._link_is_known:  # a look, which may cost bytes
-            self._brief = max(self._brief, LEAST_WAITS + 1)
+        # A look at the link, which may cost bytes, or at what the destination takes by now.
+        if (at == 0 and not self._link_is_known) or at in self._taken_pps:
+            self._brief = max(self._brief, LEAST_INTERVALS + 1)
         self._at = at
         self._settled = False  # the next interval still has packets of the old choice
         self._landed_bps.clear()
@@ -416,7 +420,7 @@ class FormChooser:
         carrying = sum(seen.carrying for seen in self._recent) / len(self._recent)
         starved = sum(seen.starved for seen in self._recent) / len(self._recent)
         for at in self._taken_pps:
-            self._taken_pps[at] *= 1 + FADE
+            self._taken_pps[at] *= 1 + FORGIVE
         idles = carrying < LEAST_CARRYING and starved < MOST_STARVED
         if self._at == 0 or not waits or not idles:
             self._taken_pps.pop(self._at, None)
