@@ -328,15 +328,19 @@ def _timed_out(view: RoundView) -> bool:
 
 
 def _stalled(view: RoundView) -> bool:
-    """Two rounds in a row did not shrink the set, or two pairs of alternating ones did not."""
+    """Two rounds in a row did not shrink the set, or two pairs of alternating ones did not; twice
+    as many where the bandwidth that is there should do: then pages wait for something else, as for
+    processors that others have for a while."""
     sets = [*(round_.dirty_pages for round_ in view.rounds[:-1]), view.dirty_pages]
-    return _flat(sets, lag=1) or _flat(sets, lag=2)
+    needed_bps = _verdict(view).needed_bandwidth_bps
+    rounds = 4 if 0 < needed_bps <= bandwidth_bps(view) else 2
+    return _flat(sets, 1, rounds) or _flat(sets, 2, rounds)
 
 
-def _flat(sets: Sequence[int], lag: int) -> bool:
-    if len(sets) < 3 * lag:
+def _flat(sets: Sequence[int], lag: int, rounds: int) -> bool:
+    if len(sets) < (rounds + 1) * lag:
         return False
-    return all(sets[-i] >= SHRINKS_BELOW * sets[-i - lag] for i in range(1, 2 * lag + 1))
+    return all(sets[-i] >= SHRINKS_BELOW * sets[-i - lag] for i in range(1, rounds * lag + 1))
 
 
 def _verdict(view: RoundView) -> _Verdict:
