@@ -393,6 +393,34 @@ def test_workers_that_have_nothing_to_send_do_not_wait_for_the_destination() -> 
         assert "destination" not in choice.reason
 
 
+def test_a_link_that_idled_below_a_cap_is_not_taken_to_idle_above_it() -> None:
+    capped, open_ = World(STANDARD, 12.5e6, cap_bps=2_500_000), World(STANDARD, 12.5e6)
+    chooser = FormChooser(ALL)
+    names = [rung.name for rung in chooser.rungs]
+    at = names.index(chooser.first(capped.cap_bps, 2).rung.name)
+    for interval in range(60):
+        world = capped if interval < 30 else open_
+        carrying = 0.2 if world is capped else 1.0
+        choice = chooser.choose(replace(world.interval(at), carrying=carrying))
+        at = names.index(choice.rung.name)
+        assert "destination" not in choice.reason, interval
+
+
+def test_busy_workers_leave_the_link_idle_and_that_says_nothing_of_it() -> None:
+    """Content that is slow to compress, then content that is not: the link is the limit again."""
+    slow = World(tuple((cpu * 20, wire) for cpu, wire in STANDARD), 12.5e6)
+    chooser = FormChooser(ALL)
+    run_from(0, World(STANDARD, 12.5e6), 20, chooser)
+    at = next(at for at, rung in enumerate(chooser.rungs) if rung.level == 1)
+    for interval in range(60):
+        world = slow if interval % 8 < 5 else World(STANDARD, 12.5e6)
+        view = world.interval(at)
+        carrying = min(1.0, view.acked_bps / world.link_bps)
+        choice = chooser.choose(replace(view, carrying=carrying))
+        at = [rung.name for rung in chooser.rungs].index(choice.rung.name)
+        assert "destination" not in choice.reason, interval
+
+
 def test_a_reason_names_the_destination() -> None:
     chooser = FormChooser(ALL | {"reuse"})
     chooser.first(0, 2)

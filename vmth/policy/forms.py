@@ -197,6 +197,7 @@ class FormChooser:
     _link_is_known: bool = False
     _landed_bps: deque[float] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
     _recent: deque[FormsView] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
+    #: intervals in which the workers waited
     _taken_pps: dict[int, float] = field(default_factory=dict)
     #: by rung: pages/s that the destination takes, where the workers waited for it
     _waits: int = 0  #: intervals in which the workers waited for the link
@@ -271,6 +272,7 @@ class FormChooser:
             self._link_is_known, self._link_bps = False, 0.0
             self._waits = self._busy_intervals = 0
             self._landed_bps.clear()
+            self._recent.clear()
             self._brief = BRIEF_INTERVALS
         return rose
 
@@ -416,18 +418,19 @@ class FormChooser:
 
     def _waits_for_destination(self, view: FormsView, waits: bool) -> bool:
         """Learns what it takes, where it is what the workers wait for."""
-        self._recent.append(view)
-        carrying = sum(seen.carrying for seen in self._recent) / len(self._recent)
-        starved = sum(seen.starved for seen in self._recent) / len(self._recent)
         for at in self._taken_pps:
             self._taken_pps[at] *= 1 + FORGIVE
-        idles = carrying < LEAST_CARRYING and starved < MOST_STARVED
-        if self._at == 0 or not waits or not idles:
+        if waits:
+            self._recent.append(view)
+        seen = self._recent
+        idles = sum(of.carrying for of in seen) < LEAST_CARRYING * len(seen)
+        fed = sum(of.starved for of in seen) < MOST_STARVED * len(seen)
+        if self._at == 0 or not (waits and idles and fed):
             self._taken_pps.pop(self._at, None)
             return False
-        if len(self._recent) >= LEAST_INTERVALS:  # the first ones have what beginning costs
-            pages = sum(seen.cost.pages for seen in self._recent)
-            took_ns = sum(seen.interval_ns for seen in self._recent)
+        if len(seen) >= LEAST_INTERVALS:  # the first ones have what beginning costs
+            pages = sum(of.cost.pages for of in seen)
+            took_ns = sum(of.interval_ns for of in seen)
             self._taken_pps[self._at] = pages * 1e9 / max(1, took_ns)
         return True
 
