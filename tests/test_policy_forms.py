@@ -353,6 +353,30 @@ def test_a_destination_that_was_slow_for_a_while_is_asked_again_soon() -> None:
     assert set(used[-30:]) == {1}
 
 
+def test_the_first_interval_has_what_beginning_costs() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    slow_start = SlowDestination(RETURNED, 125e6, takes=(500e3, 5e3, 5e3))
+    assert run_from(1, slow_start, 1, chooser) == [1]
+    assert run_from(1, SlowDestination(RETURNED, 125e6), 30, chooser) == [1] * 30
+
+
+def test_a_link_that_pages_filled_is_not_seen_again_where_the_destination_is_waited_for() -> None:
+    chooser = FormChooser(ALL | {"reuse"})
+    chooser.first(0, 2)
+    slow = SlowDestination(RETURNED, 125e6, takes=(500e3, 20e3, 20e3))
+    assert run_from(1, slow, 6, chooser)[-1] == 0
+    names, at, links = [rung.name for rung in chooser.rungs], 0, set()
+    for _ in range(60):
+        choice = chooser.choose(SlowDestination(RETURNED, 125e6).interval(at))
+        at = names.index(choice.rung.name)
+        links |= {choice.reason.rpartition("; ")[2]} if "; link" in choice.reason else set()
+        if choice.reason.endswith("the destination takes no more"):  # as before, or as now
+            pages = int(choice.reason.split()[2])
+            assert pages < 45_000 or pages == 120_000, choice.reason
+    assert at == 1 and links == {"link 125 MB/s"}
+
+
 def test_a_look_is_short() -> None:
     chooser = FormChooser(ALL | {"reuse"})
     chooser.first(0, 2)
@@ -403,21 +427,6 @@ def test_a_link_that_idled_below_a_cap_is_not_taken_to_idle_above_it() -> None:
         carrying = 0.2 if world is capped else 1.0
         choice = chooser.choose(replace(world.interval(at), carrying=carrying))
         at = names.index(choice.rung.name)
-        assert "destination" not in choice.reason, interval
-
-
-def test_busy_workers_leave_the_link_idle_and_that_says_nothing_of_it() -> None:
-    """Content that is slow to compress, then content that is not: the link is the limit again."""
-    slow = World(tuple((cpu * 20, wire) for cpu, wire in STANDARD), 12.5e6)
-    chooser = FormChooser(ALL)
-    run_from(0, World(STANDARD, 12.5e6), 20, chooser)
-    at = next(at for at, rung in enumerate(chooser.rungs) if rung.level == 1)
-    for interval in range(60):
-        world = slow if interval % 8 < 5 else World(STANDARD, 12.5e6)
-        view = world.interval(at)
-        carrying = min(1.0, view.acked_bps / world.link_bps)
-        choice = chooser.choose(replace(view, carrying=carrying))
-        at = [rung.name for rung in chooser.rungs].index(choice.rung.name)
         assert "destination" not in choice.reason, interval
 
 

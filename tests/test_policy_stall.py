@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from policy_simulation import PAGE
+from test_policy import MS, view_of
 
 from vmth.policy import Action, OnStall, RoundView, StandardPolicy
 from vmth.stats import RoundStats
 
-PAGE = 4096
-MS = 1_000_000
 FULL = RoundStats(0, 262_144, 200_000, 62_144, 0, 440 << 20, 4_000 * MS, 115e6, 16_000, 16e6, 0)
 
 
@@ -21,24 +23,8 @@ def after(later: int, page_bytes: int) -> RoundView:
         RoundStats(number, 16_000, 16_000, 0, 0, nbytes, lasted_ns, nbytes * 2.5, 16_000, 160e6, 0)
         for number in range(1, later + 1)
     ]
-    return RoundView(
-        now_ns=4_000 * MS + later * 400 * MS,
-        started_ns=0,
-        rounds=(FULL, *again),
-        dirty_pages=16_000,
-        page_bytes=PAGE,
-        memory_bytes=1 << 30,
-        queued_bytes=0,
-        rtt_ns=MS,
-        state_bytes=0,
-        bandwidth_limit_bps=0,
-        downtime_limit_ns=300 * MS,
-        timeout_ns=60_000 * MS,
-        on_stall=OnStall.CANCEL,
-        throttle_percent=0,
-        can_throttle=False,
-        failed_rechecks=0,
-    )
+    view = view_of(FULL, *again)
+    return replace(view, timeout_ns=60_000 * MS, on_stall=OnStall.CANCEL)
 
 
 def ends_after(page_bytes: int) -> int:

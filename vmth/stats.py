@@ -78,10 +78,9 @@ class TransferCounters:
     base_rtt_ns: int = 0  #: the least: TCP's, or to the far end of a tunnel that adds 2 ms or more
     retransmits: int = 0
     path_mtu: int = 0
-    carrying_ns: int = (
-        0  #: at the source: TCP had bytes on the way that the other end had room for,
-    )
-    #: over the life of the busiest channel; 0: not known
+    #: At the source: TCP had bytes on the way that the other end had room for, over the life of the
+    #: busiest channel; 0: not known.
+    carrying_ns: int = 0
     starved_ns: int = 0  #: at the source: no page was queued to be sent
     cpu_ns: int = 0  #: of the threads that send
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: by the form's name

@@ -97,7 +97,7 @@ class LinkOptions:
         """OptionError for an address or interface that this host does not have."""
         for address in self.source_addresses:
             _check_is_here(address)
-        here = [name for _, name in socket.if_nameindex()]
+        here = [name for _, name in socket.if_nameindex()] if self.interfaces else []
         for name in self.interfaces:
             if name not in here:
                 raise OptionError("interfaces", f"received {name!r}, allowed {', '.join(here)}")

@@ -196,10 +196,10 @@ class FormChooser:
     _link_bps: float = 0.0
     _link_is_known: bool = False
     _landed_bps: deque[float] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
+    #: Intervals on this rung in which the workers waited, but not for a cap.
     _recent: deque[FormsView] = field(default_factory=lambda: deque(maxlen=LINK_INTERVALS))
-    #: intervals in which the workers waited
+    #: By rung: pages/s that the destination takes, where the workers waited for it.
     _taken_pps: dict[int, float] = field(default_factory=dict)
-    #: by rung: pages/s that the destination takes, where the workers waited for it
     _waits: int = 0  #: intervals in which the workers waited for the link
     _busy_intervals: int = 0  #: since the last of them
     _had_cores: float = 0.0  #: that the workers had of late when they wanted them
@@ -272,7 +272,6 @@ class FormChooser:
             self._link_is_known, self._link_bps = False, 0.0
             self._waits = self._busy_intervals = 0
             self._landed_bps.clear()
-            self._recent.clear()
             self._brief = BRIEF_INTERVALS
         return rose
 
