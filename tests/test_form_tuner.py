@@ -21,6 +21,7 @@ from vmth.errors import ChannelError, UsageError
 from vmth.form_tuner import (
     FIRST_INTERVAL_NS,
     FIRST_INTERVALS,
+    GLANCE_NS,
     INTERVAL_NS,
     FormTuner,
     idle_seconds,
@@ -137,6 +138,17 @@ def test_after_a_cap_was_lifted_it_looks_sooner() -> None:
     for _ in range(8):
         world.interval(12.5e6)
     assert world.tuner.next_interval_ns(FIRST_INTERVALS) == INTERVAL_NS
+
+
+def test_a_glance_at_the_link_is_told_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FormTuner, "_run", lambda tuner: None)
+    world = World()
+    with world.tuner:
+        assert world.told[0].forms == ("zero",) and "glance" in world.told[0].reason
+        assert world.tuner.next_interval_ns(0) == GLANCE_NS
+        world.interval(125e6)
+        assert "reuse" in world.told[1].forms and len(world.told) == 2
+        assert world.tuner.next_interval_ns(1) == FIRST_INTERVAL_NS
 
 
 def test_a_cap_is_heeded_before_anything_is_measured() -> None:

@@ -6,78 +6,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+from forms_world import (
+    ALL,
+    FILES,
+    INTERVAL_NS,
+    LIGHTEST,
+    MIXED,
+    NOISE,
+    STANDARD,
+    ZSTD_1,
+    World,
+    reached,
+    run,
+    run_from,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmth.policy.forms import LADDER, FormChoice, FormChooser, FormCost, FormsView
-
-ALL = frozenset({"zero", "same", "dedup", "delta", "zstd"})
-INTERVAL_NS = 100_000_000
-#: Where the ladder begins to compress, and its zstd 1.
-LIGHTEST, ZSTD_1 = 3, 4
-#: CPU ns and bytes of a non-zero page on each rung, by content.
-MIXED = (
-    (900, 4160),
-    (1200, 3500),
-    (1700, 3500),
-    (10_000, 2300),
-    (13_000, 1900),
-    (20_000, 1800),
-    (45_000, 1750),
-)
-NOISE = (
-    (900, 4160),
-    (1200, 4170),
-    (1700, 4170),
-    (3300, 4170),
-    (3500, 4170),
-    (5000, 4170),
-    (9000, 4170),
-)
-
-
-@dataclass
-class World:
-    """What is true: the costs of each rung, the link and the cap."""
-
-    costs: tuple[tuple[int, int], ...]
-    link_bps: float
-    cap_bps: int = 0
-    workers: int = 2
-    cores: int = 2
-
-    def rate(self, at: int) -> float:
-        """Pages a second."""
-        cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
-        link = min(self.link_bps, self.cap_bps or self.link_bps)
-        return min(min(self.workers, self.cores) * 1e9 / cpu_ns, link / wire)
-
-    def interval(self, at: int) -> FormsView:
-        cpu_ns, wire = self.costs[min(at, len(self.costs) - 1)]
-        pages = int(self.rate(at) * INTERVAL_NS / 1e9)
-        cost = FormCost(pages, pages * cpu_ns, pages * wire)
-        acked_bps = pages * wire * 1e9 / INTERVAL_NS
-        return FormsView(INTERVAL_NS, cost, acked_bps, self.cap_bps, self.workers, self.cores)
-
-
-def run(world: World, intervals: int = 60, chooser: FormChooser | None = None) -> list[int]:
-    """The rung of each interval."""
-    return run_from(0, world, intervals, chooser or FormChooser(ALL))
-
-
-def run_from(at: int, world: World, intervals: int, chooser: FormChooser) -> list[int]:
-    names = [rung.name for rung in chooser.rungs]
-    used = []
-    for _ in range(intervals):
-        used.append(at)
-        at = names.index(chooser.choose(world.interval(at)).rung.name)
-    return used
-
-
-def reached(world: World, used: list[int]) -> float:
-    """Pages of those intervals against those of the best rung."""
-    best = max(world.rate(at) for at in range(len(LADDER)))
-    return sum(world.rate(at) for at in used) / (best * len(used))
 
 
 @pytest.mark.parametrize("mbit", [100, 1000, 10_000, 100_000])
@@ -86,17 +32,6 @@ def test_settles_near_the_best_rung(mbit: int, costs: tuple[tuple[int, int], ...
     world = World(costs, mbit * 1e6 / 8)
     used = run(world)
     assert reached(world, used[20:]) > 0.93, used
-
-
-#: What the content of a long first round costs on each rung, by kind of memory.
-FILES = (
-    *((900, 4160), (1200, 4100), (1900, 4100)),
-    *((11_000, 2200), (14_000, 1700), (22_000, 1600), (50_000, 1500), (80_000, 1480)),
-)
-STANDARD = (
-    *((900, 4160), (1200, 3290), (1900, 3290)),
-    *((7500, 2700), (9500, 2300), (13_500, 2200), (30_000, 2130), (45_000, 2110)),
-)
 
 
 @pytest.mark.parametrize(("workers", "cores"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 4)])
@@ -252,193 +187,6 @@ def test_a_reason_names_the_cap_that_counts() -> None:
     assert told(World(FILES, 4e11)).startswith("raw: ")
 
 
-def test_with_a_warm_destination_looking_comes_first() -> None:
-    warm = FormChooser(ALL | {"reuse"})
-    assert "reuse" in warm.first(0, 2).forms
-    assert warm.first(0, 2).level == 0
-
-
-#: A guest that comes back: a look costs some CPU, and nearly all pages are there.
-RETURNED = (
-    (900, 4160),
-    (6000, 120),
-    (7000, 120),
-    (7000, 120),
-    (7000, 120),
-    (7000, 120),
-    (7000, 120),
-)
-
-
-def warm_run(world: World, intervals: int) -> list[int]:
-    chooser = FormChooser(ALL | {"reuse"})
-    names = [rung.name for rung in chooser.rungs]
-    at, used = names.index(chooser.first(world.cap_bps, world.workers).rung.name), []
-    for _ in range(intervals):
-        used.append(at)
-        at = names.index(chooser.choose(world.interval(at)).rung.name)
-    return used
-
-
-@pytest.mark.parametrize("mbit", [100, 1000])
-def test_what_is_there_is_not_sent_to_find_out_how_fast_the_link_is(mbit: int) -> None:
-    used = warm_run(World(RETURNED, mbit * 1e6 / 8), 40)
-    assert 0 not in used, used
-
-
-def test_a_file_that_holds_nothing_costs_little_at_memory_speed() -> None:
-    used = warm_run(World(NOISE, 1e12), 40)
-    assert set(used) <= {0, 1}
-    assert set(used[20:]) == {0}, used  # a look at the link, after a second and a half, tells
-
-
-def test_a_stretch_that_is_not_there_does_not_end_the_looking() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    names = [rung.name for rung in chooser.rungs]
-    at = names.index(chooser.first(0, 2).rung.name)
-    for interval in range(60):
-        away = interval % 10 in (4, 5, 6)
-        at = names.index(
-            chooser.choose(World(NOISE if away else RETURNED, 125e6).interval(at)).rung.name
-        )
-        assert at > 0, interval
-
-
-@dataclass
-class SlowDestination(World):
-    """It takes so many pages/s of each rung."""
-
-    takes: tuple[float, ...] = (500e3, 120e3, 110e3, 60e3)
-
-    def rate(self, at: int) -> float:
-        return min(super().rate(at), self.takes[min(at, len(self.takes) - 1)])
-
-    def interval(self, at: int) -> FormsView:
-        view = super().interval(at)
-        carrying = view.acked_bps / self.link_bps
-        return replace(view, carrying=carrying if carrying < 0.9 else 1.0)
-
-
-@pytest.mark.parametrize("mbit", [1000, 10_000, 100_000])
-def test_what_the_destination_takes_is_not_taken_for_the_link(mbit: int) -> None:
-    used = warm_run(SlowDestination(RETURNED, mbit * 1e6 / 8), 60)
-    assert set(used) == {1}, used
-
-
-def test_a_destination_that_finds_slowly_gets_pages_as_they_are_where_the_link_is_faster() -> None:
-    slow_disk = (500e3, 20e3, 20e3, 20e3)
-    used = warm_run(SlowDestination(RETURNED, 125e7, takes=slow_disk), 100)
-    assert set(used) == {0, 1} and sum(at == 1 for at in used) <= 20, used
-    used = warm_run(SlowDestination(RETURNED, 12.5e6, takes=slow_disk), 300)
-    assert sum(at == 0 for at in used) <= 15, used
-    assert set(used[-20:]) == {1}, used
-
-
-def test_an_unseen_link_is_not_asked_because_a_destination_was_busy_for_a_while() -> None:
-    busy = SlowDestination(RETURNED, 125e6, takes=(500e3, 40e3, 40e3))
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    assert run_from(1, busy, 40, chooser) == [1] * 40
-
-
-def test_a_destination_that_was_slow_for_a_while_is_asked_again_soon() -> None:
-    slow = SlowDestination(RETURNED, 125e6, takes=(500e3, 20e3, 20e3))
-    quick = SlowDestination(RETURNED, 125e6)
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    used = run_from(1, slow, 6, chooser)
-    assert used[-1] == 0
-    used = run_from(0, quick, 60, chooser)
-    assert sum(at == 0 for at in used) <= 12, used
-    assert set(used[-30:]) == {1}
-
-
-def test_the_first_interval_has_what_beginning_costs() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    slow_start = SlowDestination(RETURNED, 125e6, takes=(500e3, 5e3, 5e3))
-    assert run_from(1, slow_start, 1, chooser) == [1]
-    assert run_from(1, SlowDestination(RETURNED, 125e6), 30, chooser) == [1] * 30
-
-
-def test_a_link_that_pages_filled_is_not_seen_again_where_the_destination_is_waited_for() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    slow = SlowDestination(RETURNED, 125e6, takes=(500e3, 20e3, 20e3))
-    assert run_from(1, slow, 6, chooser)[-1] == 0
-    names, at, links = [rung.name for rung in chooser.rungs], 0, set()
-    for _ in range(60):
-        choice = chooser.choose(SlowDestination(RETURNED, 125e6).interval(at))
-        at = names.index(choice.rung.name)
-        links |= {choice.reason.rpartition("; ")[2]} if "; link" in choice.reason else set()
-        if choice.reason.endswith("the destination takes no more"):  # as before, or as now
-            pages = int(choice.reason.split()[2])
-            assert pages < 45_000 or pages == 120_000, choice.reason
-    assert at == 1 and links == {"link 125 MB/s"}
-
-
-def test_a_look_is_short() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    world, at, briefs = SlowDestination(RETURNED, 125e6), 1, []
-    names = [rung.name for rung in chooser.rungs]
-    for _ in range(80):
-        choice = chooser.choose(world.interval(at))
-        at = names.index(choice.rung.name)
-        briefs.append((at, choice.brief))
-    looks = [(at, brief) for at, brief in briefs if at == 0 or brief]
-    assert 1 <= sum(at == 0 for at, _ in looks) <= 4, looks
-    assert len(looks) <= 8 and all(brief for _, brief in looks), looks
-
-
-def test_a_look_at_a_fast_link_finds_that_it_takes_more_than_the_destination_finds() -> None:
-    used = warm_run(SlowDestination(RETURNED, 125e8), 300)
-    assert set(used[:60]) == {1} and set(used[70:]) <= {0, 1}, used
-    assert sum(at == 0 for at in used[70:]) > 150, used
-
-
-def test_under_a_cap_the_link_idles_and_the_destination_is_not_blamed() -> None:
-    world = World(STANDARD, 125e7, cap_bps=12_500_000)
-    chooser = FormChooser(ALL)
-    names = [rung.name for rung in chooser.rungs]
-    at = names.index(chooser.first(world.cap_bps, world.workers).rung.name)
-    for _ in range(60):
-        choice = chooser.choose(replace(world.interval(at), carrying=0.01))
-        at = names.index(choice.rung.name)
-        assert choice.level > 0 and "destination" not in choice.reason
-    assert choice.reason.endswith("capped at 12 MB/s")
-
-
-def test_workers_that_have_nothing_to_send_do_not_wait_for_the_destination() -> None:
-    world, chooser = SlowDestination(RETURNED, 125e8, takes=(1e3, 1e3)), FormChooser(ALL)
-    chooser.first(0, 2)
-    for _ in range(40):
-        choice = chooser.choose(replace(world.interval(1), starved=0.5))
-        assert "destination" not in choice.reason
-
-
-def test_a_link_that_idled_below_a_cap_is_not_taken_to_idle_above_it() -> None:
-    capped, open_ = World(STANDARD, 12.5e6, cap_bps=2_500_000), World(STANDARD, 12.5e6)
-    chooser = FormChooser(ALL)
-    names = [rung.name for rung in chooser.rungs]
-    at = names.index(chooser.first(capped.cap_bps, 2).rung.name)
-    for interval in range(60):
-        world = capped if interval < 30 else open_
-        carrying = 0.2 if world is capped else 1.0
-        choice = chooser.choose(replace(world.interval(at), carrying=carrying))
-        at = names.index(choice.rung.name)
-        assert "destination" not in choice.reason, interval
-
-
-def test_a_reason_names_the_destination() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    for _ in range(10):
-        choice = chooser.choose(SlowDestination(RETURNED, 125e6).interval(1))
-    assert choice.reason.endswith("the destination takes no more")
-    assert "120000 pages/s expected" in choice.reason
-
-
 def test_a_tunnel_in_which_the_near_end_takes_all_is_still_a_slow_link() -> None:
     """Its near end takes bytes at once: the link looks idle, whatever is sent."""
     world = World(STANDARD, 12.5e6)
@@ -552,24 +300,6 @@ def test_cores_that_were_had_are_counted_after_a_stretch_of_noise() -> None:
         used.append(at)
         at = names.index(chooser.choose(world.interval(at)).rung.name)
     assert used[60:].count(ZSTD_1) > 15, used
-
-
-def test_a_raw_page_is_a_page_whatever_is_known_of_the_other_forms() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    view = World(RETURNED, 125e6).interval(1)
-    for _ in range(5):
-        chooser.choose(view)
-    rates = chooser.rates(view)
-    assert rates[1] > 3 * rates[0]
-
-
-def test_a_warm_destination_is_asked_where_it_makes_no_difference() -> None:
-    """As fast raw as with a look: the link is the limit, and nothing of this stretch is there."""
-    chooser = FormChooser(frozenset({"zero", "reuse"}))
-    chooser.first(0, 2)
-    used = [chooser.choose(World(NOISE, 125e6).interval(1)).rung.name for _ in range(15)]
-    assert chooser.rungs[0].name not in used
 
 
 def test_what_lands_while_windows_grow_is_not_the_link() -> None:

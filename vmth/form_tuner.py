@@ -30,6 +30,8 @@ INTERVAL_NS = 100_000_000
 #: The first intervals are short: until something is known all pages go as they are.
 FIRST_INTERVAL_NS = 25_000_000
 FIRST_INTERVALS = 8
+#: As long as pages go out that might not have to.
+GLANCE_NS = 10_000_000
 #: Where fewer pages go out than teach something, an interval lasts longer, but not beyond this.
 LONGEST_INTERVAL_NS = 300_000_000
 #: The first decision and the latest ones are kept.
@@ -104,7 +106,7 @@ class FormTuner:
             self._set(self._allowed, self._fixed_level, "as asked for")
         elif self._allowed - _ALWAYS:
             choice = self._chooser.first(self._limit_bps(), self._workers)
-            if choice.forms != _ALWAYS:
+            if choice.forms != _ALWAYS or choice.glance:
                 self._chosen = choice
                 self._set(choice.forms, choice.level, choice.reason)
             self._thread.start()
@@ -128,6 +130,8 @@ class FormTuner:
 
     def next_interval_ns(self, intervals: int) -> int:
         """Until the next look, after so many."""
+        if self._chosen is not None and self._chosen.glance:
+            return GLANCE_NS
         brief = self._chosen is not None and self._chosen.brief
         return FIRST_INTERVAL_NS if brief or intervals < FIRST_INTERVALS else INTERVAL_NS
 

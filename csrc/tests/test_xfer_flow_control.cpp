@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How large a packet may be: by the channel's rate, the window and the bandwidth.
+// How large a packet may be, by the channel's rate, the window and the bandwidth; and how many pages may be
+// under way that take few bytes.
+#include <chrono>
 #include <cstdint>
+#include <thread>
 
 #include "tests/t_check.h"
 #include "xfer/flow_control.hpp"
@@ -55,10 +58,53 @@ void test_window_and_bandwidth_hold_fast_channels_too()
     T_EQUAL(flow.packet_payload(UINT64_MAX), page);
 }
 
+// Whether a packet of `nbytes` may go out. One that may not is let go by a stop, so `flow` is of no use then.
+bool goes_out(FlowControl &flow, uint64_t nbytes)
+{
+    std::thread stops([&flow] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        flow.stop();
+    });
+    const bool went = flow.reserve(nbytes);
+    stops.join();
+    return went;
+}
+
+void test_pages_of_few_bytes_are_bounded_too()
+{
+    constexpr uint64_t many = FlowControl::most_made_pages;
+    FlowControl full(usual, most, page);
+    full.settle(0, 1000, many - 1);
+    full.settle(0, 20, 1);
+    T_CHECK(!goes_out(full, page));
+
+    FlowControl landed(usual, most, page);
+    landed.settle(0, 1000, many - 1);
+    landed.settle(0, 20, 1);
+    landed.acked(20, 1);
+    T_CHECK(goes_out(landed, page));
+
+    FlowControl bytes(usual, most, page);
+    bytes.settle(0, 2 * many * page);
+    T_CHECK(goes_out(bytes, page));
+}
+
+void test_who_waits_for_pages_goes_on_when_they_land()
+{
+    FlowControl flow(usual, most, page);
+    flow.settle(0, 1000, FlowControl::most_made_pages);
+    std::thread lands([&flow] { flow.acked(1000, FlowControl::most_made_pages); });
+    T_CHECK(flow.reserve(page));
+    lands.join();
+    T_EQUAL(flow.in_flight(), 0);
+}
+
 }  // namespace
 
 int main()
 {
+    test_pages_of_few_bytes_are_bounded_too();
+    test_who_waits_for_pages_goes_on_when_they_land();
     test_a_fast_channel_has_larger_packets();
     test_one_size_is_kept_at_any_rate();
     test_window_and_bandwidth_hold_fast_channels_too();

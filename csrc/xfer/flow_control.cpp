@@ -57,7 +57,8 @@ bool FlowControl::reserve(uint64_t nbytes)
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopped_) {
         uint64_t used = reserved_ + in_flight_;
-        if (window_ != 0 && used != 0 && used + nbytes > window_) {
+        bool full = window_ != 0 && used != 0 && used + nbytes > window_;
+        if (full || made_in_flight_ >= most_made_pages) {
             changed_.wait(lock);
             continue;
         }
@@ -72,22 +73,24 @@ bool FlowControl::reserve(uint64_t nbytes)
     return false;
 }
 
-void FlowControl::settle(uint64_t reserved, uint64_t actual)
+void FlowControl::settle(uint64_t reserved, uint64_t actual, uint64_t made_pages)
 {
     std::lock_guard<std::mutex> lock(mutex_);
     reserved_ -= reserved;
     in_flight_ += actual;
+    made_in_flight_ += made_pages;
     bucket_.take(static_cast<int64_t>(actual) - static_cast<int64_t>(reserved));
     if (actual < reserved && (window_ != 0 || bucket_.limited())) {
         changed_.notify_all();
     }
 }
 
-void FlowControl::acked(uint64_t nbytes)
+void FlowControl::acked(uint64_t nbytes, uint64_t made_pages)
 {
     std::lock_guard<std::mutex> lock(mutex_);
     in_flight_ -= nbytes;
-    if (window_ != 0) {
+    made_in_flight_ -= made_pages;
+    if (window_ != 0 || made_pages != 0) {
         changed_.notify_all();
     }
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How much may be under way: the window of unacknowledged bytes and the bandwidth, over all channels.
+// How much may be under way: the window of unacknowledged bytes and the bandwidth, over all channels; and
+// pages that the destination makes of what it has. They take few bytes, and time there: without a bound a
+// whole round of them would be under way, and what the destination takes be seen only at the round's end.
 //
 //   reserve(most)  before the pages are read, so that little time passes between hash and send
-//   settle         when the packet's size is known: the rest goes back
+//   settle         when the packet's size is known, and how many such pages it has: the rest goes back
 //   acked          when it has landed
 #ifndef VMTH_XFER_FLOW_CONTROL_HPP
 #define VMTH_XFER_FLOW_CONTROL_HPP
@@ -27,11 +29,15 @@ public:
     // longer: there it has what the channel carries in half a millisecond.
     uint64_t packet_payload(uint64_t rate_bps) const;
 
+    // Made pages under way, beyond which no packet goes out: 32 MiB of them, which a destination takes 20 to
+    // 80 ms for. Over a round trip of 20 ms that is still 400000 pages/s.
+    static constexpr uint64_t most_made_pages = 8192;
+
     // Blocks until `nbytes` may be sent. With nothing in flight a packet always may, however small the
     // window is. Returns false when stopped.
     bool reserve(uint64_t nbytes);
-    void settle(uint64_t reserved, uint64_t actual);
-    void acked(uint64_t nbytes);
+    void settle(uint64_t reserved, uint64_t actual, uint64_t made_pages = 0);
+    void acked(uint64_t nbytes, uint64_t made_pages = 0);
     uint64_t in_flight() const;
     void stop();
 
@@ -46,6 +52,7 @@ private:
     uint64_t window_ = 0;
     uint64_t reserved_ = 0;
     uint64_t in_flight_ = 0;
+    uint64_t made_in_flight_ = 0;  // pages
     bool stopped_ = false;
 };
 

@@ -23,6 +23,7 @@ struct SentPacket {
     vmth_packet_kind kind = VMTH_PACKET_PAGES;
     uint32_t block = 0;
     uint64_t bytes = 0;          // on the wire
+    uint64_t made_pages = 0;     // of what the destination has
     int64_t sent_ns = 0;         // when its first byte was about to be sent
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
     std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear

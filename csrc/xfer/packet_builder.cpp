@@ -405,6 +405,8 @@ SentPacket PacketBuilder::finish(uint64_t seq)
     sent.kind = VMTH_PACKET_PAGES;
     sent.block = block_;
     sent.bytes = head_.size() + parts_.payload_bytes();
+    sent.made_pages = parts_.pages(VMTH_FORM_DEDUP) + parts_.pages(VMTH_FORM_DELTA) +
+                      parts_.pages(VMTH_FORM_REUSE);
     sent.digest = fresh_.sum;
     sent.runs = parts_.content_runs();
     sent.kept = std::exchange(kept_, {});

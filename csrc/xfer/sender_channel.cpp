@@ -148,7 +148,7 @@ void SenderChannel::send_batch(Batch &batch)
         shared_.queue.sent(place_, taken_pages_, 0, built_ns);
     } else {
         SentPacket sent = builder_.finish(++seq_);
-        shared_.flow.settle(reserved, sent.bytes);
+        shared_.flow.settle(reserved, sent.bytes, sent.made_pages);
         shared_.queue.sent(place_, taken_pages_, sent.bytes, built_ns);
         sent.sent_ns = steady_ns();
         ledger_.push(std::move(sent));
@@ -448,7 +448,7 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     if (least_ns == 0 || trip_ns < least_ns) {
         least_trip_ns_.store(trip_ns, std::memory_order_relaxed);
     }
-    shared_.flow.acked(sent->bytes);
+    shared_.flow.acked(sent->bytes, sent->made_pages);
     shared_.queue.acked(place_, sent->bytes);
     shared_.counters.acked_bytes.add(sent->bytes);
     counters_.acked_bytes.add(sent->bytes);

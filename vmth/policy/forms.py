@@ -24,8 +24,9 @@ the workers wait for it, it is what they reach; while they do not, it carries mo
 a cheaper rung is tried from time to time to see how much. Slow links leave time to look for
 something better: there compression stays on as long as it costs nothing, and its level rises while
 cores would idle and bytes are saved. Under a cap the first packets are chosen by the priors. With a
-warm destination a look costs thousands of bytes less than it saves, so it begins with looking, and
-looks for a faster link more seldom the more bytes that would cost.
+warm destination a look costs thousands of bytes less than it saves: after a glance at the link, of
+some hundredths of a second, pages are looked for, and a faster link more seldom the more bytes that
+would cost.
 
 Workers also wait where the destination takes no more pages. TCP tells it from a slow link: the link
 idles, or the other end has no room. Then what lands says nothing of the link, and what the
@@ -104,6 +105,8 @@ LEAST_INTERVALS = 3
 #: A link that carries something for less than this share of the time is not what workers wait for:
 #: that is the destination, unless it has the least to do already.
 LEAST_CARRYING = 0.75
+#: Nor one that was seen to carry so many times more, before it became one that is looked for files.
+SEEN_SHARE = 1 / 4
 #: So much more the destination may take, for each interval since it was seen what it takes: it may
 #: have been busy with something else.
 FORGIVE = 0.05
@@ -129,6 +132,11 @@ PROBE_EVERY = 16
 #: more seldom.
 SHORT_SHARE = 1 / 8
 SHORT_PROBE_FACTOR = 4
+#: A glance sees a part of a fast link. It is repeated where this part is all but enough.
+WORTH_A_TRY = 1.33
+#: With a warm destination, pages go as they are for so many short intervals at most, to see the
+#: link: one, where that is enough to see that it is slow, or what it carries.
+GLANCES = 3
 #: After what makes all that is known of the link void, so many intervals are to be short.
 BRIEF_INTERVALS = 4
 
@@ -165,6 +173,7 @@ class FormChoice:
     rung: Rung
     reason: str
     brief: bool = False  #: the next interval is to be short: the link is being learned
+    glance: bool = False  #: it is to be shorter still: pages go out that might not have to
 
     @property
     def forms(self) -> frozenset[str]:
@@ -209,6 +218,9 @@ class FormChooser:
     _settled: bool = True
     _limit_bps: int = 0  #: the cap of the interval before
     _brief: int = 0  #: intervals that are still to be short
+    _tried_at: int = -PROBE_EVERY  #: the interval in which a glance was last repeated
+    _seen_full: bool = False  #: a glance saw all that the link carries
+    _glances: int = 0  #: such intervals that may still follow
 
     def __post_init__(self) -> None:
         self.rungs = _rungs(self.allowed)
@@ -223,11 +235,10 @@ class FormChooser:
             self._at = self._best(rates, view)
             rung = self.rungs[self._at]
             return FormChoice(rung, f"{rung.name}: begun under a cap of {limit_bps / 1e6:.1f} MB/s")
-        if self._warm:
-            self._at = self._first_with("reuse")
-            rung = self.rungs[self._at]
-            return FormChoice(rung, f"{rung.name}: begun with what the destination has")
         rung = self.rungs[self._at]
+        if self._warm:
+            self._glances = GLANCES
+            return FormChoice(rung, f"{rung.name}: a glance at the link", glance=True)
         return FormChoice(rung, f"{rung.name}: begun without a cap, 0 pages measured")
 
     def choose(self, view: FormsView) -> FormChoice:
@@ -244,8 +255,13 @@ class FormChooser:
             view.cost.cpu_ns / max(1, view.interval_ns), (1 - FADE) * self._had_cores
         )
         view = replace(view, cores=max(view.cores, self._had_cores))
+        if self._glances:
+            return self._glanced(view)
         rates = self.rates(view)
         at = self._best(rates, view)
+        if at == self._at > 0 and self._may_carry_more(rates):
+            self._tried_at = self._intervals
+            return self._move(0, "tried, to see whether the link carries more")
         if at == self._at and self._intervals % self._probe_every() == 0:
             if self._at > 0 and not self._link_is_known:
                 return self._move(self._at - 1, "tried, to see what the link carries")
@@ -263,6 +279,28 @@ class FormChooser:
         if at != self._at:
             return self._move(at, self._reason(at, rates, view))
         return self._stay(self._reason(at, rates, view))
+
+    def _glanced(self, view: FormsView) -> FormChoice:
+        """What lands while windows grow is not the link, but it carries that at least."""
+        self._link_bps = max(self._link_bps, view.acked_bps)
+        self._seen_full = not view.opening and view.carrying >= LEAST_CARRYING
+        self._glances -= 1
+        begun = view.cost.pages >= 2 * MIN_PAGES
+        more = not begun or view.acked_bps > 2 * COMMON_LINK_BPS
+        if self._glances and view.opening and more and not view.limit_bps:
+            return replace(self._stay("a glance at the link"), glance=True)
+        self._glances = 0
+        seen = f"the link carries at least {self._link_bps / 1e6:.0f} MB/s"
+        return self._move(self._first_with("reuse"), f"begun with what the destination has; {seen}")
+
+    def _may_carry_more(self, rates: Sequence[float]) -> bool:
+        """Of a link of which a glance saw a part: pages as they are would be little worse, and may
+        be better than what the destination takes."""
+        if self._link_is_known or self._seen_full or self._at not in self._taken_pps:
+            return False
+        if self._intervals - self._tried_at < PROBE_EVERY:
+            return False
+        return rates[0] * WORTH_A_TRY >= rates[self._at]
 
     def _limit_rose(self, limit_bps: int) -> bool:
         """What was seen of a link below a cap says little of what it carries above."""
@@ -400,7 +438,9 @@ class FormChooser:
             if landed_bps > 0:
                 self._waits = min(self._waits + 1, MOST_WAITS)
                 enough = len(self._landed_bps) >= LEAST_INTERVALS
-                if enough or not self._link_is_known or landed_bps > self._link_bps:
+                # What a glance saw stands until more was seen.
+                first = not self._link_is_known and not self._warm
+                if enough or first or landed_bps > self._link_bps:
                     self._link_bps = landed_bps
                 self._link_is_known = self._waits >= LEAST_WAITS or capped
             return
@@ -422,7 +462,11 @@ class FormChooser:
         if waits:
             self._recent.append(view)
         seen = self._recent
-        idles = sum(of.carrying for of in seen) < LEAST_CARRYING * len(seen)
+        # TCP counts the wait for a late acknowledgement as carrying: of few bytes it says little.
+        full = LEAST_CARRYING * len(seen)
+        idles = sum(of.carrying for of in seen) < full
+        if self._warm:
+            idles |= sum(of.acked_bps for of in seen) < self._link_bps * SEEN_SHARE * len(seen)
         fed = sum(of.starved for of in seen) < MOST_STARVED * len(seen)
         if self._at == 0 or not (waits and idles and fed):
             self._taken_pps.pop(self._at, None)
