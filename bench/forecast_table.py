@@ -10,8 +10,9 @@ shown are every run and the 90th percentile of the absolute errors over the runs
 limit too. ``floor`` is what the machine leaves: that percentile for somebody who knew beforehand
 the median of each case's downtimes, and said that. ``medians``: of each case's forecasts against
 that of its downtimes, which leaves what is wrong with the forecast itself. A guest that is switched
-over after the full pass has its forecast from there. Needs root and iproute2 for the links that are
-shaped.
+over after the full pass has its forecast from there. All moves have one state directory, as those
+of a host do: forecasts count with what its last handovers took. Needs root and iproute2 for links
+that are shaped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from dataclasses import asdict
 from typing import Any
 
@@ -80,10 +82,14 @@ def main() -> None:
     for link_name in given.link.split(","):
         if link_name not in LINKS:
             parser.error(f"--link: received {link_name}, allowed {', '.join(LINKS)}")
-        with make_link(link_name, LINKS[link_name]) as link:
+        with (
+            make_link(link_name, LINKS[link_name]) as link,
+            tempfile.TemporaryDirectory(prefix="forecasts-") as state_dir,
+        ):
+            options = ("--channels", "2", "--state-dir", state_dir, *given.options)
             for _ in range(given.rounds):
                 for name in given.case or CONVERGING:
-                    outcome = run_core(CASES[name], link, ("--channels", "2", *given.options))
+                    outcome = run_core(CASES[name], link, options)
                     runs.append({"case": name, "link": link_name, **asdict(outcome)})
                     found = show(name, link_name, outcome)
                     if found is not None:

@@ -32,7 +32,14 @@ from vmth.policy.forecast import (
 )
 from vmth.policy.outlook import BUILT_PAGE_NS
 from vmth.report import forecast_lines, forecast_values
-from vmth.stats import DowntimeParts, JobForecast, MigrationResult, RoundStats, TransferCounters
+from vmth.stats import (
+    DowntimeParts,
+    FormCounters,
+    JobForecast,
+    MigrationResult,
+    RoundStats,
+    TransferCounters,
+)
 
 MIB = 1 << 20
 MS = 1_000_000
@@ -124,6 +131,26 @@ def based_by_a_third(dirty_pages: int) -> RoundView:
     full = RoundStats(0, 1 << 18, 200_000, 0, 0, 400 * mb, 4_000 * MS, 100e6, 60_000, 61e6, 0)
     again = RoundStats(1, 60_000, 40_000, 0, 0, 100 * mb, 1_000 * MS, 100e6, dirty_pages, rate, 0)
     return view_of(full, replace(again, delta_pages=20_000, delta_bytes=2 * mb))
+
+
+def test_what_a_page_with_a_base_takes_is_known_from_round_1() -> None:
+    """Its threads' time without packing, once here and once there, of pages that had content."""
+    policy, view = StandardPolicy(), based_by_a_third(40_000)
+    full, again = view.rounds
+
+    def next_ns(cpu_ms: int, **changes: Any) -> int:
+        packing = FormCounters(tried_pages=40_000, cpu_ns=300 * MS)
+        measured = replace(again, cpu_ns=cpu_ms * MS, forms={"zstd": packing}, **changes)
+        seen = replace(view, rounds=(full, measured))
+        return policy.foresee(seen, policy.decide(seen)).total_ns - 5_000 * MS
+
+    quick, slow = next_ns(300 + 120), next_ns(300 + 240)  # 2 and 4 us a page
+    assert 160 * MS < quick < 160 * MS + 80 * MS  # 40,000 pages, twice 2 us each, then fewer
+    assert 320 * MS < slow < 2 * 320 * MS
+    half = next_ns(300 + 120, zero_pages=10_000, hole_pages=10_000, same_pages=10_000)
+    assert half > 320 * MS  # 4 us as well, of 30,000 pages
+    assert next_ns(0) > 40_000 * BUILT_PAGE_NS
+    assert next_ns(1, same_pages=59_900) == next_ns(0, same_pages=59_900)  # too few to tell
 
 
 def test_a_cache_that_holds_few_of_the_bases_has_few_of_them_later() -> None:

@@ -27,6 +27,7 @@ from vmth.events import (
 from vmth.guest import CanNote, Guest, expected_state_bytes
 from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
+from vmth.policy.forecast import known_downtime_ns
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
 from vmth.rounds import FinalPass, RoundTools, SealAhead
 from vmth.stats import RoundStats, round_stats
@@ -66,6 +67,7 @@ class PreCopy:
     journal_ns: int = 0  #: what a durable record takes here
     seal_ahead: SealAhead | None = None
     delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
+    handover_ns: int = 0  #: what the last handovers took; 0: not known
     rounds: list[RoundStats] = field(default_factory=list)  #: the first, and the last ROUNDS_KEPT
     paused: bool = False
     was_running: bool = False
@@ -155,7 +157,8 @@ class PreCopy:
         self._fetch()
         self._resent_pages = None  # it was of the set before
         paused_ns = self.clock()
-        verdict = self.policy.recheck(self._view(), decision.forecast)
+        view = self._view()
+        verdict = self.policy.recheck(view, decision.forecast)
         if verdict.action is Action.GIVE_UP:
             raise NotConvergedError(verdict.reason)
         if verdict.action is not Action.SWITCH_OVER:
@@ -166,12 +169,11 @@ class PreCopy:
             LATE_FACTOR * self.tuning.downtime_limit_ns, LATE_FACTOR * verdict.forecast.total_ns
         )
         self._send_last()
-        return self._final(pause_started_ns, paused_ns)
+        return self._final(pause_started_ns, paused_ns, known_downtime_ns(view))
 
-    def _final(self, pause_started_ns: int, paused_ns: int) -> FinalPass:
-        return FinalPass(
-            tuple(self.rounds), self.was_running, pause_started_ns, paused_ns, self.clock()
-        )
+    def _final(self, pause_started_ns: int, paused_ns: int, known_ns: int = 0) -> FinalPass:
+        rounds, landed_ns = tuple(self.rounds), self.clock()
+        return FinalPass(rounds, self.was_running, pause_started_ns, paused_ns, landed_ns, known_ns)
 
     # -- one round -------------------------------------------------------------------------------
 
@@ -375,6 +377,7 @@ class PreCopy:
             handover_trips=3 if self.seal_ahead is None else 2,
             resent_pages=self._resent_pages,
             delta_cache_pages=self.delta_cache_pages,
+            handover_ns=self.handover_ns,
         )
 
 
@@ -395,4 +398,5 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         journal_ns=tools.journal_ns,
         seal_ahead=tools.seal_ahead,
         delta_cache_pages=tools.delta_cache_pages,
+        handover_ns=tools.handover_ns,
     )

@@ -44,6 +44,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "missed_pages": stats.missed_pages,
         "delta_pages": stats.delta_pages,
         "same_pages": stats.same_pages,
+        "cpu_ns": stats.cpu_ns,
         "forms": {name: asdict(form) for name, form in stats.forms.items()},
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,

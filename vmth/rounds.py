@@ -31,6 +31,9 @@ class FinalPass:
     pause_started_ns: int
     paused_ns: int  #: pause() had returned and the last set was known
     landed_ns: int
+    #: Of the downtime, what was known when the last set was: pages, queue, state, round trips and
+    #: records. 0: not known.
+    known_ns: int = 0
 
 
 class SealAhead(Protocol):
@@ -64,6 +67,7 @@ class RoundTools:
     journal_ns: int = 0  #: what a durable record takes here
     seal_ahead: SealAhead | None = None  #: None: everything lands first
     delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
+    handover_ns: int = 0  #: what else the last handovers took; 0: not known
 
 
 class RoundEngine(Protocol):

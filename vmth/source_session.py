@@ -49,6 +49,7 @@ from vmth.events import (
 )
 from vmth.form_tuner import FormTuner, tuner_for
 from vmth.guest import CanTell, Guest
+from vmth.handover_cost import HandoverCosts
 from vmth.handshake import (
     PACKED_STATE,
     SEAL_AHEAD,
@@ -215,6 +216,7 @@ class SourceSession:
         self._resources.enter_context(self._kept)
         where = self._options.state_dir or default_state_dir()
         directory = self._resources.enter_context(StateDirectory(where))
+        self._costs = HandoverCosts(directory.path, self._guest, self._endpoint.host)
         memory = self._memory = self._resources.enter_context(map_blocks(self._guest.blocks))
         accept = self._offer()
         self._begin_record(directory, accept)
@@ -352,6 +354,7 @@ class SourceSession:
             journal_ns=record.journal_ns,
             seal_ahead=self._sealer if SEAL_AHEAD in self._agreed else None,
             delta_cache_pages=self._options.delta_cache_bytes // WIRE_PAGE_BYTES,
+            handover_ns=self._costs.expected_ns(),
         )
         self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
@@ -390,6 +393,8 @@ class SourceSession:
         )
         self._status = "completed"
         self._let_records_go()
+        if final.known_ns:
+            self._costs.learn(parts.total_ns - final.known_ns)
         return replace(
             draft,
             rounds=tuple(engine.rounds),

@@ -143,6 +143,7 @@ class RoundStats:
     forecast: JobForecast | None = None  #: None for the one sent while paused, and without a policy
     same_pages: int = 0  #: that were as they had landed before
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: of this round, by form
+    cpu_ns: int = 0  #: of the threads that sent
 
     @property
     def formed_pages(self) -> int:
@@ -280,4 +281,5 @@ def round_stats(
         same_pages=same.pages,
         forms=forms,
         idle_ns=idle_ns,
+        cpu_ns=after.cpu_ns - before.cpu_ns,
     )

@@ -37,6 +37,7 @@ __all__ = [
     "bytes_per_page",
     "fit_dirty_model",
     "forecast_downtime",
+    "known_downtime_ns",
     "page_ns",
     "sending_ns",
 ]
@@ -44,9 +45,9 @@ __all__ = [
 NS = 1_000_000_000
 #: A round's fixed cost beside one round trip: handing over the bitmap, the barrier, its wake-ups.
 ROUND_NS = 1_000_000
-#: Pause, last fetch and barrier, state, seal and resume, beside the round trips and the journals'
-#: records: 4 to 9 ms on a machine of two cores with both ends on it, and up to twice that where the
-#: guest, as soon as it runs, takes one of them for itself.
+#: Where no handover was measured yet. Pause, last fetch and barrier, state, seal and resume, beside
+#: the round trips and the journals' records: 4 to 9 ms on machines of two cores with both ends on
+#: them, and up to twice that where the guest, as soon as it runs, takes one of them for itself.
 HANDOVER_NS = 7_000_000
 #: GRANTED at the source, STARTING and RUNNING at the destination: each durable, one after another.
 JOURNAL_RECORDS = 3
@@ -214,3 +215,8 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
         + JOURNAL_RECORDS * view.journal_ns
         + (view.handover_ns or HANDOVER_NS),
     )
+
+
+def known_downtime_ns(view: RoundView) -> int:
+    """The same without what a handover costs in any case, which only handovers tell."""
+    return forecast_downtime(view).total_ns - (view.handover_ns or HANDOVER_NS)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vmth.policy.forecast import (
+    ENOUGH_PAGES,
     NS,
     ROUND_NS,
     WIRE_OVERHEAD,
@@ -38,8 +39,12 @@ __all__ = ["foresee"]
 #: Beyond so many rounds no end is in sight. Foreseeing one takes some 0.1 ms.
 MOST_ROUNDS = 30
 #: A page that is built on its base, however few bytes that makes: read, hashed, encoded, applied.
-#: 5.1 to 6.8 us on a machine of two cores with both ends and a busy guest on it.
+#: Where it was not measured: 2 to 7 us on machines of two cores with both ends and a busy guest on
+#: them.
 BUILT_PAGE_NS = 5_800
+#: Where it was: what reading, hashing and encoding one took here, and as much there. Of a round
+#: with so many pages.
+BUILT_SHARES = 2
 #: From the fetch of the dirty set to the pause: what is decided, and vCPUs that are told.
 PAUSES_AFTER_NS = 1_500_000
 #: Of pages that round 1 sent, the share whose base a cache as large as they are still has.
@@ -104,6 +109,17 @@ def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyMode
     return replace(model, first_touch_pps=rate_pps * share)
 
 
+def _built_page_ns(view: RoundView) -> float:
+    """By round 1, in which pages were read, hashed and encoded as they will be, and some packed
+    besides, which is left out: what has a base is short already."""
+    newest = view.rounds[-1]
+    content = newest.pages - newest.zero_pages - newest.hole_pages - newest.same_pages
+    if newest.round != 1 or content < ENOUGH_PAGES or not newest.cpu_ns:
+        return BUILT_PAGE_NS
+    packing = newest.forms.get("zstd")
+    return BUILT_SHARES * (newest.cpu_ns - (packing.cpu_ns if packing else 0)) / content
+
+
 def _shrinks_to(view: RoundView, page_bytes: float) -> float:
     """Wire bytes of a page of the round after round 1, as a share of ``page_bytes``, those of one
     in round 1. Some of round 1's were the same, as they had been written before they were sent in
@@ -131,7 +147,7 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
     shrinks = _shrinks_to(view, page_bytes)
     as_now_ns = sending_ns(view, pages)
     if shrinks <= 1:
-        pages_ns = max(as_now_ns * shrinks, min(as_now_ns, pages * BUILT_PAGE_NS))
+        pages_ns = max(as_now_ns * shrinks, min(as_now_ns, pages * _built_page_ns(view)))
     else:  # more bytes take the link longer, not whoever reads and hashes pages
         pages_ns = max(as_now_ns, pages * page_bytes * shrinks / bandwidth_bps(view) * NS)
     idle_ns = view.rounds[-1].idle_ns
