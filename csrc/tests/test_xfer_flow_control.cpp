@@ -89,6 +89,27 @@ void test_pages_of_few_bytes_are_bounded_too()
     T_CHECK(goes_out(bytes, page));
 }
 
+// As many more as a destination takes while a packet and its acknowledgement are under way: by the shortest of
+// those trips, as the longer ones waited for something else.
+void test_a_far_destination_is_sent_more_at_once()
+{
+    constexpr uint64_t far_ns = 100000000;
+    constexpr uint64_t many =
+        FlowControl::most_made_pages + FlowControl::made_pages_per_s / 10;
+    for (uint64_t made : {many - 1, many}) {
+        FlowControl flow(usual, most, page);
+        flow.took(5 * far_ns);
+        flow.took(far_ns);
+        flow.took(2 * far_ns);
+        flow.settle(0, 1000, made);
+        T_EQUAL(goes_out(flow, page), made < many);
+    }
+    FlowControl lost(usual, most, page);
+    lost.took(UINT64_MAX);
+    lost.settle(0, 1000, FlowControl::most_made_pages + FlowControl::made_pages_per_s);
+    T_CHECK(!goes_out(lost, page));
+}
+
 void test_who_waits_for_pages_goes_on_when_they_land()
 {
     FlowControl flow(usual, most, page);
@@ -104,6 +125,7 @@ void test_who_waits_for_pages_goes_on_when_they_land()
 int main()
 {
     test_pages_of_few_bytes_are_bounded_too();
+    test_a_far_destination_is_sent_more_at_once();
     test_who_waits_for_pages_goes_on_when_they_land();
     test_a_fast_channel_has_larger_packets();
     test_one_size_is_kept_at_any_rate();

@@ -13,6 +13,8 @@ namespace {
 
 constexpr uint64_t min_window_packet = 64 * 1024;
 constexpr uint64_t fast_packets_per_s = 2000;
+constexpr uint64_t ns_per_s = 1000000000;
+constexpr uint64_t longest_trip_ns = ns_per_s;
 
 }  // namespace
 
@@ -58,7 +60,7 @@ bool FlowControl::reserve(uint64_t nbytes)
     while (!stopped_) {
         uint64_t used = reserved_ + in_flight_;
         bool full = window_ != 0 && used != 0 && used + nbytes > window_;
-        if (full || made_in_flight_ >= most_made_pages) {
+        if (full || made_in_flight_ >= most_made_) {
             changed_.wait(lock);
             continue;
         }
@@ -92,6 +94,16 @@ void FlowControl::acked(uint64_t nbytes, uint64_t made_pages)
     made_in_flight_ -= made_pages;
     if (window_ != 0 || made_pages != 0) {
         changed_.notify_all();
+    }
+}
+
+void FlowControl::took(uint64_t trip_ns)
+{
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (trip_ns < least_trip_ns_) {
+        least_trip_ns_ = trip_ns;
+        const uint64_t known_ns = std::min(trip_ns, longest_trip_ns);
+        most_made_ = most_made_pages + made_pages_per_s * known_ns / ns_per_s;
     }
 }
 

@@ -30,14 +30,17 @@ public:
     uint64_t packet_payload(uint64_t rate_bps) const;
 
     // Made pages under way, beyond which no packet goes out: 32 MiB of them, which a destination takes 20 to
-    // 80 ms for. Over a round trip of 20 ms that is still 400000 pages/s.
+    // 80 ms for; and as many as it may take during a round trip.
     static constexpr uint64_t most_made_pages = 8192;
+    static constexpr uint64_t made_pages_per_s = 500000;
 
     // Blocks until `nbytes` may be sent. With nothing in flight a packet always may, however small the
     // window is. Returns false when stopped.
     bool reserve(uint64_t nbytes);
     void settle(uint64_t reserved, uint64_t actual, uint64_t made_pages = 0);
     void acked(uint64_t nbytes, uint64_t made_pages = 0);
+    // So long at least a packet and its acknowledgement were under way on one of the channels.
+    void took(uint64_t trip_ns);
     uint64_t in_flight() const;
     void stop();
 
@@ -53,6 +56,8 @@ private:
     uint64_t reserved_ = 0;
     uint64_t in_flight_ = 0;
     uint64_t made_in_flight_ = 0;  // pages
+    uint64_t most_made_ = most_made_pages;
+    uint64_t least_trip_ns_ = UINT64_MAX;
     bool stopped_ = false;
 };
 

@@ -51,6 +51,9 @@ SenderChannel::SenderChannel(SenderShared &shared, int fd, unsigned index, size_
                 shared.options.packet_bytes},
                index)
 {
+    if (trip_ns != 0) {
+        shared.flow.took(trip_ns);
+    }
     if (!shared.options.zerocopy) {
         return;
     }
@@ -447,6 +450,7 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     const uint64_t least_ns = least_trip_ns();
     if (least_ns == 0 || trip_ns < least_ns) {
         least_trip_ns_.store(trip_ns, std::memory_order_relaxed);
+        shared_.flow.took(trip_ns);
     }
     shared_.flow.acked(sent->bytes, sent->made_pages);
     shared_.queue.acked(place_, sent->bytes);
