@@ -23,6 +23,7 @@ import vmth
 from vmth.errors import GuestError
 from vmth.guests.client import HolderGuest, status_of
 from vmth.guests.spawn import attach, find, spawn_destination, spawn_source
+from vmth.handover_cost import FILE_NAME
 from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
@@ -254,4 +255,5 @@ def test_the_destination_mover_dies(scene: Scene, step: str, when: str, tmp_path
         mover.kill()
         mover.wait()
     move_on(scene, where, tmp_path)
-    assert os.listdir(tmp_path / "s") == ["receiver_id"]
+    # Of no session anything; how long handovers took may be kept.
+    assert set(os.listdir(tmp_path / "s")) - {FILE_NAME} == {"receiver_id"}
