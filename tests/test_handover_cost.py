@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from memory_guest import MemoryGuest
+from test_precopy import Loop, LoopGuest, ScriptedPolicy, answer
 
 import vmth
 from vmth.handover_cost import FILE_NAME, KEPT, LEAST_NS, MOST_NS, PAIRS, HandoverCosts
@@ -17,7 +18,7 @@ from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
 from vmth.policy.forecast import HANDOVER_NS, forecast_downtime
-from vmth.policy.interface import Decision, Forecast, RoundView
+from vmth.policy.interface import Action, Decision, Forecast, RoundView
 from vmth.policy.standard import StandardPolicy
 from vmth.uri import parse_endpoint
 
@@ -99,6 +100,22 @@ def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
     assert costs(tmp_path).expected_ns() == 0
     costs(tmp_path / "missing").learn(4 * MS)
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit_ms", "learned_ms", "counted_ms"),
+    [(300, 0, 0), (300, 20, 20), (300, 900, 150), (30, 20, 15), (5, 20, HANDOVER_NS / MS)],
+)
+def test_slow_handovers_leave_room_for_pages(
+    limit_ms: int, learned_ms: int, counted_ms: float
+) -> None:
+    guest = LoopGuest([64])
+    loop = Loop(guest, ScriptedPolicy([answer(Action.SWITCH_OVER)]))
+    loop.precopy.handover_ns = learned_ms * MS
+    loop.precopy.tuning.downtime_limit_ns = limit_ms * MS
+    loop.precopy.run()
+    assert isinstance(loop.precopy.policy, ScriptedPolicy)
+    assert {view.handover_ns for view in loop.precopy.policy.views} == {counted_ms * MS}
 
 
 class Seeing(StandardPolicy):

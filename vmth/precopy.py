@@ -27,7 +27,7 @@ from vmth.events import (
 from vmth.guest import CanNote, Guest, expected_state_bytes
 from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
-from vmth.policy.forecast import known_downtime_ns
+from vmth.policy.forecast import HANDOVER_NS, known_downtime_ns
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
 from vmth.rounds import FinalPass, RoundTools, SealAhead
 from vmth.stats import RoundStats, round_stats
@@ -377,8 +377,14 @@ class PreCopy:
             handover_trips=3 if self.seal_ahead is None else 2,
             resent_pages=self._resent_pages,
             delta_cache_pages=self.delta_cache_pages,
-            handover_ns=self.handover_ns,
+            handover_ns=self._handover_ns(),
         )
+
+    def _handover_ns(self) -> int:
+        """What the last ones took must leave room for pages, or a few slow ones would keep all
+        guests here, and nothing else be learned."""
+        most_ns = max(HANDOVER_NS, self.tuning.downtime_limit_ns // 2)
+        return min(self.handover_ns, most_ns)
 
 
 def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:

@@ -105,7 +105,7 @@ LEAST_INTERVALS = 3
 #: A link that carries something for less than this share of the time is not what workers wait for:
 #: that is the destination, unless it has the least to do already.
 LEAST_CARRYING = 0.75
-#: Nor one that was seen to carry so many times more, before it became one that is looked for files.
+#: Nor, with a warm destination, one that carries less than this share of what was seen of it.
 SEEN_SHARE = 1 / 4
 #: So much more the destination may take, for each interval since it was seen what it takes: it may
 #: have been busy with something else.
