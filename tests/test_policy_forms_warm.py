@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from forms_world import ALL, NOISE, RETURNED, STANDARD, SlowDestination, World, reached, run_from
 
-from vmth.policy.forms import FormChooser, FormCost
+from vmth.policy.forms import FormChooser, FormCost, FormsView
 
 
 def test_with_a_warm_destination_looking_comes_after_a_glance_at_the_link() -> None:
@@ -47,9 +47,14 @@ def test_a_cap_ends_the_glance() -> None:
 
 def after_glance(link_bps: float, allowed: frozenset[str] = ALL | {"reuse"}) -> FormChooser:
     """It has seen the link, and looks for pages."""
+    return after_seeing(World(RETURNED, link_bps).interval(0), allowed)
+
+
+def after_seeing(view: FormsView, allowed: frozenset[str] = ALL | {"reuse"}) -> FormChooser:
+    """A glance saw this, and pages are looked for."""
     chooser = FormChooser(allowed)
     chooser.first(0, 2)
-    choice = chooser.choose(World(RETURNED, link_bps).interval(0))
+    choice = chooser.choose(view)
     assert "reuse" in choice.forms and choice.level == 0
     return chooser
 
@@ -168,31 +173,29 @@ def test_a_glance_at_a_fast_link_finds_that_it_takes_more_than_the_destination_f
 
 def test_a_glance_that_saw_a_part_of_a_fast_link_is_repeated() -> None:
     """Windows had just opened: a third of what the link carries, and as much as is found."""
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
     world = SlowDestination(RETURNED, 125e8)
-    partly = replace(world.interval(0), acked_bps=500e6, carrying=0.3)
-    assert "reuse" in chooser.choose(partly).forms
+    chooser = after_seeing(replace(world.interval(0), acked_bps=500e6, carrying=0.3))
     used = run_from(1, world, 100, chooser)
     assert sum(at == 0 for at in used[:12]) >= 4 and sum(at == 0 for at in used) > 70, used
 
 
+def test_a_glance_is_not_repeated_where_pages_are_found_much_faster_than_it_saw() -> None:
+    world = SlowDestination(RETURNED, 125e8)
+    chooser = after_seeing(replace(world.interval(0), acked_bps=300e6, carrying=0.3))
+    assert run_from(1, world, 40, chooser) == [1] * 40
+
+
 def test_a_glance_is_seldom_repeated_where_pages_are_found_as_fast() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
-    world = SlowDestination(RETURNED, 480e6)
-    partly = replace(world.interval(0), acked_bps=470e6, carrying=0.3)
-    assert "reuse" in chooser.choose(partly).forms
-    used = run_from(1, replace(world, takes=(500e3, 120e3)), 200, chooser)
+    world = SlowDestination(RETURNED, 480e6, takes=(500e3, 120e3))
+    chooser = after_seeing(replace(world.interval(0), acked_bps=470e6, carrying=0.3))
+    used = run_from(1, world, 200, chooser)
     assert sum(at == 0 for at in used) <= 12, used
 
 
 def test_a_glance_is_seldom_repeated_where_the_workers_are_what_is_slow() -> None:
-    chooser = FormChooser(ALL | {"reuse"})
-    chooser.first(0, 2)
     costs = ((8000, 4160), *RETURNED[1:])
     world = SlowDestination(costs, 125e8, takes=(500e3, 280e3, 280e3))
-    assert "reuse" in chooser.choose(replace(world.interval(0), carrying=0.3)).forms
+    chooser = after_seeing(replace(world.interval(0), carrying=0.3))
     used = run_from(1, world, 200, chooser)
     assert 1 <= sum(at == 0 for at in used) <= 40, used
 

@@ -42,8 +42,7 @@ MOST_ROUNDS = 30
 #: Where it was not measured: 2 to 7 us on machines of two cores with both ends and a busy guest on
 #: them.
 BUILT_PAGE_NS = 5_800
-#: Where it was: what reading, hashing and encoding one took here, and as much there. Of a round
-#: with so many pages.
+#: Where it was: what reading, hashing and encoding one took here, and as much there.
 BUILT_SHARES = 2
 #: From the fetch of the dirty set to the pause: what is decided, and vCPUs that are told.
 PAUSES_AFTER_NS = 1_500_000
