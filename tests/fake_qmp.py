@@ -70,6 +70,8 @@ class FakeQmp:
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
         self.parameters = copy.deepcopy(PARAMETERS)
         self.version = VERSION  #: of the next client's greeting
+        self.before: list[bytes] = []  #: lines that each client is told ahead of the greeting
+        self.between: list[bytes] = []  #: and ahead of the answer to qmp_capabilities
         self.deaf = False  #: closes on the next command without reading it, as one that dies
         self._greeting = greeting
         self._greets = greets
@@ -141,6 +143,8 @@ class FakeQmp:
         with self._lock:
             self._client = client
         try:
+            for line in self.before:
+                client.sendall(line + b"\r\n")
             if self._greets:
                 client.sendall(self._greeting or json.dumps(self._told()).encode() + b"\r\n")
             with selectors.DefaultSelector() as selector:
@@ -167,7 +171,7 @@ class FakeQmp:
         command = request.get("execute") or request["exec-oob"]
         arguments = request.get("arguments") or {}
         self.received.append((command, arguments))
-        answer: dict[str, Any] = {"id": request.get("id")}
+        answer: dict[str, Any] = {"id": request["id"]} if "id" in request else {}
         try:
             answer["return"] = self._answer(command, arguments)
         except FakeError as error:
@@ -176,6 +180,8 @@ class FakeQmp:
             return False
         except Silence:
             return True
+        for line in self.between if command == "qmp_capabilities" else ():
+            self.send(line)
         self.send(json.dumps(answer).encode())
         return True
 

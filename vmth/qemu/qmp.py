@@ -16,7 +16,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 import struct
 import threading
 import time
@@ -26,6 +25,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vmth.errors import ChannelError, MigrationError, RefusedError, UsageError
+from vmth.qemu.monitor_socket import MonitorSocket, connect_when_there
 
 if TYPE_CHECKING:
     from qemu.qmp import Message, QMPClient
@@ -42,7 +42,6 @@ Question: TypeAlias = tuple[str, Mapping[str, Any] | None]
 #: Commands in flight at once. asyncio complains on stderr of the fifth write to a QEMU that ended.
 PIPELINED = 4
 _PEER = struct.Struct("iII")
-_LOOK_AGAIN_S = 0.01
 
 
 class QmpError(MigrationError):
@@ -61,22 +60,6 @@ class UnreadError(ChannelError):
     it resets its peer; closed already, it takes nothing; and nothing is sent behind the brace that
     ends a command.
     """
-
-
-class _MonitorSocket(socket.socket):
-    """asyncio sends through it, on the monitor's thread, and does not tell what it has sent."""
-
-    sent_bytes = 0
-
-    def send(self, data: Any, flags: int = 0, /) -> int:
-        nbytes = super().send(data, flags)
-        self.sent_bytes += nbytes
-        return nbytes
-
-    def sendmsg(self, buffers: Any, *rest: Any) -> int:
-        nbytes = super().sendmsg(buffers, *rest)
-        self.sent_bytes += nbytes
-        return nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +112,7 @@ class Qmp:
         self._stop: asyncio.Event
         self._no_calls: asyncio.Event
         self._over: asyncio.Event
-        connection = _connect_when_there(self.path, timeout_s, appears_within_s)
+        connection = connect_when_there(self.path, timeout_s, appears_within_s)
         self._socket = connection
         try:
             self.pid = _PEER.unpack(
@@ -330,13 +313,13 @@ class Qmp:
 
     # ---- on the thread ---------------------------------------------------------------------------
 
-    def _run(self, connection: _MonitorSocket, ready: concurrent.futures.Future[None]) -> None:
+    def _run(self, connection: MonitorSocket, ready: concurrent.futures.Future[None]) -> None:
         """Whatever loop this process prefers: one that takes only the descriptor sends by it."""
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(self._serve(connection, ready))
 
     async def _serve(
-        self, connection: socket.socket, ready: concurrent.futures.Future[None]
+        self, connection: MonitorSocket, ready: concurrent.futures.Future[None]
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop, self._no_calls, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -363,7 +346,7 @@ class Qmp:
         if self._interrupted:
             await asyncio.wait(self._interrupted)
 
-    async def _greet(self, connection: socket.socket) -> None:
+    async def _greet(self, connection: MonitorSocket) -> None:
         from qemu.qmp import ConnectError
 
         try:
@@ -492,40 +475,3 @@ def _make_client() -> QMPClient:
             f"QMP needs the package qemu.qmp ({error}): pip install 'vmth[qemu]'"
         ) from None
     return QMPClient("vmth")
-
-
-def _connect_when_there(path: str, timeout_s: float, appears_within_s: float) -> _MonitorSocket:
-    give_up_s = time.monotonic() + appears_within_s
-    while True:
-        try:
-            return _connect(path, timeout_s)
-        except UsageError:
-            if time.monotonic() >= give_up_s:
-                raise
-        time.sleep(_LOOK_AGAIN_S)
-
-
-def _connect(path: str, timeout_s: float) -> _MonitorSocket:
-    """A connected socket, or the reason in the words of who gave the path."""
-    allowed = "allowed: the socket of a running QEMU's -qmp unix:PATH,server=on,wait=off"
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise UsageError(f"{path} is no socket; {allowed}")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; {allowed}") from None
-    connection = _MonitorSocket(socket.AF_UNIX)
-    try:
-        connection.settimeout(timeout_s)
-        connection.connect(path)
-    except (BlockingIOError, TimeoutError):
-        connection.close()
-        raise RefusedError(
-            f"{path}: too many wait for this monitor already: QMP serves one client at a time"
-        ) from None
-    except OSError as error:
-        connection.close()
-        raise UsageError(f"{path}: {error.strerror or error}; {allowed}") from None
-    except BaseException:
-        connection.close()
-        raise
-    return connection
