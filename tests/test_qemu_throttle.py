@@ -63,7 +63,8 @@ class Throttling:
         assert told["exit_code"] == exit_code and told["source_runs"], told
         assert told["throttle"] == self.way
         assert self.a.status() == "running" and not self.throttled(self.a)
-        assert self.a.execute("query-migrate")["status"] == status
+        ended = self.a.execute("query-migrate")
+        assert ended["status"] == status, ended
         self.a.wait_beats(2)
 
     def check_moves(self) -> None:
