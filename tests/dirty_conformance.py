@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from vmth.guest import DirtySource
+from vmth.guest import CanPeek, DirtySource
 from vmth.types import Bitmap, RamBlock, new_bitmaps
 
 __all__ = ["DirtyHarness", "DirtySourceConformance", "Page"]
@@ -84,6 +84,13 @@ class Mover:
         reported = pages_of(bitmaps)
         self.pending |= reported
         return reported
+
+    def peek(self) -> set[Page] | None:
+        """None: this source cannot."""
+        source = self.harness.source
+        bitmaps = new_bitmaps(self.harness.blocks)
+        known = isinstance(source, CanPeek) and source.peek(bitmaps)
+        return pages_of(bitmaps) if known else None
 
     def rearm(self, block: int, page: int, npages: int = 1) -> None:
         self.harness.source.rearm(block, page, npages)
@@ -209,6 +216,22 @@ class DirtySourceConformance:
         mover.fetch()
         assert (1, 0) in mover.pending
 
+    def test_a_look_takes_nothing_and_shows_what_a_fetch_gives(self, mover: Mover) -> None:
+        mover.fetch()
+        mover.send(set(mover.pending))
+        self.write(mover.harness, (0, 9), (1, 0))
+        seen = mover.peek()
+        if seen is None:
+            return  # not this one
+        assert {(0, 9), (1, 0)} <= seen and mover.peek() == seen
+        assert seen <= mover.fetch() and {(0, 9), (1, 0)} <= mover.pending
+        mover.send(set(mover.pending))
+        assert mover.peek() in (set(), None)
+        self.write(mover.harness, (0, 9))
+        mover.peek()
+        mover.rearm(0, 0, mover.harness.blocks[0].npages)  # of what was fetched, which is read
+        assert (0, 9) in mover.fetch()
+
     def test_an_idle_guest_goes_quiet(self, mover: Mover) -> None:
         self.write(mover.harness, (0, 1), (1, 0))
         mover.harness.settle()
@@ -247,6 +270,8 @@ class DirtySourceConformance:
                 mover.harness.write(*page)
             if dice.random() < 0.7:
                 mover.fetch()
+            if dice.random() < 0.3:
+                mover.peek()
             pending = sorted(mover.pending)
             mover.send(set(dice.sample(pending, dice.randint(0, len(pending)))))
             if dice.random() < 0.3:

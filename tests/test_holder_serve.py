@@ -19,6 +19,7 @@ from vmth.errors import GuestError, RefusedError, StreamError, UsageError
 from vmth.guest import (
     CanDescribe,
     CanHold,
+    CanPeek,
     CanReportPopulated,
     CanTell,
     CanThrottle,
@@ -338,6 +339,12 @@ class _ScriptedSource:
         self.calls.append("stop")
 
 
+class _PeekableSource(_ScriptedSource):
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        self.fetch(bitmaps)
+        return True
+
+
 class _ScriptedMachine(ProcessMachine):
     def __init__(self, memory: GuestMemory, source: _ScriptedSource) -> None:
         super().__init__(memory)
@@ -349,8 +356,8 @@ class _ScriptedMachine(ProcessMachine):
         return self._scripted
 
 
-def scripted(name: str) -> tuple[Served, _ScriptedSource]:
-    source = _ScriptedSource()
+def scripted(name: str, source: _ScriptedSource | None = None) -> tuple[Served, _ScriptedSource]:
+    source = source or _ScriptedSource()
 
     def factory(kind: str, memory: GuestMemory, dirty_source: str, vcpus: int) -> Machine:
         return _ScriptedMachine(memory, source)
@@ -383,6 +390,37 @@ def test_dirty_pages_come_through_shared_bitmaps() -> None:
         assert script.calls == ["start", (0, 8, 16), "stop"]
         with pytest.raises(GuestError, match="not on"):
             source.rearm(0, 0, 1)
+    finally:
+        served.end()
+
+
+def test_a_look_at_dirty_pages_leaves_nothing_in_the_shared_bitmaps() -> None:
+    served, script = scripted("kvm-log", _PeekableSource())
+    try:
+        source = served.guest.dirty[0]
+        assert isinstance(source, CanPeek)
+        source.start()
+        script.dirty = [0, 65]
+        for _ in range(2):
+            bitmaps = new_bitmaps(served.guest.blocks)
+            assert source.peek(bitmaps)
+            assert bitmaps[0].tolist() == [1, 2, 0, 0]
+        script.dirty = [255]
+        fetched = new_bitmaps(served.guest.blocks)
+        source.fetch(fetched)
+        assert fetched[0].tolist() == [0, 0, 0, 1 << 63]
+    finally:
+        served.end()
+
+
+def test_a_source_that_cannot_be_looked_at_says_so() -> None:
+    served, script = scripted("kvm-log")
+    try:
+        source = served.guest.dirty[0]
+        assert isinstance(source, CanPeek)
+        source.start()
+        script.dirty = [0]
+        assert not source.peek(new_bitmaps(served.guest.blocks))
     finally:
         served.end()
 

@@ -30,6 +30,7 @@ __all__ = [
     "CanHold",
     "CanNameThreads",
     "CanNote",
+    "CanPeek",
     "CanReadMemory",
     "CanReportPopulated",
     "CanTakePages",
@@ -120,6 +121,17 @@ class CanNote(Protocol):
     def notes(self) -> Sequence[str]:
         """Sentences for the result's ``fallbacks``; read after each fetch, at a destination once
         the guest runs."""
+
+
+@runtime_checkable
+class CanPeek(Protocol):
+    """Optional, for a dirty source: what was written can be looked at while a round goes on."""
+
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """OR in what ``fetch`` would and change nothing: a later fetch reports it all the same, and
+        ``rearm`` clears no page that only this has reported. Pages may be missing. False where that
+        cannot be told, and the bitmaps are of no use then. Called a few times a round, from the
+        thread that fetches; forecasts are made of it, and nothing is sent or left out by it."""
 
 
 @runtime_checkable

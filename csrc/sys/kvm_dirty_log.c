@@ -140,7 +140,8 @@ int vmth_kvm_log_start(struct vmth_kvm_log *log)
     return 0;
 }
 
-int vmth_kvm_log_fetch(struct vmth_kvm_log *log, uint64_t *const *bitmaps)
+/* `report`: remember what was seen, so that it may be re-armed. */
+static int read_log(struct vmth_kvm_log *log, uint64_t *const *bitmaps, bool report)
 {
     if (!log->started) {
         return -ENODEV;
@@ -159,12 +160,22 @@ int vmth_kvm_log_fetch(struct vmth_kvm_log *log, uint64_t *const *bitmaps)
         for (uint64_t w = 0; w < words; w++) {
             const uint64_t dirty = tracked->scratch[w] & range_mask(w, 0, tracked->slot.npages);
             bitmaps[i][w] |= dirty;
-            if (log->mode != VMTH_KVM_LOG_FETCH_CLEARS) {
+            if (report) {
                 tracked->pending[w] |= dirty;
             }
         }
     }
     return 0;
+}
+
+int vmth_kvm_log_fetch(struct vmth_kvm_log *log, uint64_t *const *bitmaps)
+{
+    return read_log(log, bitmaps, log->mode != VMTH_KVM_LOG_FETCH_CLEARS);
+}
+
+int vmth_kvm_log_peek(struct vmth_kvm_log *log, uint64_t *const *bitmaps)
+{
+    return log->mode == VMTH_KVM_LOG_FETCH_CLEARS ? -ENOTSUP : read_log(log, bitmaps, false);
 }
 
 int vmth_kvm_log_rearm(struct vmth_kvm_log *log, size_t index, uint64_t page, uint64_t npages)

@@ -53,6 +53,11 @@ VMTH_MUST_CHECK int vmth_kvm_log_start(struct vmth_kvm_log *log);
  * true, the rest is not lost unless the mode is FETCH_CLEARS, where the job should end. */
 VMTH_MUST_CHECK int vmth_kvm_log_fetch(struct vmth_kvm_log *log, uint64_t *const *bitmaps);
 
+/* OR in what a fetch would, and change nothing: a re-arm clears no bit that only a peek has shown.
+ * Returns 0, -ENODEV when not started, -ENOTSUP where looking clears (FETCH_CLEARS), or the
+ * kernel's error. */
+VMTH_MUST_CHECK int vmth_kvm_log_peek(struct vmth_kvm_log *log, uint64_t *const *bitmaps);
+
 /* Re-arm the pages of [page, page + npages) of one slot that a fetch reported and that were not
  * re-armed since (with MANUAL_ALL_SET every page counts as reported at start()). The kernel wants
  * ranges of 64 pages; the range is widened with clear bits, which the kernel leaves alone.

@@ -355,6 +355,16 @@ int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcpu)
     return rc;
 }
 
+static void add_collected_locked(const struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
+{
+    for (size_t i = 0; i < ring->nslots; i++) {
+        const uint64_t words = VMTH_BITMAP_WORDS(ring->slots[i].slot.npages);
+        for (uint64_t w = 0; w < words; w++) {
+            bitmaps[i][w] |= ring->slots[i].collected[w];
+        }
+    }
+}
+
 int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
 {
     /* Outside the lock: a vCPU on its way out may be in collect(). */
@@ -365,14 +375,38 @@ int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
     pthread_mutex_lock(&ring->lock);
     int rc = ring->started ? collect_locked(ring, NULL) : -ENODEV;
     if (rc >= 0) {
-        for (size_t i = 0; i < ring->nslots; i++) {
-            const uint64_t words = VMTH_BITMAP_WORDS(ring->slots[i].slot.npages);
-            for (uint64_t w = 0; w < words; w++) {
-                bitmaps[i][w] |= ring->slots[i].collected[w];
-            }
-        }
+        add_collected_locked(ring, bitmaps);
         forget_locked(ring);
         rc = 0;
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return rc;
+}
+
+/* The entries that nobody has harvested, which stay as they are. */
+static void peek_entries(const struct vmth_kvm_ring *ring, const struct vcpu_ring *vcpu,
+                         uint64_t *const *bitmaps)
+{
+    for (uint32_t n = 0; n < ring->nentries && is_dirty(entry_at(ring, vcpu, n)); n++) {
+        const struct kvm_dirty_gfn *entry = entry_at(ring, vcpu, n);
+        for (size_t i = 0; i < ring->nslots; i++) {
+            const struct vmth_kvm_slot *slot = &ring->slots[i].slot;
+            if (slot->slot == entry->slot && entry->offset < slot->npages) {
+                vmth_bitmap_set_range(bitmaps[i], entry->offset, 1);
+            }
+        }
+    }
+}
+
+int vmth_kvm_ring_peek(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps)
+{
+    pthread_mutex_lock(&ring->lock);
+    const int rc = ring->started ? 0 : -ENODEV;
+    if (rc == 0) {
+        add_collected_locked(ring, bitmaps);
+        for (size_t r = 0; r < ring->nrings; r++) {
+            peek_entries(ring, &ring->rings[r], bitmaps);
+        }
     }
     pthread_mutex_unlock(&ring->lock);
     return rc;

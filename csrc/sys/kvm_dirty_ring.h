@@ -72,6 +72,11 @@ VMTH_MUST_CHECK int vmth_kvm_ring_relieve(struct vmth_kvm_ring *ring, size_t vcp
  * not started, or an error of kick or collect: nothing is forgotten then. */
 VMTH_MUST_CHECK int vmth_kvm_ring_fetch(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps);
 
+/* OR in what a fetch would, as far as it can be told without one, and change nothing: no vCPU is
+ * kicked, no page protected. Missing are writes that the processors have not handed to the kernel,
+ * and, after an overflow, what lies behind the gap. Returns 0, -ENODEV when not started. */
+VMTH_MUST_CHECK int vmth_kvm_ring_peek(struct vmth_kvm_ring *ring, uint64_t *const *bitmaps);
+
 /* How often the kernel has overwritten entries that nobody had harvested. Every page then counts as
  * dirty and is protected anew: nothing is lost, but that round is a full one. */
 uint64_t vmth_kvm_ring_overflows(struct vmth_kvm_ring *ring);

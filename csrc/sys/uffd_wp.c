@@ -223,17 +223,29 @@ static void note_written(void *context, uint64_t page, uint64_t npages, uint64_t
     vmth_bitmap_set_range(words, page, npages);
 }
 
-int vmth_uffd_wp_fetch(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
-                       uint64_t *words)
+static int scan_written(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
+                        uint64_t *words, uint64_t flags)
 {
     const struct vmth_page_query query = {
-        .flags = VMTH_PM_SCAN_WP_MATCHING | VMTH_PM_SCAN_CHECK_WPASYNC,
+        .flags = flags | VMTH_PM_SCAN_CHECK_WPASYNC,
         .category_mask = VMTH_PAGE_IS_WRITTEN,
         .return_mask = VMTH_PAGE_IS_WRITTEN,
     };
 
     return vmth_pagemap_scan(tracker->ops, tracker->pagemap_fd, &query, address, npages,
                              tracker->page_bytes, note_written, words);
+}
+
+int vmth_uffd_wp_fetch(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
+                       uint64_t *words)
+{
+    return scan_written(tracker, address, npages, words, VMTH_PM_SCAN_WP_MATCHING);
+}
+
+int vmth_uffd_wp_peek(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
+                      uint64_t *words)
+{
+    return scan_written(tracker, address, npages, words, 0);
 }
 
 int vmth_uffd_wp_remove(const struct vmth_uffd_wp *tracker, uint64_t address, uint64_t npages)

@@ -58,6 +58,10 @@ VMTH_MUST_CHECK int vmth_uffd_wp_add(const struct vmth_uffd_wp *tracker, uint64_
 VMTH_MUST_CHECK int vmth_uffd_wp_fetch(const struct vmth_uffd_wp *tracker, uint64_t address,
                                        uint64_t npages, uint64_t *words);
 
+/* OR in what a fetch would, and arm nothing. */
+VMTH_MUST_CHECK int vmth_uffd_wp_peek(const struct vmth_uffd_wp *tracker, uint64_t address,
+                                      uint64_t npages, uint64_t *words);
+
 /* End the tracking of a range that vmth_uffd_wp_add began. Closing ends all of them. */
 VMTH_MUST_CHECK int vmth_uffd_wp_remove(const struct vmth_uffd_wp *tracker, uint64_t address,
                                         uint64_t npages);

@@ -140,6 +140,24 @@ static void fetch(struct model *model, struct vmth_kvm_log *log)
     T_EQUAL(vmth_kvm_log_fetch(log, bitmaps), 0);
 }
 
+/* What a peek shows is what the kernel holds, and it leaves both sides as they were. */
+static void peek(struct model *model, struct vmth_kvm_log *log)
+{
+    static uint64_t seen[NSLOTS][WORDS];
+    static uint64_t before[NSLOTS][WORDS];
+    uint64_t *const bitmaps[NSLOTS] = {seen[0], seen[1]};
+    memset(seen, 0, sizeof(seen));
+    memcpy(before, model->log, sizeof(before));
+    if (model->enabled == 0) {
+        T_EQUAL(vmth_kvm_log_peek(log, bitmaps), -ENOTSUP);
+        T_EQUAL(vmth_bitmap_count(seen[0], 0, MAX_PAGES), 0);
+    } else {
+        T_EQUAL(vmth_kvm_log_peek(log, bitmaps), 0);
+        T_CHECK(memcmp(seen, model->log, sizeof(seen)) == 0);
+    }
+    T_CHECK(memcmp(before, model->log, sizeof(before)) == 0);
+}
+
 static void rearm_and_read(struct model *model, struct vmth_kvm_log *log, size_t slot,
                            uint64_t page, uint64_t npages)
 {
@@ -202,6 +220,7 @@ static void test_bad_arguments(void)
     uint64_t *const bitmaps[NSLOTS] = {model.known_dirty[0], model.known_dirty[1]};
     log = make(&model, &ops, 3);
     T_EQUAL(vmth_kvm_log_fetch(log, bitmaps), -ENODEV);
+    T_EQUAL(vmth_kvm_log_peek(log, bitmaps), -ENODEV);
     T_EQUAL(vmth_kvm_log_rearm(log, 0, 0, 1), -ENODEV);
     T_EQUAL(vmth_kvm_log_stop(log), 0);
     T_EQUAL(vmth_kvm_log_start(log), 0);
@@ -232,8 +251,10 @@ static void test_rearm_clears_only_what_was_reported(void)
         rearm_and_read(&model, log, 0, page, 1);
         T_CHECK(!vmth_bitmap_test(model.log[0], page));
         T_CHECK(page == 0 || vmth_bitmap_test(model.log[0], page - 1));
-        /* Again without a fetch in between: the second write was reported to nobody. */
+        /* Again without a fetch in between: the second write was reported to nobody, and that it
+         * was looked at does not count. */
         guest_writes(&model, 0, page);
+        peek(&model, log);
         T_EQUAL(vmth_kvm_log_rearm(log, 0, 0, slots[0].npages), 0);
         T_CHECK(vmth_bitmap_test(model.log[0], page));
         fetch(&model, log);
@@ -287,12 +308,15 @@ static void test_random_schedules(int offered)
         for (unsigned int step = 0; step < 400; step++) {
             const size_t slot = t_random(&random) % NSLOTS;
             const uint64_t page = t_random(&random) % slots[slot].npages;
-            switch (t_random(&random) % 4) {
+            switch (t_random(&random) % 5) {
             case 0:
                 fetch(&model, log);
                 check_promise(&model);
                 break;
             case 1:
+                peek(&model, log);
+                break;
+            case 2:
                 rearm_and_read(&model, log, slot, page,
                                t_random(&random) % (slots[slot].npages - page + 1));
                 break;

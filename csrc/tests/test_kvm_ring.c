@@ -123,6 +123,31 @@ static void fetch(struct model *model, struct vmth_kvm_ring *ring)
     T_EQUAL(vmth_kvm_ring_fetch(ring, bitmaps), 0);
 }
 
+/* A peek changes nothing on either side, and shows what the fetch after it gives: `whole`, or a
+ * part of it. Nothing is left to be seen then. */
+static void peek_and_fetch(struct model *model, struct vmth_kvm_ring *ring, bool whole)
+{
+    uint64_t seen[WORDS] = {0};
+    uint64_t fetched[WORDS] = {0};
+    struct kvm_dirty_gfn before[ENTRIES];
+    uint64_t *const looked_at[] = {seen};
+    uint64_t *const taken[] = {fetched};
+    const unsigned int calls = model->calls + model->kicks;
+    memcpy(before, model->entries, sizeof(before));
+    T_EQUAL(vmth_kvm_ring_peek(ring, looked_at), 0);
+    T_EQUAL(model->calls + model->kicks, calls);
+    T_CHECK(memcmp(before, model->entries, sizeof(before)) == 0);
+    T_EQUAL(vmth_kvm_ring_fetch(ring, taken), 0);
+    for (size_t w = 0; w < WORDS; w++) {
+        T_EQUAL(seen[w] & ~fetched[w], 0);
+        T_CHECK(!whole || seen[w] == fetched[w]);
+        model->known_dirty[w] |= fetched[w];
+        seen[w] = 0;
+    }
+    T_EQUAL(vmth_kvm_ring_peek(ring, looked_at), 0);
+    T_EQUAL(vmth_bitmap_count(seen, 0, NPAGES), 0);
+}
+
 static void read_pages(struct model *model, uint64_t page, uint64_t npages)
 {
     for (uint64_t read = page; read < page + npages; read++) {
@@ -183,6 +208,7 @@ static void test_bad_arguments(void)
     uint64_t *const bitmaps[] = {model.known_dirty};
     ring = make(&model, &ops);
     T_EQUAL(vmth_kvm_ring_fetch(ring, bitmaps), -ENODEV);
+    T_EQUAL(vmth_kvm_ring_peek(ring, bitmaps), -ENODEV);
     T_EQUAL(vmth_kvm_ring_collect(ring, 1), -EINVAL);
     T_EQUAL(vmth_kvm_ring_relieve(ring, 1), -EINVAL);
     T_EQUAL(vmth_kvm_ring_stop(ring), 0);
@@ -218,7 +244,9 @@ static void test_collected_pages_wait_for_the_fetch(void)
     T_EQUAL(vmth_kvm_ring_collect(ring, 0), 1);
     T_EQUAL(model.reset_index, 1);
     guest_writes(&model, 9);
-    fetch(&model, ring);
+    guest_writes(&model, 10);
+    peek_and_fetch(&model, ring, true); /* 9 was collected, 10 is in the ring */
+    T_EQUAL(vmth_bitmap_count(model.known_dirty, 9, 2), 2);
     fetch(&model, ring);
     check_promise(&model);
     for (uint64_t page = 0; page <= ENTRIES / 4; page++) {
@@ -321,12 +349,16 @@ static void test_overflows_lose_nothing(void)
             }
             run_until_not_full(&model, ring);
             const uint64_t page = t_random(&random) % NPAGES;
-            switch (t_random(&random) % 3) {
+            switch (t_random(&random) % 4) {
             case 0:
                 fetch(&model, ring);
                 check_promise(&model);
                 break;
             case 1:
+                peek_and_fetch(&model, ring, !emulates);
+                check_promise(&model);
+                break;
+            case 2:
                 fetch(&model, ring);
                 read_pages(&model, page, t_random(&random) % (NPAGES - page + 1));
                 break;

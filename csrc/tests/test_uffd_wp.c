@@ -117,6 +117,24 @@ static void test_fetch_keeps_to_its_range_and_adds_to_the_bitmap(void)
     close_on_fake();
 }
 
+static void test_a_peek_arms_nothing(void)
+{
+    open_on_fake();
+    memset(fake.categories, VMTH_PAGE_IS_WRITTEN, sizeof(fake.categories));
+    words[1] = 2;
+    for (int looks = 0; looks < 2; looks++) {
+        T_EQUAL(vmth_uffd_wp_peek(&tracker, FAKE_BASE + 10 * FAKE_PAGE_BYTES, 3, words), 0);
+        T_EQUAL(words[0], 7);
+        T_EQUAL(words[1], 2);
+        T_EQUAL(fake.categories[11], VMTH_PAGE_IS_WRITTEN);
+    }
+    T_EQUAL(vmth_uffd_wp_fetch(&tracker, FAKE_BASE + 10 * FAKE_PAGE_BYTES, 3, words), 0);
+    words[0] = 0;
+    T_EQUAL(vmth_uffd_wp_peek(&tracker, FAKE_BASE + 10 * FAKE_PAGE_BYTES, 3, words), 0);
+    T_EQUAL(words[0], 0);
+    close_on_fake();
+}
+
 static void test_a_failed_add_leaves_nothing_registered(void)
 {
     open_on_fake();
@@ -222,6 +240,7 @@ int main(void)
     test_add_arms_every_page_and_notes_the_populated_ones();
     test_a_dense_answer_is_fetched_in_parts();
     test_fetch_keeps_to_its_range_and_adds_to_the_bitmap();
+    test_a_peek_arms_nothing();
     test_a_failed_add_leaves_nothing_registered();
     test_an_answer_outside_of_the_question_is_an_error();
     test_regions_past_a_stale_walk_end_count();

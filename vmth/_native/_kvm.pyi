@@ -91,6 +91,10 @@ class MicroVm:
     def dirty_fetch(self, bitmaps: Sequence[U64]) -> None:
         """One bitmap a slot, at least (npages + 63) // 64 words."""
 
+    def dirty_peek(self, bitmaps: Sequence[U64]) -> bool:
+        """OR in what a fetch would, as far as it is known without one, and change nothing. False:
+        not known."""
+
     def dirty_rearm(self, slot: int, page: int, npages: int) -> None: ...
     def dirty_stop(self) -> None: ...
     def close(self) -> None:

@@ -19,6 +19,9 @@ cdef extern from "sys/kvm_ops.h" nogil:
         uint64_t npages
         uint64_t hva
 
+cdef extern from "errno.h" nogil:
+    int ENOTSUP
+
 cdef extern from "sys/kvm_dirty_log.h" nogil:
     struct vmth_kvm_log:
         pass
@@ -26,6 +29,7 @@ cdef extern from "sys/kvm_dirty_log.h" nogil:
     int VMTH_KVM_LOG_MANUAL_ALL_SET
     int vmth_kvm_log_start(vmth_kvm_log *log)
     int vmth_kvm_log_fetch(vmth_kvm_log *log, uint64_t **bitmaps)
+    int vmth_kvm_log_peek(vmth_kvm_log *log, uint64_t **bitmaps)
     int vmth_kvm_log_rearm(vmth_kvm_log *log, size_t index, uint64_t page, uint64_t npages)
     int vmth_kvm_log_stop(vmth_kvm_log *log)
 
@@ -34,6 +38,7 @@ cdef extern from "sys/kvm_dirty_ring.h" nogil:
         pass
     int vmth_kvm_ring_start(vmth_kvm_ring *ring)
     int vmth_kvm_ring_fetch(vmth_kvm_ring *ring, uint64_t **bitmaps)
+    int vmth_kvm_ring_peek(vmth_kvm_ring *ring, uint64_t **bitmaps)
     uint64_t vmth_kvm_ring_overflows(vmth_kvm_ring *ring)
     uint64_t vmth_kvm_ring_dirtied(vmth_kvm_ring *ring, size_t vcpu)
     int vmth_kvm_ring_stop(vmth_kvm_ring *ring)
@@ -336,11 +341,9 @@ cdef class MicroVm:
                 rc = vmth_kvm_log_start(vmth_micro_vm_log(vm))
         check(rc, "dirty tracking")
 
-    def dirty_fetch(self, bitmaps):
-        cdef vmth_micro_vm *vm = self.opened()
+    cdef int take_table(self, bitmaps, uint64_t **table) except -1:
+        """The words of `bitmaps`, which keeps the arrays alive."""
         cdef uint64_t[::1] words
-        cdef uint64_t *table[VMTH_MICRO_VM_SLOTS]
-        cdef int rc
         if <size_t>len(bitmaps) != self.nslots:
             raise ValueError(f"{len(bitmaps)} bitmaps for {self.nslots} slots")
         for i in range(self.nslots):
@@ -348,13 +351,34 @@ cdef class MicroVm:
             if <uint64_t>words.shape[0] < (self.npages[i] + 63) // 64:
                 raise ValueError(f"bitmap {i}: {words.shape[0]} words for {self.npages[i]} pages")
             table[i] = &words[0]
-        # `bitmaps` keeps the arrays alive meanwhile.
+        return 0
+
+    def dirty_fetch(self, bitmaps):
+        cdef vmth_micro_vm *vm = self.opened()
+        cdef uint64_t *table[VMTH_MICRO_VM_SLOTS]
+        cdef int rc
+        self.take_table(bitmaps, table)
         with nogil:
             if vmth_micro_vm_ring(vm) != NULL:
                 rc = vmth_kvm_ring_fetch(vmth_micro_vm_ring(vm), table)
             else:
                 rc = vmth_kvm_log_fetch(vmth_micro_vm_log(vm), table)
         check(rc, "dirty fetch")
+
+    def dirty_peek(self, bitmaps):
+        cdef vmth_micro_vm *vm = self.opened()
+        cdef uint64_t *table[VMTH_MICRO_VM_SLOTS]
+        cdef int rc
+        self.take_table(bitmaps, table)
+        with nogil:
+            if vmth_micro_vm_ring(vm) != NULL:
+                rc = vmth_kvm_ring_peek(vmth_micro_vm_ring(vm), table)
+            else:
+                rc = vmth_kvm_log_peek(vmth_micro_vm_log(vm), table)
+        if rc == -ENOTSUP:
+            return False
+        check(rc, "dirty peek")
+        return True
 
     def dirty_rearm(self, size_t slot, uint64_t page, uint64_t npages):
         cdef vmth_micro_vm *vm = self.opened()

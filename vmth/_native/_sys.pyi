@@ -27,6 +27,9 @@ class UffdWp:
     def fetch(self, address: int, npages: int, bitmap: U64) -> None:
         """OR in what was written since it was armed, and arm it again. Bit i is page i."""
 
+    def peek(self, address: int, npages: int, bitmap: U64) -> None:
+        """OR in what ``fetch`` would, and arm nothing."""
+
     def remove(self, address: int, npages: int) -> None: ...
     def close(self) -> None:
         """End all tracking. Idempotent."""

@@ -48,6 +48,8 @@ cdef extern from "sys/uffd_wp.h" nogil:
                          uint64_t *populated)
     int vmth_uffd_wp_fetch(const vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
                            uint64_t *words)
+    int vmth_uffd_wp_peek(const vmth_uffd_wp *tracker, uint64_t address, uint64_t npages,
+                          uint64_t *words)
     int vmth_uffd_wp_remove(const vmth_uffd_wp *tracker, uint64_t address, uint64_t npages)
     void vmth_uffd_wp_close(vmth_uffd_wp *tracker)
     int vmth_uffd_features(const vmth_memory_ops *ops, uint64_t *features)
@@ -148,6 +150,15 @@ cdef class UffdWp:
             result = vmth_uffd_wp_fetch(&self._tracker, address, npages, words)
         if result < 0:
             raise _os_error(result, f"fetch {npages} pages from {address:#x}")
+
+    def peek(self, uint64_t address, uint64_t npages, uint64_t[::1] bitmap not None):
+        cdef uint64_t *words = _words(bitmap, 0, npages)
+        cdef int result
+        self._check_open()
+        with nogil:
+            result = vmth_uffd_wp_peek(&self._tracker, address, npages, words)
+        if result < 0:
+            raise _os_error(result, f"look at {npages} pages from {address:#x}")
 
     def remove(self, uint64_t address, uint64_t npages):
         cdef int result

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmth.errors import UsageError
-from vmth.guest import CanNote, DirtySource
+from vmth.guest import CanNote, CanPeek, DirtySource
 from vmth.types import Bitmaps
 
 __all__ = ["CombinedDirtySource"]
@@ -43,6 +43,13 @@ class CombinedDirtySource:
         """OR in what each reports. If one raises, what others had reported is in ``bitmaps``."""
         for source in self._sources:
             source.fetch(bitmaps)
+
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """OR in what each reports; False where not all of them can be looked at."""
+        peeking = [source for source in self._sources if isinstance(source, CanPeek)]
+        return len(peeking) == len(self._sources) and all(
+            source.peek(bitmaps) for source in peeking
+        )
 
     def rearm(self, block: int, page: int, npages: int) -> None:
         """Re-arm in all. If one raises, the pages may not be read as if they were armed."""

@@ -82,6 +82,15 @@ class FakeDirtySource:
                 if self._fetch_clears:
                     dirty[:] = 0
 
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """Without the script's writes, which come with a fetch."""
+        self._called("peek")
+        self._require_started()
+        with self._lock:
+            for into, dirty in zip(bitmaps, self._dirty, strict=True):
+                np.bitwise_or(into, dirty, out=into)
+        return True
+
     def rearm(self, block: int, page: int, npages: int) -> None:
         self._called("rearm", block, page, npages)
         self._require_started()

@@ -50,19 +50,20 @@ class _KvmTracker:
     def fetch(self, bitmaps: Bitmaps) -> None:
         """OR in what was dirtied. UsageError before start() or for bitmaps that do not fit the
         blocks; GuestError if KVM refuses: the set is then incomplete and the job must end."""
-        self._check_started()
-        if len(bitmaps) != len(self._blocks):
-            raise UsageError(f"{len(bitmaps)} bitmaps given, {len(self._blocks)} blocks tracked")
-        for block, bitmap in zip(self._blocks, bitmaps, strict=True):
-            if len(bitmap) != bitmap_words(block.npages):
-                raise UsageError(
-                    f"block {block.idstr}: bitmap of {len(bitmap)} words given, "
-                    f"{bitmap_words(block.npages)} wanted"
-                )
+        self._check_bitmaps(bitmaps)
         try:
             self._vm.dirty_fetch(bitmaps)
         except OSError as error:
             raise GuestError(f"{self._name} could not be fetched: {error}") from error
+
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """See ``CanPeek``; False in mode "fetch-clears". Errors as of ``fetch``, and nothing is
+        lost."""
+        self._check_bitmaps(bitmaps)
+        try:
+            return self._vm.dirty_peek(bitmaps)
+        except OSError as error:
+            raise GuestError(f"{self._name} could not be looked at: {error}") from error
 
     def rearm(self, block: int, page: int, npages: int) -> None:
         """Arm pages again, just before they are read. UsageError before start() or outside of the
@@ -88,6 +89,17 @@ class _KvmTracker:
             self._vm.dirty_stop()
         except OSError as error:
             raise GuestError(f"{self._name} could not be stopped: {error}") from error
+
+    def _check_bitmaps(self, bitmaps: Bitmaps) -> None:
+        self._check_started()
+        if len(bitmaps) != len(self._blocks):
+            raise UsageError(f"{len(bitmaps)} bitmaps given, {len(self._blocks)} blocks tracked")
+        for block, bitmap in zip(self._blocks, bitmaps, strict=True):
+            if len(bitmap) != bitmap_words(block.npages):
+                raise UsageError(
+                    f"block {block.idstr}: bitmap of {len(bitmap)} words given, "
+                    f"{bitmap_words(block.npages)} wanted"
+                )
 
     def _check_started(self) -> None:
         if not self._started:

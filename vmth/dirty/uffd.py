@@ -89,6 +89,13 @@ class UffdWpSource:
         for block, address, bitmap in zip(self._blocks, self._addresses, bitmaps, strict=True):
             tracker.fetch(address, block.npages, bitmap)
 
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """See ``CanPeek``. Raises UsageError before start(), and OSError; nothing is lost."""
+        tracker = self._started()
+        for block, address, bitmap in zip(self._blocks, self._addresses, bitmaps, strict=True):
+            tracker.peek(address, block.npages, bitmap)
+        return True
+
     def rearm(self, block: int, page: int, npages: int) -> None:
         """Nothing to do: fetch has armed these pages before anybody reads them."""
 

@@ -183,6 +183,15 @@ class HolderDirtySource:
 
     def fetch(self, bitmaps: Bitmaps) -> None:
         self._notes = self._connection.ask(rq.DirtyFetch(), rq.DirtyFetched)[0].notes
+        self._take_shared(bitmaps)
+
+    def peek(self, bitmaps: Bitmaps) -> bool:
+        """See ``CanPeek``."""
+        known = self._connection.ask(rq.DirtyPeek(), rq.DirtyPeeked)[0].known
+        self._take_shared(bitmaps)
+        return known
+
+    def _take_shared(self, bitmaps: Bitmaps) -> None:
         for out, shared in zip(bitmaps, self._shared, strict=True):
             np.bitwise_or(out, shared, out=out)
             shared[:] = 0

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from vmth.errors import GuestError, StreamError, UsageError, VmthError
-from vmth.guest import CanNote, DirtySource
+from vmth.guest import CanNote, CanPeek, DirtySource
 from vmth.guests import bystander
 from vmth.guests import requests as rq
 from vmth.guests.content import ContentSpec, fill
@@ -127,6 +127,7 @@ class Hosted:
             rq.Memory: self._hand_out_memory,
             rq.DirtyStart: self._dirty_start,
             rq.DirtyFetch: self._dirty_fetch,
+            rq.DirtyPeek: self._dirty_peek,
             rq.DirtyRearm: self._dirty_rearm,
             rq.DirtyStop: self._dirty_stop,
         }
@@ -332,6 +333,12 @@ class Hosted:
         source.fetch(self._bitmaps.arrays)
         notes = list(source.notes()) if isinstance(source, CanNote) else []
         return rq.DirtyFetched(notes), []
+
+    def _dirty_peek(self, request: rq.DirtyPeek) -> tuple[rq.Reply, list[int]]:
+        source = self._tracking()
+        assert self._bitmaps is not None
+        known = isinstance(source, CanPeek) and source.peek(self._bitmaps.arrays)
+        return rq.DirtyPeeked(known), []
 
     def _dirty_rearm(self, request: rq.DirtyRearm) -> tuple[rq.Reply, list[int]]:
         source = self._tracking()

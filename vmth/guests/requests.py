@@ -28,6 +28,8 @@ __all__ = [
     "BlockRow",
     "DirtyFetch",
     "DirtyFetched",
+    "DirtyPeek",
+    "DirtyPeeked",
     "DirtyRearm",
     "DirtyStart",
     "DirtyStarted",
@@ -62,7 +64,7 @@ __all__ = [
     "encode",
 ]
 
-HOLDER_PROTOCOL = 2
+HOLDER_PROTOCOL = 3
 #: The largest datagram either way: a vCPU's state fits many times.
 REQUEST_MAX_BYTES = 128 << 10
 FDS_MAX = 16
@@ -182,6 +184,10 @@ class DirtyFetch(_Request, frozen=True):
     them."""
 
 
+class DirtyPeek(_Request, frozen=True):
+    """The same of what a fetch would give, which it still does."""
+
+
 class DirtyRearm(_Request, frozen=True):
     block: U32
     page: U63
@@ -218,6 +224,7 @@ Request: TypeAlias = (
     | Memory
     | DirtyStart
     | DirtyFetch
+    | DirtyPeek
     | DirtyRearm
     | DirtyStop
     | Release
@@ -305,6 +312,12 @@ class DirtyFetched(_Reply, frozen=True):
     notes: list[Text]
 
 
+class DirtyPeeked(_Reply, frozen=True):
+    """``known``: the dirty source can be looked at."""
+
+    known: bool
+
+
 class StatusReport(_Reply, frozen=True):
     """``phase``: "empty" (no guest in it yet), "prepared", "loaded" (state is in, never ran),
     "running", "paused", "held" (paused, and stays so without a mover). ``ever_ran``: a vCPU ran in
@@ -334,6 +347,7 @@ Reply: TypeAlias = (
     | VcpuPages
     | DirtyStarted
     | DirtyFetched
+    | DirtyPeeked
     | StatusReport
 )
 
