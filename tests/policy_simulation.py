@@ -34,6 +34,16 @@ def uniform(writes_per_s: float, working_set_bytes: float) -> Workload:
     return dirtied
 
 
+def sweep(writes_per_s: float, working_set_bytes: float) -> Workload:
+    """Goes over it in turns."""
+    pages = working_set_bytes / PAGE
+
+    def dirtied(start_s: float, end_s: float, throttle: int) -> float:
+        return min(pages, writes_per_s * (1 - throttle / 100) * (end_s - start_s))
+
+    return dirtied
+
+
 def zipf(writes_per_s: float, working_set_bytes: int, skew: float = 0.99) -> Workload:
     ranks = np.arange(1, working_set_bytes // PAGE + 1, dtype=np.float64)
     share = ranks**-skew
@@ -110,11 +120,13 @@ def migrate(
     max_rounds: int = 60,
     ask_after_round: int = -1,
     foresee: bool = False,
+    looks: bool = False,
     burst_at_pause: Callable[[int], int] = lambda attempt: 0,
 ) -> Outcome:
     """Run the round loop. ``zero_share`` is of round 0; ``burst_at_pause(n)`` pages are dirtied
     between the n-th decision to switch over and its pause. ``takes_rate``: the guest is held to a
-    dirty rate, two seconds after its first limit, but for ``unlimited_pps``: of its devices."""
+    dirty rate, two seconds after its first limit, but for ``unlimited_pps``: of its devices.
+    ``looks``: its dirty source can be looked at in the second half of each round."""
     rate = min(link.bandwidth_bps, cap_bps) if cap_bps else link.bandwidth_bps
     out = Outcome()
     pages, now_ns, attempts, first_limited_ns = memory_bytes // PAGE, 0, 0, 0
@@ -126,6 +138,7 @@ def migrate(
         if out.dirty_limit_bps and now_ns - first_limited_ns > 2 * NS:
             held_pps = out.dirty_limit_bps / PAGE + unlimited_pps
             dirty = min(dirty, round(held_pps * duration / NS))
+        started_s = now_ns / NS
         now_ns += duration
         out.rounds.append(
             RoundStats(
@@ -140,6 +153,10 @@ def migrate(
                 dirty_pages=dirty,
                 dirty_rate_bps=dirty * PAGE / duration * NS,
                 expected_downtime_ns=0,
+                dirty_growth=tuple(
+                    (ns, round(workload(started_s, started_s + ns / NS, out.throttle_percent)))
+                    for ns in (duration * share // 10 for share in range(5, 10) if looks)
+                ),
             )
         )
         view = RoundView(

@@ -18,6 +18,7 @@ from policy_simulation import (
     Outcome,
     idle,
     migrate,
+    sweep,
     uniform,
     zipf,
 )
@@ -58,9 +59,10 @@ def ended_ns(out: Outcome) -> int:
     working_set_mib=st.integers(32, 2048),
     memory_gib=st.integers(1, 16),
     zero_share=st.floats(0.0, 0.8),
+    looks=st.booleans(),
 )
 def test_writes_all_over_a_working_set_are_foreseen_after_round_1(
-    rate: float, working_set_mib: int, memory_gib: int, zero_share: float
+    rate: float, working_set_mib: int, memory_gib: int, zero_share: float, looks: bool
 ) -> None:
     out = moved(
         StandardPolicy(),
@@ -69,6 +71,7 @@ def test_writes_all_over_a_working_set_are_foreseen_after_round_1(
         memory_bytes=memory_gib << 30,
         zero_share=zero_share,
         on_stall=OnStall.CANCEL,
+        looks=looks,
     )
     assert out.downtime_ns
     made = out.forecasts[min(1, len(out.forecasts) - 1)]
@@ -81,9 +84,34 @@ def test_writes_all_over_a_working_set_are_foreseen_after_round_1(
         assert made.downtime_ns - longer_ns == pytest.approx(out.downtime_ns, rel=0.15, abs=4 * MS)
 
 
+@given(
+    rate=st.floats(1e6, 85e6),
+    working_set_mib=st.integers(32, 2048),
+    memory_gib=st.integers(2, 16),
+)
+def test_a_guest_that_goes_over_its_memory_in_turns_is_foreseen_where_it_is_looked_at(
+    rate: float, working_set_mib: int, memory_gib: int
+) -> None:
+    out = moved(
+        StandardPolicy(),
+        sweep(rate / PAGE, working_set_mib * MIB),
+        Link(GBIT),
+        memory_bytes=memory_gib << 30,
+        on_stall=OnStall.CANCEL,
+        looks=True,
+    )
+    assert out.downtime_ns
+    made = out.forecasts[min(1, len(out.forecasts) - 1)]
+    assert made.converges
+    assert made.total_ns == pytest.approx(ended_ns(out), rel=0.05)
+
+
+@pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("skew", [0.6, 0.99])
-def test_the_total_time_of_a_skewed_workload_is_foreseen_after_round_1(skew: float) -> None:
-    out = moved(StandardPolicy(), zipf(60e6 / PAGE, 1 << 30, skew), Link(GBIT))
+def test_the_total_time_of_a_skewed_workload_is_foreseen_after_round_1(
+    skew: float, looks: bool
+) -> None:
+    out = moved(StandardPolicy(), zipf(60e6 / PAGE, 1 << 30, skew), Link(GBIT), looks=looks)
     assert out.downtime_ns
     assert out.forecasts[1].total_ns == pytest.approx(ended_ns(out), rel=0.05)
 

@@ -135,6 +135,38 @@ class Loop:
         assert self.link.sender.digest()[2] == sum(len(array) for array in self.guest.memory)
 
 
+def test_rounds_tell_how_the_dirty_set_grew_but_for_the_first_and_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest = LoopGuest([100])
+    loop = Loop(guest, FixedRoundsPolicy(3))
+    sender = loop.link.sender
+    send, barrier = sender.send, sender.barrier
+    ends_ns = 0
+
+    def slowly(block: int, page: int, npages: int, bitmap: Bitmap, round_: int) -> None:
+        nonlocal ends_ns
+        send(block, page, npages, bitmap, round_)
+        ends_ns = loop.now + 60_000_000
+        for dirtied in range(round_, 8) if guest.running else ():
+            guest.write(0, dirtied, round_ + 1)
+
+    def later(round_: int, timeout_ns: int = 0) -> bool:
+        loop.now += timeout_ns
+        return loop.now > ends_ns and barrier(round_, timeout_ns)
+
+    monkeypatch.setattr(sender, "send", slowly)
+    monkeypatch.setattr(sender, "barrier", later)
+    for page in range(8):
+        guest.write(0, page, 1)
+    loop.precopy.run()
+    loop.check_equal()
+    grew = [[pages for _, pages in stats.dirty_growth] for stats in loop.precopy.rounds]
+    assert grew[0] == grew[-1] == [] and loop.precopy.rounds[-1].paused
+    for number, pages in enumerate(grew[1:-1], 1):
+        assert len(pages) > 2 and set(pages) == {8 - number}
+
+
 def test_order_of_one_chunk_is_rearm_populated_send() -> None:
     guest = LoopGuest([100])
     guest.write(0, 3, 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from vmth import kernels
 from vmth.channel.interface import PageSender
+from vmth.dirty.growth import DirtyGrowth
 from vmth.errors import NotConvergedError, VerificationError
 from vmth.events import (
     Event,
@@ -85,9 +86,11 @@ class PreCopy:
     _started_ns: int = 0
     _closed: bool = False
     _pass: MemoryPass = field(init=False)
+    _growth: DirtyGrowth = field(init=False)
 
     def __post_init__(self) -> None:
         self.throttle = GuestThrottle(self.guest)
+        self._growth = DirtyGrowth(self.guest, self.clock)
         self._pass = MemoryPass(self.guest, self.sender, self.page_bytes, self._check_late)
 
     def run(self) -> FinalPass:
@@ -203,9 +206,13 @@ class PreCopy:
             state_ns = ahead.last_pages_sent()
             if self._pause_limit_ns:  # it is for pages
                 self._pause_limit_ns += state_ns
-        while not self.sender.barrier(number, LOOK_EVERY_NS):
+        if number > 0 and not self.paused:
+            self._growth.begin(started_ns)
+        while not self.sender.barrier(number, self._growth.wait_ns(LOOK_EVERY_NS)):
             self._check_late()
+            self._growth.look()
         landed_ns = self.clock()
+        growth = self._growth.end()
         for bitmap in self._todo:
             bitmap.fill(0)
         if not self.paused:
@@ -222,6 +229,7 @@ class PreCopy:
             self.page_bytes,
             self.paused,
         )
+        stats = replace(stats, dirty_growth=growth)
         self.rounds.append(stats)
         if len(self.rounds) > ROUNDS_KEPT:
             del self.rounds[1]

@@ -48,6 +48,7 @@ def round_values(stats: RoundStats) -> dict[str, Any]:
         "forms": {name: asdict(form) for name, form in stats.forms.items()},
         "bytes": stats.bytes,
         "dirty_pages": stats.dirty_pages,
+        "dirty_growth": [{"ns": ns, "pages": pages} for ns, pages in stats.dirty_growth],
         "duration_ns": stats.duration_ns,
         "idle_ns": stats.idle_ns,
         "bandwidth_bps": stats.bandwidth_bps,

@@ -144,6 +144,9 @@ class RoundStats:
     same_pages: int = 0  #: that were as they had landed before
     forms: Mapping[str, FormCounters] = field(default_factory=dict)  #: of this round, by form
     cpu_ns: int = 0  #: of the threads that sent
+    #: (ns since it began, pages dirtied until then), as seen while it ran; empty where the dirty
+    #: source cannot be looked at, and of short ones.
+    dirty_growth: tuple[tuple[int, int], ...] = ()
 
     @property
     def formed_pages(self) -> int:

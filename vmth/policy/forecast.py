@@ -16,26 +16,17 @@ pass, because what is dirtied is hot and rarely zero, whatever the rest of memor
 1 sends most of that for the first time since it was rewritten, without a base: younger rounds that
 have built on what landed alone tell what as many pages as they had will cost.
 
-The dirty set is modelled as uniform writes over a working set: in a time t they dirty
-``W (1 - e^(-w t / W))`` distinct pages, with the first-touch rate ``w`` and the working set ``W``
-fitted to two rounds of different length. It is linear where writes are few and saturates where they
-repeat. Pure: no clock, no I/O.
+What is dirtied meanwhile is vmth/policy/dirty_model.py's. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vmth.policy.interface import Forecast, RoundView
 from vmth.stats import RoundStats
 
 __all__ = [
-    "DirtyModel",
     "bandwidth_bps",
     "bytes_per_page",
-    "fit_dirty_model",
     "forecast_downtime",
     "known_downtime_ns",
     "page_ns",
@@ -67,65 +58,6 @@ BUILT_SHARE = 0.5
 DECAY = 0.5
 #: Without a single acknowledged byte the link is unknown: as slow as the slowest that is in use.
 UNKNOWN_BPS = 1_000_000.0
-
-
-@dataclass(frozen=True, slots=True)
-class DirtyModel:
-    """Distinct pages dirtied in a time. ``working_set_pages`` is infinite for the linear model;
-    ``first_touch_pps`` is infinite where every round dirtied the whole working set, so that nothing
-    is known but that it is fast."""
-
-    first_touch_pps: float  #: pages/s while nothing is dirty yet
-    working_set_pages: float
-
-    def dirty_pages(self, duration_ns: float) -> float:
-        """Expected distinct pages after ``duration_ns`` > 0."""
-        touched = self.first_touch_pps * duration_ns / NS
-        if math.isinf(self.working_set_pages):
-            return touched
-        return -self.working_set_pages * math.expm1(-touched / self.working_set_pages)
-
-
-def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
-    """Fit these rounds: the newest fixes the level, the most different one the curvature.
-
-    Without two rounds of clearly different length, or when the longer one dirtied less (the
-    workload changed), the newest round alone gives a linear model.
-    """
-    samples = [
-        (round_.duration_ns / NS, float(round_.dirty_pages))
-        for round_ in rounds
-        if round_.duration_ns > 0
-    ]
-    if not samples:
-        return DirtyModel(0.0, math.inf)
-    newest_s, newest_pages = samples[-1]
-    linear = DirtyModel(newest_pages / newest_s, math.inf)
-    other = max(samples, key=lambda sample: abs(math.log(sample[0] / newest_s)))
-    short_s, short_pages = min(samples[-1], other)
-    long_s, long_pages = max(samples[-1], other)
-    if long_s < 1.2 * short_s or short_pages == 0 or long_pages < 0.98 * short_pages:
-        return linear
-    ratio = long_pages / short_pages
-    if ratio <= 1.02:
-        return DirtyModel(math.inf, newest_pages)
-    rate = _solve_saturation(ratio, long_s, short_s)
-    working_set = newest_pages / -math.expm1(-rate * newest_s)
-    return DirtyModel(rate * working_set, working_set)
-
-
-def _solve_saturation(ratio: float, long_s: float, short_s: float) -> float:
-    """a (1/s) with (1 - e^(-a long)) / (1 - e^(-a short)) == ratio. The left side falls from
-    long/short at a = 0 to 1 at infinity; halve the interval of log(a). A ratio at or above
-    long/short gives the lowest a, at which the model is as good as linear."""
-    low, high = 1e-6 / long_s, 50.0 / short_s
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        if math.expm1(-middle * long_s) / math.expm1(-middle * short_s) > ratio:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def bandwidth_bps(view: RoundView) -> float:

@@ -19,15 +19,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from vmth.policy.dirty_model import DirtyModel, SeenGrowth, UniformWrites, fit_dirty_model
 from vmth.policy.forecast import (
     ENOUGH_PAGES,
     NS,
     ROUND_NS,
     WIRE_OVERHEAD,
-    DirtyModel,
     bandwidth_bps,
     bytes_per_page,
-    fit_dirty_model,
     sending_ns,
 )
 from vmth.policy.interface import Action, Decision, RoundView
@@ -48,6 +47,8 @@ BUILT_SHARES = 2
 PAUSES_AFTER_NS = 1_500_000
 #: Of pages that round 1 sent, the share whose base a cache as large as they are still has.
 BASE_FOUND = 0.9
+#: Looks at the dirty set of a round (vmth/dirty/growth.py), by time.
+FIRST_LOOK_NS, LOOKS_APART, MOST_LOOKS = 10_000_000, 0.8, 20
 #: Of round 1's pages: at most such a share is taken to have been the same.
 MOST_SAME = 0.95
 
@@ -97,15 +98,16 @@ def _slowed(model: DirtyModel, view: RoundView, decision: Decision) -> DirtyMode
     """vCPUs that run for a share of the time touch that share of pages; those that are held to a
     rate touch no more than that. Of a guest that dirtied all of its working set in every round, the
     least that this takes counts, as where the throttle is chosen."""
-    if decision.dirty_limit_bps:
-        limit_pps = decision.dirty_limit_bps / view.page_bytes
-        return replace(model, first_touch_pps=min(model.first_touch_pps, limit_pps))
     rate_pps = model.first_touch_pps
     if math.isinf(rate_pps) and view.rounds:
         last = view.rounds[-1]
-        rate_pps = first_touch_pps(last.dirty_pages, last.duration_ns / NS, model.working_set_pages)
-    share = (100 - decision.throttle_percent) / max(1, 100 - view.throttle_percent)
-    return replace(model, first_touch_pps=rate_pps * share)
+        set_pages = model.working_set_pages
+        rate_pps = first_touch_pps(last.dirty_pages, last.duration_ns / NS, set_pages)
+        model = UniformWrites(rate_pps, set_pages)
+    if decision.dirty_limit_bps:
+        limit_pps = decision.dirty_limit_bps / view.page_bytes
+        return model.slowed(limit_pps / rate_pps) if rate_pps > limit_pps else model
+    return model.slowed((100 - decision.throttle_percent) / max(1, 100 - view.throttle_percent))
 
 
 def _built_page_ns(view: RoundView) -> float:
@@ -139,6 +141,14 @@ def _shrinks_to(view: RoundView, page_bytes: float) -> float:
     return share * again + (1 - share) * first_time
 
 
+def _looked_at(model: DirtyModel, duration_ns: int) -> tuple[tuple[int, int], ...]:
+    """What would be seen of such a round, where the dirty source can be looked at."""
+    if not isinstance(model, SeenGrowth):
+        return ()
+    times = [round(duration_ns * LOOKS_APART**n) for n in range(MOST_LOOKS, 0, -1)]
+    return tuple((ns, round(model.dirty_pages(ns))) for ns in times if ns >= FIRST_LOOK_NS)
+
+
 def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
     """As it should look when the dirty pages of ``view`` have been sent as round ``number``."""
     pages = view.dirty_pages
@@ -168,6 +178,7 @@ def _after_round(view: RoundView, number: int, model: DirtyModel) -> RoundView:
         expected_downtime_ns=0,
         delta_pages=pages if view.rounds[-1].delta_pages else 0,
         idle_ns=idle_ns,
+        dirty_growth=_looked_at(model, duration_ns),
     )
     return replace(
         view,

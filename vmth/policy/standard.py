@@ -22,12 +22,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vmth.policy.dirty_model import SeenGrowth, fit_dirty_model
 from vmth.policy.forecast import (
     NS,
     ROUND_NS,
     bandwidth_bps,
     bytes_per_page,
-    fit_dirty_model,
     forecast_downtime,
 )
 from vmth.policy.interface import Action, Decision, Forecast, OnStall, RoundView
@@ -240,28 +240,35 @@ class StandardPolicy:
         return next_limit(view.dirty_limit_bps, measured_bps, wanted_pps * view.page_bytes)
 
     def _rates(self, view: RoundView) -> tuple[float, float]:
-        """First touches, pages/s: (in the last round, what converges)."""
+        """Pages/s: (first touches in the last round, what converges). Where that was seen while it
+        went on, what is dirtied in the time that the last pages have counts."""
         last = view.rounds[-1]
-        measured_pps = first_touch_pps(
-            max(1, last.dirty_pages), last.duration_ns / NS, self._working_set_pages
-        )
+        seen = fit_dirty_model([last])
+        if isinstance(seen, SeenGrowth):
+            room_ns = _room_ns(view)
+            measured_pps = max(1.0, seen.dirty_pages(room_ns)) / room_ns * NS
+        else:
+            measured_pps = first_touch_pps(
+                max(1, last.dirty_pages), last.duration_ns / NS, self._working_set_pages
+            )
         return measured_pps, bandwidth_bps(view) / bytes_per_page(view) / CONVERGE_MARGIN
 
 
 def _settles_at(view: RoundView) -> int:
-    """Pages that rounds get down to and no further, by the dirty model: the x with
-    x = W (1 - e^(-u x / W)), where u is first touches over what the link carries. 0 where they
-    shrink to nothing, and where the rounds so far do not tell."""
+    """Pages that rounds get down to and no further, by the dirty model: as many as are dirtied
+    while they are sent. 0 where they shrink to nothing, and where the rounds so far do not tell."""
     if len(view.rounds) < ROUNDS_FOR_A_MODEL:
         return 0
     model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
-    u = model.first_touch_pps * bytes_per_page(view) / bandwidth_bps(view)
-    if not (math.isfinite(u) and math.isfinite(model.working_set_pages)) or u <= 1:
+    page_ns = bytes_per_page(view) / bandwidth_bps(view) * NS
+    pages = model.working_set_pages
+    if not (math.isfinite(model.first_touch_pps) and math.isfinite(pages)):
         return 0
-    share = 1.0
+    if model.first_touch_pps * page_ns <= NS:
+        return 0
     for _ in range(100):
-        share = -math.expm1(-u * share)
-    return round(share * model.working_set_pages)
+        pages = model.dirty_pages(pages * page_ns)
+    return round(pages)
 
 
 def _counted_for_ns(view: RoundView) -> int:
@@ -343,24 +350,32 @@ def _flat(sets: Sequence[int], lag: int, rounds: int) -> bool:
     return all(sets[-i] >= SHRINKS_BELOW * sets[-i - lag] for i in range(1, rounds * lag + 1))
 
 
+def _room_ns(view: RoundView) -> int:
+    """What the downtime limit leaves for the last pages."""
+    return max(ROUND_NS, view.downtime_limit_ns - forecast_downtime(view, 0).total_ns)
+
+
 def _verdict(view: RoundView) -> _Verdict:
-    """Either of two bandwidths converges: one that outruns the first-touch rate, or one that sends
-    the whole working set within the limit. All rounds are looked at, as the first are those whose
-    length differs, unless a throttle made another workload of the older ones."""
+    """Either of two bandwidths converges: one that outruns what is dirtied in the time that the
+    last pages have, or one that sends the whole working set in it. All rounds are looked at, as the
+    first are those whose length differs, unless a throttle made another workload of the older
+    ones."""
     page_cost = bytes_per_page(view)
     rate = bandwidth_bps(view)
     needed_dirty = rate / CONVERGE_MARGIN * view.page_bytes / page_cost
     nothing_ns = forecast_downtime(view, 0).total_ns
     if nothing_ns >= view.downtime_limit_ns:
         return _Verdict(0.0, needed_dirty, _needed_limit(view, nothing_ns))
+    room_ns = _room_ns(view)
     model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
-    outrun = CONVERGE_MARGIN * model.first_touch_pps * page_cost
-    at_once = model.working_set_pages * page_cost / (view.downtime_limit_ns - nothing_ns) * NS
+    dirty_pps = model.dirty_pages(room_ns) / room_ns * NS
+    outrun = CONVERGE_MARGIN * dirty_pps * page_cost
+    at_once = model.working_set_pages * page_cost / room_ns * NS
     needed_bandwidth = min(outrun, at_once)
     if math.isinf(model.first_touch_pps):
         dirty_rate = f"above {format_rate(view.rounds[-1].dirty_rate_bps)}"
     else:
-        dirty_rate = format_rate(model.first_touch_pps * view.page_bytes)
+        dirty_rate = format_rate(dirty_pps * view.page_bytes)
     # Where every round dirtied all of the working set, less may do; nobody has seen how much less.
     most = "at most " if math.isinf(model.first_touch_pps) else ""
     with_bandwidth = (
