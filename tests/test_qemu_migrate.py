@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from qemu_guest import Walk
 from qemu_process import fill
-from qemu_world import MIB, Build, Machine, World, build, modern_build
+from qemu_world import MIB, Build, Command, Machine, World, build, modern_build
+from waiting import wait_until
 
+from vmth.job_socket import JobRequest, ask_job
 from vmth.qemu.stream.multifd import PACKET_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -130,6 +132,48 @@ def test_pages_that_multifd_sends_twice_cost_no_rounds() -> None:
         b.wait_beats(3)
         packets = FILLED_BYTES // PACKET_BYTES
         assert len(moved.source["rounds"]) < packets // 16
+
+
+def test_a_move_is_steered_while_it_goes_on() -> None:
+    """Cancelled from outside, begun anew under the same cap, and then without one."""
+    qemu = build("SRC")
+    with World(IDLE, [qemu]) as world:
+        world.memory_bytes += FILLED_BYTES
+        a = world.boot("a", qemu)
+        beside = np.random.default_rng(1).bytes(FILLED_BYTES - MIB)
+        fill(world.folder / "a.ram", [(world.memory_bytes - len(beside), beside)])
+        path = world.folder / "job"
+
+        def begin(name: str) -> tuple[Machine, Command, Command]:
+            there = world.await_guest(name, qemu)
+            uri, receiver = world.receive(there, "auto")
+            slowly = ("--bandwidth", "2MB/s", "--job-socket", str(path), "--on-success", "keep")
+            mover = world.migrate(a, uri, *slowly)
+            wait_until(lambda: mover.ended or (path.exists() and acked_bytes() > MIB))
+            assert not mover.ended, mover.said()
+            return there, receiver, mover
+
+        def acked_bytes() -> int:
+            stats = ask_job(path, JobRequest()).stats
+            return stats.transfer.acked_bytes if stats is not None else 0
+
+        _, _, mover = begin("b")
+        ask_job(path, JobRequest(cancel=True))
+        told = mover.answer()
+        assert told["exit_code"] == 4 and told["source_runs"], told
+        assert a.status() == "running" and not path.exists()
+
+        there, receiver, mover = begin("c")
+        reply = ask_job(path, JobRequest(bandwidth_bps=0, downtime_limit_ns=200_000_000))
+        assert reply.stats is not None and reply.stats.bandwidth_limit_bps == 0
+        assert reply.stats.downtime_limit_ns == 200_000_000
+        told = mover.answer()
+        assert told["exit_code"] == 0 and told["verified"], told
+        assert told["rounds"][0]["bandwidth_bps"] > 3_000_000, "the cap was kept"
+        assert receiver.answer()["exit_code"] == 0
+        world.hosts.append(there)
+        there.wait_beats(3)
+        world.check(there)
 
 
 def test_checks_are_tried_on_a_migration_without_vmth() -> None:

@@ -75,7 +75,7 @@ def test_bounds_of_memory_come_from_the_command_line(
 ) -> None:
     seen: list[QemuMigrateOptions] = []
 
-    def depart(_qmp: str, _uri: str, options: QemuMigrateOptions, _console: object) -> None:
+    def depart(_qmp: str, _uri: str, options: QemuMigrateOptions, *_rest: object) -> None:
         seen.append(options)
         raise SystemExit(0)
 

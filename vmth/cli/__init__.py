@@ -20,6 +20,7 @@ from vmth.cli.check import check
 from vmth.cli.demo import demo
 from vmth.cli.index import index
 from vmth.cli.inspect import inspect
+from vmth.cli.job import job
 from vmth.cli.migrate import migrate
 from vmth.cli.probe import probe
 from vmth.cli.receive import receive
@@ -62,6 +63,7 @@ cli.add_command(check)
 cli.add_command(demo)
 cli.add_command(index)
 cli.add_command(inspect)
+cli.add_command(job)
 cli.add_command(migrate)
 cli.add_command(probe)
 cli.add_command(receive)

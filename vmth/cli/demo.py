@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from vmth.channel.sockets import LinkOptions
 from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
+from vmth.cli.job import job_socket_option
 from vmth.cli.link import link_choices, link_options
 from vmth.cli.reuse import reuse_choice, reuse_options
 from vmth.cli.switchover import realtime_option
@@ -153,6 +154,7 @@ _OF_DESTINATION = frozenset(
 @click.option("--insecure", is_flag=True, help="Allow plaintext beyond this machine.")
 @link_options
 @realtime_option
+@job_socket_option
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -263,4 +265,5 @@ def _settings(given: dict[str, Any], link: LinkOptions) -> DemoSettings:
         run_on_ns=given["run_on"],
         migrate=migrate,
         reuse=reuse_choice(given),
+        job_socket=given["job_socket"],
     )

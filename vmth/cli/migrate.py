@@ -11,6 +11,7 @@ import click
 
 from vmth.cli.answers import answer, complain
 from vmth.cli.forms import form_choices, form_options
+from vmth.cli.job import job_socket_option
 from vmth.cli.link import link_choices, link_options
 from vmth.cli.switchover import realtime_option
 from vmth.cli.values import DURATION_MS, DURATION_S, ON_OFF, RATE, SIZE
@@ -92,6 +93,7 @@ __all__ = ["migrate"]
 @click.option("--postcopy", is_flag=True, help="Not supported yet.")
 @link_options
 @realtime_option
+@job_socket_option
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where decisions are journaled.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, the rest on stderr."
@@ -116,7 +118,7 @@ def migrate(
     if postcopy:
         raise UsageError("--postcopy: not supported yet; allowed: a migration without it")
     console = Console(sys.stderr if as_json else sys.stdout)
-    departure = depart(qmp, uri, _options(given), console)
+    departure = depart(qmp, uri, _options(given), console, given["job_socket"])
     if as_json:
         answer(departure_values(departure))
     for line in () if as_json else departure_lines(departure):

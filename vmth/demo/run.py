@@ -28,6 +28,7 @@ from vmth.errors import ExitCode, InDoubtError, UsageError, VerificationError, V
 from vmth.events import RoundFinished, Throttled
 from vmth.guests.spawn import DIRTY_SOURCES, choose_guest, spawn_source
 from vmth.interrupts import Interrupted, Interrupts
+from vmth.job_socket import JobSocket
 from vmth.listener import Listener
 from vmth.meter import MoverMeter
 from vmth.options import MigrateOptions, ReceiveOptions
@@ -51,12 +52,13 @@ def run_local(settings: DemoSettings, console: Console) -> Outcome:
         if options.state_dir is None:
             options = replace(options, state_dir=_state_dir(outcome, resources))
         options.link.check_here()  # before a guest is started for nothing
+        steered = _job_socket(settings, resources)
         _index(outcome, settings, console)
         guest = _spawn_guest(outcome, settings, console, resources)
         mover = _spawn_mover(outcome, settings, options, guest, resources)
         console.say(f"destination mover (pid {mover.pid}) listens at {mover.uri}")
         _warm_up(settings.warm_up_ns)
-        _migrate(outcome, guest, mover.uri, options, console, interrupts)
+        _migrate(outcome, guest, mover.uri, options, console, interrupts, steered)
         if outcome.result is not None:
             console.say("the guest runs at the destination, and was freed at the source")
             outcome.arrival = mover.outcome(settings.run_on_ns / 1e9 + _CHECK_S)
@@ -69,9 +71,10 @@ def run_send(settings: DemoSettings, uri: str, console: Console) -> Outcome:
     outcome = Outcome("send", settings)
     with _filling(outcome) as (interrupts, resources):
         settings.migrate.check_for(parse_endpoint(uri))
+        steered = _job_socket(settings, resources)
         guest = _spawn_guest(outcome, settings, console, resources)
         _warm_up(settings.warm_up_ns)
-        _migrate(outcome, guest, uri, settings.migrate, console, interrupts)
+        _migrate(outcome, guest, uri, settings.migrate, console, interrupts, steered)
         if outcome.result is not None:
             outcome.notes.append(
                 "the heartbeat gap and the guest's own counters are reported there"
@@ -238,6 +241,12 @@ def _state_dir(outcome: Outcome, resources: contextlib.ExitStack) -> Path:
     return path
 
 
+def _job_socket(settings: DemoSettings, resources: contextlib.ExitStack) -> JobSocket | None:
+    if settings.job_socket is None:
+        return None
+    return resources.enter_context(JobSocket(settings.job_socket))
+
+
 def _warm_up(time_ns: int) -> None:
     """Let the guest run before it is moved, so that there is something to lose."""
     threading.Event().wait(time_ns / 1e9)
@@ -250,12 +259,15 @@ def _migrate(
     options: MigrateOptions,
     console: Console,
     interrupts: Interrupts,
+    steered: JobSocket | None,
 ) -> None:
     """Fills in how it went; a failed migration is followed by a look at the source guest."""
     options = replace(options, guest_info=guest_info(guest.holder))
     try:
         with MoverMeter() as meter:
             job = start_migration(guest, uri, options)
+            if steered is not None:
+                steered.serve(job)
             with interrupts.cancelling(job.cancel), console.live(job.stats):
                 for event in job.events():
                     console.show(event)

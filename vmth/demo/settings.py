@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vmth.errors import UsageError
 from vmth.guests.content import DEFAULT_CONTENT, ContentSpec
@@ -50,6 +51,7 @@ class DemoSettings:
     run_on_ns: int = 500_000_000
     migrate: MigrateOptions = field(default_factory=MigrateOptions)
     reuse: ReuseChoice = field(default_factory=ReuseChoice)  #: at the destination
+    job_socket: Path | None = None  #: at which the move is looked at and steered
 
     def __post_init__(self) -> None:
         plan_blocks(self.memory_bytes)

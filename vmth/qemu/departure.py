@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vmth import __version__
 from vmth.errors import ExitCode, InDoubtError, VmthError
 from vmth.events import RoundFinished, ThrottleChosen
 from vmth.interrupts import Interrupts
+from vmth.job_socket import JobSocket
 from vmth.meter import MoverCost, MoverMeter
 from vmth.option_names import for_users
 from vmth.progress import Console
@@ -53,13 +56,22 @@ class Departure:
 
 
 def depart(
-    qmp: str | os.PathLike[str], uri: str, options: QemuMigrateOptions, console: Console
+    qmp: str | os.PathLike[str],
+    uri: str,
+    options: QemuMigrateOptions,
+    console: Console,
+    job_socket: Path | None = None,
 ) -> Departure:
-    """Move the guest and show how it goes. The first Ctrl-C or SIGTERM cancels, the guest runs on.
-    Raises UsageError and RefusedError, before anything is touched."""
+    """Move the guest and show how it goes. The first Ctrl-C or SIGTERM cancels, the guest runs on;
+    at ``job_socket`` others steer it. Raises UsageError and RefusedError, before anything is
+    touched."""
     departure = Departure(os.fspath(qmp), uri, options)
-    with Interrupts() as interrupts, MoverMeter() as meter:
+    with contextlib.ExitStack() as stack:
+        interrupts, meter = stack.enter_context(Interrupts()), stack.enter_context(MoverMeter())
+        steered = stack.enter_context(JobSocket(job_socket)) if job_socket else None
         job = start_qemu_migration(qmp, uri, options)
+        if steered is not None:
+            steered.serve(job)
         try:
             with interrupts.cancelling(job.cancel), console.live(job.stats):
                 for event in job.events():

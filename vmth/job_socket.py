@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running job at a unix socket: other processes look at it and steer it.
+
+    connect -> one line of JSON, a ``JobRequest`` -> one line of JSON, a ``JobReply`` -> closed
+
+The socket is its owner's alone (mode 0600) and is there from before the guest is touched until the
+job has ended. What a request changes is what ``MigrationJob`` lets any thread change; a request
+that is not understood changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import msgspec
+
+from vmth.errors import UsageError, VmthError
+from vmth.stats import JobStats
+
+__all__ = ["JobReply", "JobRequest", "JobSocket", "SteeredJob", "ask_job"]
+
+log = logging.getLogger(__name__)
+
+THREAD = "vmth-job-socket"
+MAX_REQUEST_BYTES = 4096
+MAX_REPLY_BYTES = 1 << 20
+#: For a request to arrive, and for its reply to leave: others wait meanwhile.
+PATIENCE_S = 2.0
+
+
+class JobRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What to change; nothing by default. The first three are those of ``MigrationJob.set``."""
+
+    bandwidth_bps: int | None = None
+    downtime_limit_ns: int | None = None
+    timeout_ns: int | None = None
+    switchover: bool = False
+    cancel: bool = False
+
+
+class JobReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The job after the change; with an ``error`` nothing was changed, and there is no more."""
+
+    error: str = ""
+    session_id: str = ""
+    stats: JobStats | None = None
+
+
+class SteeredJob(Protocol):
+    """The part of ``MigrationJob`` that is used here, from the thread THREAD."""
+
+    @property
+    def session_id(self) -> str: ...
+    @property
+    def done(self) -> bool: ...
+    def set(
+        self,
+        *,
+        bandwidth_bps: int | None = None,
+        downtime_limit_ns: int | None = None,
+        timeout_ns: int | None = None,
+    ) -> None: ...
+    def switchover(self) -> None: ...
+    def cancel(self) -> None: ...
+    def stats(self) -> JobStats: ...
+
+
+class JobSocket:
+    """Listens at ``path`` from the constructor on; who connects is answered once ``serve()`` was
+    called. A context manager; leaving it takes the socket away.
+
+    Raises UsageError where it cannot listen: something else stands there, another job's socket for
+    instance. One that a dead process has left is replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self._listener = _listen(self.path)
+        self._identity = _identity(self.path)
+        self._woken, self._wake = os.pipe()
+        self._thread: threading.Thread | None = None
+
+    def serve(self, job: SteeredJob) -> None:
+        """From now on, on a thread of its own. Once."""
+        self._thread = threading.Thread(target=self._serve, args=(job,), name=THREAD, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Idempotent. A request that is being answered still is."""
+        if self._wake < 0:
+            return
+        os.close(self._wake)
+        self._wake = -1
+        if self._thread is not None:
+            self._thread.join()
+        self._listener.close()
+        os.close(self._woken)
+        if _identity(self.path) == self._identity:  # and not somebody else's by now
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _serve(self, job: SteeredJob) -> None:
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        poll.register(self._listener, select.POLLIN)
+        while not any(fd == self._woken for fd, _ in poll.poll()):
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:  # it went away again, or there is no descriptor left
+                log.info("%s: %s", self.path, error)
+                time.sleep(0.01)
+                continue
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(PATIENCE_S)
+                reply = _answer(job, _read_line(connection, MAX_REQUEST_BYTES))
+                connection.sendall(msgspec.json.encode(reply) + b"\n")
+
+
+def _answer(job: SteeredJob, line: bytes) -> JobReply:
+    try:
+        if len(line) > MAX_REQUEST_BYTES:
+            raise ValueError(f"more than {MAX_REQUEST_BYTES} bytes")
+        request = msgspec.json.decode(line, type=JobRequest)
+    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+        fields = ", ".join(JobRequest.__struct_fields__)
+        return JobReply(error=f"received {line[:80]!r} ({error}), allowed one object of {fields}")
+    if job.done:
+        return JobReply(error="the job has ended")
+    try:
+        job.set(
+            bandwidth_bps=request.bandwidth_bps,
+            downtime_limit_ns=request.downtime_limit_ns,
+            timeout_ns=request.timeout_ns,
+        )
+    except VmthError as error:
+        return JobReply(error=str(error))
+    if request.switchover:
+        job.switchover()
+    if request.cancel:
+        job.cancel()
+    return JobReply(session_id=job.session_id, stats=job.stats())
+
+
+def ask_job(path: str | os.PathLike[str], request: JobRequest, timeout_s: float = 10.0) -> JobReply:
+    """What the job at that socket answers. Raises UsageError where none listens, or what listens
+    gives no such answer in time."""
+    allowed = "allowed: the --job-socket of a migration that goes on"
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(os.fspath(path))
+            connection.sendall(msgspec.json.encode(request) + b"\n")
+            data = _read_line(connection, MAX_REPLY_BYTES)
+        except TimeoutError:
+            raise UsageError(f"{path}: no answer within {timeout_s:g}s; {allowed}") from None
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror or error}; {allowed}") from None
+    try:
+        return msgspec.json.decode(data, type=JobReply)
+    except ValueError as error:
+        raise UsageError(f"{path}: received {data[:80]!r} ({error}); {allowed}") from None
+
+
+def _read_line(connection: socket.socket, most_bytes: int) -> bytes:
+    """Without its end; what has come until the other end closed, or one byte more than the most.
+    TimeoutError when the line takes longer than the socket's timeout."""
+    timeout_s = connection.gettimeout() or 0.0
+    give_up_s = time.monotonic() + timeout_s
+    data = b""
+    while b"\n" not in data and len(data) <= most_bytes:
+        left_s = give_up_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        connection.settimeout(left_s)
+        piece = connection.recv(1 << 16)
+        if not piece:
+            break
+        data += piece
+    connection.settimeout(timeout_s)
+    return data.partition(b"\n")[0][: most_bytes + 1]
+
+
+def _listen(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_dead(path):
+                raise
+            os.unlink(path)
+            listener.bind(path)
+        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)  # nobody connects before it listens
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"{path}: {error.strerror or error}; allowed: a path for a new unix socket"
+        ) from None
+    return listener
+
+
+def _is_dead(path: str) -> bool:
+    """A socket that nobody listens at."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PATIENCE_S)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return stat.S_ISSOCK(os.lstat(path).st_mode)
+        except OSError:
+            return False
+    return False
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = Path(path).lstat()
+        return found.st_dev, found.st_ino
+    return None
