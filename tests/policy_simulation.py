@@ -103,6 +103,14 @@ class Outcome:
         return self.decisions[-1]
 
 
+def _look_times(duration_ns: int, first_share: float) -> list[int]:
+    times, share = [], first_share
+    while share < 1:
+        times.append(round(duration_ns * share))
+        share *= 1.25
+    return times
+
+
 def migrate(
     policy: Policy,
     workload: Workload,
@@ -121,12 +129,13 @@ def migrate(
     ask_after_round: int = -1,
     foresee: bool = False,
     looks: bool = False,
+    first_look: float = 0.5,
     burst_at_pause: Callable[[int], int] = lambda attempt: 0,
 ) -> Outcome:
     """Run the round loop. ``zero_share`` is of round 0; ``burst_at_pause(n)`` pages are dirtied
     between the n-th decision to switch over and its pause. ``takes_rate``: the guest is held to a
     dirty rate, two seconds after its first limit, but for ``unlimited_pps``: of its devices.
-    ``looks``: its dirty source can be looked at in the second half of each round."""
+    ``looks``: its dirty source can be looked at from ``first_look`` of each round on."""
     rate = min(link.bandwidth_bps, cap_bps) if cap_bps else link.bandwidth_bps
     out = Outcome()
     pages, now_ns, attempts, first_limited_ns = memory_bytes // PAGE, 0, 0, 0
@@ -155,7 +164,7 @@ def migrate(
                 expected_downtime_ns=0,
                 dirty_growth=tuple(
                     (ns, round(workload(started_s, started_s + ns / NS, out.throttle_percent)))
-                    for ns in (duration * share // 10 for share in range(5, 10) if looks)
+                    for ns in _look_times(duration, first_look if looks else 1.0)
                 ),
             )
         )

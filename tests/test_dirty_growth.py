@@ -123,7 +123,7 @@ def test_a_source_that_cannot_be_looked_at_is_asked_once() -> None:
     assert blind.calls.count(("peek",)) == 1
 
 
-@pytest.mark.parametrize("error", [GuestError("gone"), OSError("no")])
+@pytest.mark.parametrize("error", [GuestError("gone"), OSError("no"), TypeError("what")])
 def test_a_look_that_fails_ends_the_looking_and_nothing_else(error: Exception) -> None:
     source = FakeDirtySource(BLOCKS)
     world = World([source])

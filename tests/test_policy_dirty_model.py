@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_simulation import NS, PAGE, Link, Outcome, migrate, sweep, uniform
+from test_policy_outlook import ended_ns, view_of
 
 from vmth.policy import Action, OnStall, StandardPolicy
 from vmth.policy.dirty_model import (
@@ -121,6 +122,29 @@ def test_a_set_that_is_dirty_at_once_stays_so_however_slow_the_guest() -> None:
         assert model.slowed(0.01).dirty_pages(MS) == 700
 
 
+@pytest.mark.parametrize("pages", [4_000, 6_000, 7_900, 8_000])
+def test_looks_near_the_end_tell_no_more_than_the_end(pages: int) -> None:
+    """As those of a large set are, which is not looked at before all of it is queued."""
+    full = lasted(30_000, 8_000)
+    seen = fit_dirty_model([full, lasted(1_000, 8_000, (900, pages), (950, pages))])
+    assert seen == fit_dirty_model([full, lasted(1_000, 8_000)])
+
+
+def test_a_rest_between_two_looks_is_not_taken_for_the_end_of_growth() -> None:
+    model = fit_dirty_model([lasted(800, 80_000, (10, 1_000), (13, 1_001), (100, 10_000))])
+    assert model.first_touch_pps == pytest.approx(100_000, rel=0.02)
+    rests_long = fit_dirty_model([lasted(800, 80_000, (10, 1_000), (100, 1_010))])
+    assert rests_long.first_touch_pps == pytest.approx(100_000, rel=0.02)
+
+
+def test_a_guest_that_was_quiet_at_first_is_judged_by_what_it_has_become() -> None:
+    model = fit_dirty_model([lasted(3_000, 90_000, (300, 300), (470, 350), (600, 30_000))])
+    assert model.most_pps(290 * MS) == pytest.approx(50_000)
+    assert model.most_pps(4_000 * MS) == pytest.approx(30_000)
+    even = fit_dirty_model([lasted(3_000, 90_000, (300, 9_000), (600, 18_000))])
+    assert even.most_pps(290 * MS) == pytest.approx(30_000)
+
+
 # ---- what the policy makes of it -----------------------------------------------------------------
 
 
@@ -163,3 +187,39 @@ def test_uniform_writes_need_no_more_than_outruns_them(looks: bool) -> None:
     )
     assert out.last.action is Action.GIVE_UP
     assert out.last.needed_bandwidth_bps == pytest.approx(1.25 * 150e6, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_late_looks_make_no_policy_too_hopeful(share: float) -> None:
+    """Uniform writes over 768 MiB, that take the link far longer than they take the guest."""
+
+    def run(on_stall: OnStall, looks: float) -> Outcome:
+        return migrate(
+            StandardPolicy(),
+            uniform(400e6 / PAGE, 768 * MIB),
+            Link(GBIT),
+            on_stall=on_stall,
+            looks=looks > 0,
+            first_look=looks,
+        )
+
+    blind, seen = run(OnStall.CANCEL, 0), run(OnStall.CANCEL, share)
+    assert seen.last.needed_bandwidth_bps == pytest.approx(blind.last.needed_bandwidth_bps, rel=0.1)
+    blind, seen = run(OnStall.THROTTLE, 0), run(OnStall.THROTTLE, share)
+    assert seen.downtime_ns
+    assert ended_ns(seen) < 1.1 * ended_ns(blind)
+
+
+def test_a_burst_after_a_quiet_beginning_does_not_end_a_throttle() -> None:
+    """Of 290 ms that the last pages have, the first are quiet."""
+    mb = 1_000_000
+    full = RoundStats(0, 1 << 18, 1 << 18, 0, 0, 1074 * mb, 9_000 * MS, 124e6, 90_000, 41e6, 0)
+    burst = RoundStats(1, 90_000, 90_000, 0, 0, 369 * mb, 3_000 * MS, 124e6, 90_000, 123e6, 0)
+    grown = ((300 * MS, 300), (470 * MS, 350), (600 * MS, 30_000))
+    percents = []
+    for growth in ((), grown):
+        rounds = (full, replace(burst, dirty_growth=growth))
+        view = replace(view_of(*rounds), throttle_percent=80, can_throttle=True)
+        decision = StandardPolicy().decide(replace(view, on_stall=OnStall.THROTTLE))
+        percents.append(decision.throttle_percent)
+    assert percents[1] >= percents[0] > 80

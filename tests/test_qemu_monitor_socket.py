@@ -33,6 +33,8 @@ ANSWER = b'{"return": {}, "id": "__vmth#00003"}\r\n'
 ERROR = b'{"id": 3, "error": {"class": "GenericError", "desc": "no"}}\r\n'
 
 strays = st.lists(st.sampled_from([EVENT, ANSWER, ERROR]), max_size=3).map(b"".join)
+#: Ahead of the greeting also what a client without ids was answered.
+early = st.lists(st.sampled_from([EVENT, ANSWER, NEGOTIATED, REFUSED]), max_size=3).map(b"".join)
 
 
 def received(data: bytes, pieces: list[int]) -> list[bytes]:
@@ -56,7 +58,7 @@ def received(data: bytes, pieces: list[int]) -> list[bytes]:
 
 
 @given(
-    before=strays,
+    before=early,
     between=strays,
     refused=st.booleans(),
     after=st.lists(st.sampled_from([EVENT, ANSWER, ERROR, b"{", b"\n"])).map(b"".join),

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vmth import kernels
-from vmth.errors import VmthError
 from vmth.guest import CanPeek, Guest
 from vmth.types import Bitmap, new_bitmaps
 
@@ -86,7 +85,7 @@ class DirtyGrowth:
             try:
                 if not (isinstance(source, CanPeek) and source.peek(self._bitmaps)):
                     return None
-            except (VmthError, OSError) as error:
+            except Exception as error:  # an embedder's may raise anything
                 log.info("a dirty source cannot be looked at: %s", error)
                 return None
         return sum(

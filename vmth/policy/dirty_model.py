@@ -13,12 +13,13 @@ everywhere, and none of that is uniform.
 
     pages |              _____ W      T: the end of the newest round
         W |          _o-'             o: seen meanwhile
-          |       o                   up to the first: uniform, through the first two
+          |       o                   up to the first: uniform, through it and a later one
           |    o                      behind the end: uniform, through the rounds' ends
           +----+--+----+--- t
                        T
 
-Pure: no clock, no I/O.
+Looks that all come near the round's end (a large set's: nothing is looked at before all of it is
+queued) tell no more than the end. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ NS = 1_000_000_000
 ENOUGH_PAGES = 256
 #: Two samples tell the curvature if one took so many times as long...
 LONGER = 1.2
+#: ...and, within a round, so much longer: a guest rests for moments.
+APART_NS = 20_000_000
 #: ...and the same working set if it has no more pages than that.
 SAME_SET = 1.02
 
@@ -56,6 +59,9 @@ class DirtyModel(Protocol):
     def dirty_pages(self, duration_ns: float) -> float:
         """Expected distinct pages after ``duration_ns`` > 0."""
 
+    def most_pps(self, duration_ns: float) -> float:
+        """The most pages/s over that time, or a longer one of which it is known."""
+
     def slowed(self, share: float) -> DirtyModel:
         """Of the guest that runs for that share of the time."""
 
@@ -73,6 +79,9 @@ class UniformWrites:
         if math.isinf(self.working_set_pages):
             return touched
         return -self.working_set_pages * math.expm1(-touched / self.working_set_pages)
+
+    def most_pps(self, duration_ns: float) -> float:
+        return self.dirty_pages(duration_ns) / duration_ns * NS
 
     def slowed(self, share: float) -> UniformWrites:
         return UniformWrites(self.first_touch_pps * share, self.working_set_pages)
@@ -102,6 +111,11 @@ class SeenGrowth:
                 return first + (last - first) * (duration_ns - from_ns) / (until_ns - from_ns)
         return self.tail.dirty_pages(duration_ns)
 
+    def most_pps(self, duration_ns: float) -> float:
+        """A guest that was quiet at first and is not any more is judged by what it has become."""
+        rates = [pages / ns * NS for ns, pages in self.points if ns > duration_ns]
+        return max(self.dirty_pages(duration_ns) / duration_ns * NS, *rates, 0.0)
+
     def slowed(self, share: float) -> SeenGrowth:
         points = tuple((ns / share, pages) for ns, pages in self.points)
         return SeenGrowth(self.head.slowed(share), points, self.tail.slowed(share))
@@ -124,10 +138,20 @@ def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
     newest = samples[-1]
     ends = _through(newest, max(samples, key=lambda sample: abs(math.log(sample[0] / newest[0]))))
     seen = _rising(rounds[-1].dirty_growth, newest) if rounds[-1].duration_ns > 0 else ()
-    if not seen:
+    if not seen or seen[0][0] * LONGER > newest[0]:
         return ends
     points = (*seen, newest)
-    return SeenGrowth(_through(points[0], points[1]), points, ends)
+    return SeenGrowth(_head(points), points, ends)
+
+
+def _head(points: Sequence[tuple[float, float]]) -> UniformWrites:
+    """A set that is flat at first and grows later was not all dirty at once."""
+    first, end = points[0], points[-1]
+    apart_ns = max(LONGER * first[0], first[0] + APART_NS)
+    head = _through(first, next((point for point in points if point[0] >= apart_ns), end))
+    if math.isinf(head.first_touch_pps) and end[1] > SAME_SET * first[1]:
+        return UniformWrites(first[1] / first[0] * NS, math.inf)
+    return head
 
 
 def _through(level: tuple[float, float], other: tuple[float, float]) -> UniformWrites:

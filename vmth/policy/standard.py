@@ -245,8 +245,7 @@ class StandardPolicy:
         last = view.rounds[-1]
         seen = fit_dirty_model([last])
         if isinstance(seen, SeenGrowth):
-            room_ns = _room_ns(view)
-            measured_pps = max(1.0, seen.dirty_pages(room_ns)) / room_ns * NS
+            measured_pps = max(1.0, seen.most_pps(_room_ns(view)))
         else:
             measured_pps = first_touch_pps(
                 max(1, last.dirty_pages), last.duration_ns / NS, self._working_set_pages
@@ -264,7 +263,7 @@ def _settles_at(view: RoundView) -> int:
     pages = model.working_set_pages
     if not (math.isfinite(model.first_touch_pps) and math.isfinite(pages)):
         return 0
-    if model.first_touch_pps * page_ns <= NS:
+    if not isinstance(model, SeenGrowth) and model.first_touch_pps * page_ns <= NS:
         return 0
     for _ in range(100):
         pages = model.dirty_pages(pages * page_ns)
@@ -368,7 +367,7 @@ def _verdict(view: RoundView) -> _Verdict:
         return _Verdict(0.0, needed_dirty, _needed_limit(view, nothing_ns))
     room_ns = _room_ns(view)
     model = fit_dirty_model(view.rounds[-RECENT_ROUNDS:] if view.throttled else view.rounds)
-    dirty_pps = model.dirty_pages(room_ns) / room_ns * NS
+    dirty_pps = model.most_pps(room_ns)
     outrun = CONVERGE_MARGIN * dirty_pps * page_cost
     at_once = model.working_set_pages * page_cost / room_ns * NS
     needed_bandwidth = min(outrun, at_once)

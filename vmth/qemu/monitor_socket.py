@@ -37,7 +37,7 @@ class MonitorSocket(socket.socket):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._negotiated = False
+        self._greeted = self._negotiated = False
         self._line = b""
 
     def send(self, data: Any, flags: int = 0, /) -> int:
@@ -70,9 +70,13 @@ class MonitorSocket(socket.socket):
             return True  # and refused by who reads it
         if not isinstance(message, dict):
             return True
-        if "event" in message or "id" in message:  # the command that negotiates goes without one
+        # Ahead of the greeting nothing is for us, and then no event, nor an answer with an id: the
+        # command that negotiates goes without one.
+        stray = {"event", "id"} if self._greeted else {"event", "return", "error"}
+        if not stray.isdisjoint(message):
             log.debug("for the monitor's client before: %r", line)
             return False
+        self._greeted = self._greeted or "QMP" in message
         self._negotiated = "return" in message
         return True
 
