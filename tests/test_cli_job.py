@@ -41,7 +41,8 @@ class Demo:
 
     def sends(self) -> bool:
         assert self.process.poll() is None, self.process.communicate()
-        return self.path.exists() and told(self.path)["transfer"]["acked_bytes"] > 100_000
+        done = job(self.path, "--json")  # it may not be there yet, or the guest warms up
+        return done.returncode == 0 and json.loads(done.stdout)["transfer"]["acked_bytes"] > 100_000
 
     def end(self) -> dict[str, Any]:
         stdout, stderr = self.process.communicate(timeout=60)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from vmth import job_socket as module
 from vmth.errors import OptionError, UsageError
@@ -51,8 +52,8 @@ class FakeJob:
 
     def set(self, **values: int | None) -> None:
         given = {name: value for name, value in values.items() if value is not None}
-        if any(value < 0 for value in given.values()):
-            raise OptionError("bandwidth_bps", "received -1, allowed 0 and more")
+        if given.get("downtime_limit_ns") == 0:
+            raise OptionError("downtime_limit_ns", "received 0, allowed 1 and more")
         if given:
             self.told.append(given)
 
@@ -112,8 +113,8 @@ def test_changes_reach_the_job_in_order(path: Path, job: FakeJob) -> None:
 
 
 def test_a_value_that_is_not_allowed_changes_nothing(path: Path, job: FakeJob) -> None:
-    reply = ask_job(path, JobRequest(bandwidth_bps=-1, switchover=True, cancel=True))
-    assert reply == JobReply(error="bandwidth_bps: received -1, allowed 0 and more")
+    reply = ask_job(path, JobRequest(downtime_limit_ns=0, switchover=True, cancel=True))
+    assert reply == JobReply(error="downtime_limit_ns: received 0, allowed 1 and more")
     assert job.told == []
 
 
@@ -142,6 +143,8 @@ def test_one_line_of_json_each_way_is_all_it_takes(path: Path, job: FakeJob) -> 
         b"cancel\n",
         b"[]\n",
         b'{"cancel": 1}\n',
+        b'{"bandwidth_bps": 9223372036854775808, "cancel": true}\n',
+        b'{"downtime_limit_ns": -1, "cancel": true}\n',
         b'{"bandwidth_bps": "5MB/s", "cancel": true}\n',
         b'{"cancel": true, "halt": true}\n',
         b'{"cancel": true} {"cancel": true}\n',
@@ -233,24 +236,53 @@ def test_it_is_the_owners_alone_and_gone_with_the_job(path: Path) -> None:
     assert not [one for one in threading.enumerate() if one.name == THREAD]
 
 
-def test_who_asks_before_the_job_has_begun_is_answered_then(path: Path) -> None:
-    replies: list[JobReply] = []
+def test_who_asks_before_the_job_has_begun_is_told_so(path: Path) -> None:
+    job = FakeJob()
     with JobSocket(path) as steered:
-        asking = threading.Thread(
-            target=lambda: replies.append(ask_job(path, JobRequest(), timeout_s=60))
-        )
-        asking.start()
-        assert replies == []
-        steered.serve(FakeJob())
-        asking.join()
-    assert replies[0].stats == STATS
+        reply = ask_job(path, JobRequest(switchover=True))
+        assert reply == JobReply(error="the job has not begun")
+        steered.serve(job)
+        assert ask_job(path, JobRequest()).stats == STATS
+    assert job.told == []
 
 
-def test_one_that_never_served_lets_its_clients_go(path: Path) -> None:
-    with JobSocket(path), socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-        client.settimeout(60)
-    assert not path.exists()
+def test_a_request_whose_sender_has_gone_changes_nothing(path: Path, job: FakeJob) -> None:
+    with socket.socket(socket.AF_UNIX) as holds, socket.socket(socket.AF_UNIX) as leaves:
+        holds.connect(str(path))  # is served first
+        leaves.connect(str(path))
+        leaves.sendall(b'{"cancel": true}\n')
+        leaves.close()
+        holds.sendall(b'{"switchover": true}\n')
+        holds.settimeout(60)
+        assert b"session_id" in holds.recv(1 << 16)
+    ask_job(path, JobRequest(bandwidth_bps=1))
+    assert job.told == ["switchover", {"bandwidth_bps": 1}]
+
+
+def test_a_job_that_fails_leaves_the_next_one_served(
+    path: Path, job: FakeJob, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> JobStats:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "stats", fails)
+        with pytest.raises(UsageError, match="received b''"):
+            ask_job(path, JobRequest(switchover=True))
+    assert ask_job(path, JobRequest()).stats == STATS
+    assert "a request was not answered" in caplog.text
+
+
+def test_a_client_that_says_nothing_does_not_hold_up_the_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 1e6)
+    steered = JobSocket(path)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(path))
+        wait_until(lambda: steered._client is not None)
+        steered.close()
+        assert not path.exists()
 
 
 def test_what_a_dead_process_left_is_replaced(path: Path) -> None:
@@ -273,9 +305,41 @@ def test_what_stands_there_stays(path: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="in use"):
             JobSocket(taken)
     assert path.read_bytes() == b"precious"
-    for wrong, why in ((tmp_path / "no" / "job", "No such file"), (Path("x" * 120), "too long")):
+    for wrong, why in ((tmp_path / "no" / "job", "No such file"), (Path("x" * 300), "too long")):
         with pytest.raises(UsageError, match=why):
             JobSocket(wrong)
+
+
+def test_a_path_may_be_long(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    with JobSocket(deep / "job") as steered:
+        steered.serve(FakeJob())
+        assert ask_job(deep / "job", JobRequest()).stats == STATS
+    assert list(deep.iterdir()) == []
+
+
+def test_of_many_that_want_a_dead_ones_place_one_gets_it(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    got: list[JobSocket] = []
+    refused: list[UsageError] = []
+
+    def want() -> None:
+        try:
+            got.append(JobSocket(path))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 7)
+    got[0].serve(FakeJob())
+    assert ask_job(path, JobRequest()).stats == STATS
+    got[0].close()
 
 
 def test_another_ones_socket_at_that_path_is_not_taken_away(path: Path) -> None:

@@ -18,6 +18,10 @@ from vmth.tuning import Tuning
 __all__ = ["JobSession", "MigrationJob"]
 
 
+#: Of any setting: what the native core counts in.
+MOST = (1 << 63) - 1
+
+
 class JobSession(Protocol):
     """What a job runs: a ``SourceSession``, or one with something around it."""
 
@@ -91,8 +95,8 @@ class MigrationJob:
             ("downtime_limit_ns", downtime_limit_ns, 1),
             ("timeout_ns", timeout_ns, 0),
         ):
-            if value is not None and value < least:
-                raise OptionError(name, f"received {value}, allowed {least} and more")
+            if value is not None and not least <= value <= MOST:
+                raise OptionError(name, f"received {value}, allowed {least} to {MOST}")
         self._session.retune(bandwidth_bps, downtime_limit_ns, timeout_ns)
 
     def stats(self) -> JobStats:

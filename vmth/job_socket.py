@@ -5,13 +5,14 @@
 
 The socket is its owner's alone (mode 0600) and is there from before the guest is touched until the
 job has ended. What a request changes is what ``MigrationJob`` lets any thread change; a request
-that is not understood changes nothing.
+that is not understood, or whose sender has gone, changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import select
@@ -19,9 +20,9 @@ import socket
 import stat
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Annotated, Protocol, Self
 
 import msgspec
 
@@ -37,14 +38,18 @@ MAX_REQUEST_BYTES = 4096
 MAX_REPLY_BYTES = 1 << 20
 #: For a request to arrive, and for its reply to leave: others wait meanwhile.
 PATIENCE_S = 2.0
+BACKLOG = 128
+_AGAIN_S = 0.01
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class JobRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What to change; nothing by default. The first three are those of ``MigrationJob.set``."""
 
-    bandwidth_bps: int | None = None
-    downtime_limit_ns: int | None = None
-    timeout_ns: int | None = None
+    bandwidth_bps: _Count | None = None
+    downtime_limit_ns: _Count | None = None
+    timeout_ns: _Count | None = None
     switchover: bool = False
     cancel: bool = False
 
@@ -77,8 +82,8 @@ class SteeredJob(Protocol):
 
 
 class JobSocket:
-    """Listens at ``path`` from the constructor on; who connects is answered once ``serve()`` was
-    called. A context manager; leaving it takes the socket away.
+    """Answers at ``path`` from the constructor on; until ``serve()`` was called, that no job has
+    begun. A context manager; leaving it takes the socket away.
 
     Raises UsageError where it cannot listen: something else stands there, another job's socket for
     instance. One that a dead process has left is replaced.
@@ -86,29 +91,33 @@ class JobSocket:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(path)
-        self._listener = _listen(self.path)
-        self._identity = _identity(self.path)
+        self._listener, self._identity = _listen(self.path)
+        self._job: SteeredJob | None = None
+        self._client: socket.socket | None = None  #: which is served now
         self._woken, self._wake = os.pipe()
-        self._thread: threading.Thread | None = None
-
-    def serve(self, job: SteeredJob) -> None:
-        """From now on, on a thread of its own. Once."""
-        self._thread = threading.Thread(target=self._serve, args=(job,), name=THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=THREAD, daemon=True)
         self._thread.start()
 
+    def serve(self, job: SteeredJob) -> None:
+        """Requests are this job's from now on."""
+        self._job = job
+
     def close(self) -> None:
-        """Idempotent. A request that is being answered still is."""
+        """Idempotent. Whoever has not said yet what it wants is let go."""
         if self._wake < 0:
             return
         os.close(self._wake)
         self._wake = -1
-        if self._thread is not None:
-            self._thread.join()
+        client = self._client
+        if client is not None:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RD)
+        self._thread.join()
         self._listener.close()
         os.close(self._woken)
-        if _identity(self.path) == self._identity:  # and not somebody else's by now
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+        with contextlib.suppress(OSError), _parent(self.path) as (folder, name):
+            if _identity(folder, name) == self._identity:  # and not somebody else's by now
+                os.unlink(name, dir_fd=folder)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +130,7 @@ class JobSocket:
     ) -> None:
         self.close()
 
-    def _serve(self, job: SteeredJob) -> None:
+    def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
         poll.register(self._listener, select.POLLIN)
@@ -130,15 +139,35 @@ class JobSocket:
                 connection, _ = self._listener.accept()
             except OSError as error:  # it went away again, or there is no descriptor left
                 log.info("%s: %s", self.path, error)
-                time.sleep(0.01)
+                time.sleep(_AGAIN_S)
                 continue
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(PATIENCE_S)
-                reply = _answer(job, _read_line(connection, MAX_REQUEST_BYTES))
-                connection.sendall(msgspec.json.encode(reply) + b"\n")
+            with connection:
+                self._client = connection
+                try:
+                    self._talk(connection)
+                except OSError as error:
+                    log.info("%s: %s", self.path, error)
+                except Exception:  # of the job's; the next one is to be served all the same
+                    log.exception("%s: a request was not answered", self.path)
+                self._client = None
+
+    def _talk(self, connection: socket.socket) -> None:
+        connection.settimeout(PATIENCE_S)
+        line = _read_line(connection, MAX_REQUEST_BYTES)
+        if _is_gone(connection):  # and has told its user that nobody answered
+            return
+        reply = _answer(self._job, line)
+        connection.sendall(msgspec.json.encode(reply) + b"\n")
 
 
-def _answer(job: SteeredJob, line: bytes) -> JobReply:
+def _is_gone(connection: socket.socket) -> bool:
+    """Closed at the other end; one that only has no more to say waits for the reply."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+def _answer(job: SteeredJob | None, line: bytes) -> JobReply:
     try:
         if len(line) > MAX_REQUEST_BYTES:
             raise ValueError(f"more than {MAX_REQUEST_BYTES} bytes")
@@ -146,6 +175,8 @@ def _answer(job: SteeredJob, line: bytes) -> JobReply:
     except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
         fields = ", ".join(JobRequest.__struct_fields__)
         return JobReply(error=f"received {line[:80]!r} ({error}), allowed one object of {fields}")
+    if job is None:
+        return JobReply(error="the job has not begun")
     if job.done:
         return JobReply(error="the job has ended")
     try:
@@ -170,7 +201,7 @@ def ask_job(path: str | os.PathLike[str], request: JobRequest, timeout_s: float 
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout_s)
         try:
-            connection.connect(os.fspath(path))
+            _connect(connection, os.fspath(path), timeout_s)
             connection.sendall(msgspec.json.encode(request) + b"\n")
             data = _read_line(connection, MAX_REPLY_BYTES)
         except TimeoutError:
@@ -202,24 +233,55 @@ def _read_line(connection: socket.socket, most_bytes: int) -> bytes:
     return data.partition(b"\n")[0][: most_bytes + 1]
 
 
-def _listen(path: str) -> socket.socket:
+def _connect(connection: socket.socket, path: str, timeout_s: float) -> None:
+    """To a path of any length, however many wait there already."""
+    give_up_s = time.monotonic() + timeout_s
+    with _parent(path) as (folder, name):
+        while True:
+            try:
+                connection.connect(f"/proc/self/fd/{folder}/{name}")
+                return
+            except BlockingIOError:  # its queue is full
+                if time.monotonic() > give_up_s:
+                    raise TimeoutError from None
+            time.sleep(_AGAIN_S)
+
+
+def _listen(path: str) -> tuple[socket.socket, tuple[int, int] | None]:
+    """The listener, and what is at the path now. Nobody connects before it listens, and those who
+    want to listen at the same path come one after another."""
     listener = socket.socket(socket.AF_UNIX)
     try:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_dead(path):
-                raise
-            os.unlink(path)
-            listener.bind(path)
-        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)  # nobody connects before it listens
-        listener.listen(8)
+        with _parent(path) as (folder, name):
+            with contextlib.suppress(OSError):  # a filesystem without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            short = f"/proc/self/fd/{folder}/{name}"
+            try:
+                listener.bind(short)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not _is_dead(short):
+                    raise
+                os.unlink(name, dir_fd=folder)
+                listener.bind(short)
+            os.chmod(name, stat.S_IRUSR | stat.S_IWUSR, dir_fd=folder)
+            listener.listen(BACKLOG)
+            return listener, _identity(folder, name)
     except OSError as error:
         listener.close()
         raise UsageError(
             f"{path}: {error.strerror or error}; allowed: a path for a new unix socket"
         ) from None
-    return listener
+
+
+@contextlib.contextmanager
+def _parent(path: str) -> Iterator[tuple[int, str]]:
+    """The directory, open, and the name in it: a socket's own path has 107 bytes at most."""
+    where, name = os.path.split(os.path.abspath(path))
+    folder = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield folder, name
+    finally:
+        os.close(folder)
 
 
 def _is_dead(path: str) -> bool:
@@ -235,8 +297,8 @@ def _is_dead(path: str) -> bool:
     return False
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(folder: int, name: str) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
-        found = Path(path).lstat()
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         return found.st_dev, found.st_ino
     return None
