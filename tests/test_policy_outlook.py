@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from policy_simulation import (
     NS,
@@ -47,6 +47,8 @@ MS = 1_000_000
 GBIT = 117e6
 
 
+DOWNTIME_LIMIT_NS = 300 * MS  #: of a simulated move, by default
+
 moved = partial(migrate, foresee=True)
 
 
@@ -54,6 +56,7 @@ def ended_ns(out: Outcome) -> int:
     return out.total_ns + out.downtime_ns
 
 
+@example(rate=75256834.0, working_set_mib=174, memory_gib=1, zero_share=0.78125, looks=False)
 @given(
     rate=st.floats(1e6, 95e6),
     working_set_mib=st.integers(32, 2048),
@@ -76,9 +79,10 @@ def test_writes_all_over_a_working_set_are_foreseen_after_round_1(
     assert out.downtime_ns
     made = out.forecasts[min(1, len(out.forecasts) - 1)]
     assert made.converges
-    assert made.total_ns == pytest.approx(ended_ns(out), rel=0.05)
     rounds = len(out.rounds) + 1
     assert abs(made.rounds - rounds) <= 1  # a short round is made or not at a hair's breadth
+    short_ns = 0 if made.rounds == rounds else DOWNTIME_LIMIT_NS  # none of them takes longer
+    assert abs(made.total_ns - ended_ns(out)) <= 0.05 * ended_ns(out) + short_ns
     if made.rounds == rounds:
         longer_ns = HANDOVER_NS - SIMULATED_HANDOVER_NS
         assert made.downtime_ns - longer_ns == pytest.approx(out.downtime_ns, rel=0.15, abs=4 * MS)
@@ -103,7 +107,8 @@ def test_a_guest_that_goes_over_its_memory_in_turns_is_foreseen_where_it_is_look
     assert out.downtime_ns
     made = out.forecasts[min(1, len(out.forecasts) - 1)]
     assert made.converges
-    assert made.total_ns == pytest.approx(ended_ns(out), rel=0.05)
+    short_ns = 0 if made.rounds == len(out.rounds) + 1 else DOWNTIME_LIMIT_NS
+    assert abs(made.total_ns - ended_ns(out)) <= 0.05 * ended_ns(out) + short_ns
 
 
 @pytest.mark.parametrize("looks", [False, True])
@@ -328,6 +333,21 @@ def test_pages_without_a_base_are_not_taken_for_cheap_ones(second: RoundStats) -
     decision = StandardPolicy().decide(view)
     assert decision.action is Action.CONTINUE
     assert decision.forecast.total_ns > 400 * MS
+
+
+def test_pages_that_were_the_same_once_are_not_expected_to_be_again() -> None:
+    """A guest that rewrites memory in turns, just ahead of the rounds: three of four pages that it
+    had dirtied were sent as they are by the round before."""
+    again = RoundStats(2, 60_000, 60_000, 0, 0, 246_000_000, 2_050 * MS, 120e6, 55_000, 110e6, 0)
+    lucky = RoundStats(3, 55_000, 14_000, 0, 0, 57_400_000, 480 * MS, 120e6, 13_000, 110e6, 0)
+    lucky = replace(lucky, same_pages=41_000)
+    assert bytes_per_page(view_of(FULL, again, lucky)) == pytest.approx(4_100, rel=0.01)
+    # Where it is so of each round it is the guest's way, which writes what was there.
+    silent = replace(again, bytes=24_600_000, normal_pages=6_000, same_pages=54_000)
+    assert bytes_per_page(view_of(FULL, silent, lucky)) == pytest.approx(0.255 * 4_100, rel=0.01)
+    assert bytes_per_page(view_of(FULL, silent)) == pytest.approx(410)
+    all_same = replace(silent, bytes=500, normal_pages=0, same_pages=60_000)
+    assert bytes_per_page(view_of(FULL, all_same, all_same)) == pytest.approx(500 / 60_000)
 
 
 def test_a_few_pages_tell_nothing() -> None:

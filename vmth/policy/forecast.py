@@ -95,19 +95,22 @@ def _telling(view: RoundView, pages: float) -> list[RoundStats]:
 def bytes_per_page(view: RoundView, pages: float | None = None) -> float:
     """Wire bytes that each of so many dirty pages costs (None: of the view's): the larger of the
     smoothed and the newest mix of the rounds after the full pass; a whole page while there is
-    none."""
+    none. Of pages that are the same no more are expected than in either of the last two: many are
+    in a round after one that went over memory just behind the guest, and none in the next."""
     whole = view.page_bytes * WIRE_OVERHEAD
     later = _telling(view, view.dirty_pages if pages is None else pages)
     if not later:
         return whole
-    nbytes = npages = 0.0
+    nbytes = nchanged = 0.0
     weight = 1.0
     for round_ in reversed(later):
         nbytes += weight * round_.bytes
-        npages += weight * round_.pages
+        nchanged += weight * max(1, round_.pages - round_.same_pages)
         weight *= DECAY
-    newest = later[-1].bytes / later[-1].pages
-    return min(max(nbytes / npages, newest), whole)
+    newest = later[-1].bytes / max(1, later[-1].pages - later[-1].same_pages)
+    same = min(round_.same_pages / round_.pages for round_ in later[-2:])
+    changed = max(nbytes / nchanged, newest) * (1 - same)
+    return min(max(changed, later[-1].bytes / later[-1].pages), whole)
 
 
 def page_ns(view: RoundView, pages: float | None = None) -> float:
