@@ -12,7 +12,7 @@ from vmth.dirty.combine import CombinedDirtySource
 from vmth.dirty.fake import FakeDirtySource
 from vmth.errors import UsageError
 from vmth.guest import DirtySource
-from vmth.types import Mapping, RamBlock, new_bitmaps
+from vmth.types import Bitmaps, Mapping, RamBlock, new_bitmaps
 
 
 def fake_blocks() -> list[RamBlock]:
@@ -67,6 +67,20 @@ def test_a_script_is_played_one_entry_a_fetch() -> None:
         played.append(pages_of(bitmaps))
     assert played == [{(0, 3), (0, 4)}, set(), {(1, 0)}, set()]
     assert fake.calls == [("start",), *[("fetch",)] * 4]
+
+
+def test_sources_of_which_one_cannot_be_looked_at_are_not_looked_at() -> None:
+    class Unseen:
+        """A source without ``peek``."""
+
+        def start(self) -> None: ...
+        def fetch(self, bitmaps: Bitmaps) -> None: ...
+        def rearm(self, block: int, page: int, npages: int) -> None: ...
+        def stop(self) -> None: ...
+
+    combined = CombinedDirtySource([FakeDirtySource(fake_blocks()), Unseen()])
+    combined.start()
+    assert not combined.peek(new_bitmaps(fake_blocks()))
 
 
 def test_a_failure_is_raised_once() -> None:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -19,7 +22,9 @@ from hypothesis import strategies as st
 from waiting import wait_until
 
 from vmth import job_socket as module
+from vmth.channel.sockets import is_stale
 from vmth.errors import OptionError, UsageError
+from vmth.job import MOST, JobSession, MigrationJob
 from vmth.job_socket import (
     MAX_REQUEST_BYTES,
     THREAD,
@@ -104,11 +109,13 @@ def test_a_look_changes_nothing_and_tells_everything(path: Path, job: FakeJob) -
 def test_changes_reach_the_job_in_order(path: Path, job: FakeJob) -> None:
     ask_job(path, JobRequest(bandwidth_bps=0, downtime_limit_ns=5, timeout_ns=6))
     ask_job(path, JobRequest(bandwidth_bps=7, switchover=True, cancel=True))
+    ask_job(path, JobRequest(timeout_ns=MOST))
     assert job.told == [
         {"bandwidth_bps": 0, "downtime_limit_ns": 5, "timeout_ns": 6},
         {"bandwidth_bps": 7},
         "switchover",
         "cancel",
+        {"timeout_ns": MOST},
     ]
 
 
@@ -161,6 +168,14 @@ def test_what_is_no_request_is_told_so_and_changes_nothing(
     assert job.told == []
     ask_job(path, JobRequest(switchover=True))
     assert job.told == ["switchover"]
+
+
+@pytest.mark.parametrize("name", ["bandwidth_bps", "downtime_limit_ns", "timeout_ns"])
+def test_a_job_takes_no_more_than_the_core_counts_in(name: str) -> None:
+    job = MigrationJob(cast(JobSession, SimpleNamespace(events=queue.Queue(), run=lambda: None)))
+    for wrong in (-1, MOST + 1):
+        with pytest.raises(OptionError, match=rf"received {wrong}, allowed [01] to {MOST}"):
+            job.set(**{name: wrong})
 
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
@@ -223,6 +238,27 @@ def test_many_clients_at_once_are_all_served(path: Path, job: FakeJob) -> None:
     for thread in threads:
         thread.join()
     assert sorted(told["bandwidth_bps"] for told in job.told) == list(range(20))
+
+
+def test_a_client_waits_for_a_place_in_the_queue(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BACKLOG", 0)
+    monkeypatch.setattr(module, "PATIENCE_S", 1e6)
+    job = FakeJob()
+    with JobSocket(path) as steered, contextlib.ExitStack() as waiting:
+        steered.serve(job)
+        for _ in range(2):
+            client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(path))
+            wait_until(lambda: steered._client is not None)  # the first; the second is the queue
+        asking = threading.Thread(target=ask_job, args=(path, JobRequest(switchover=True), 60.0))
+        asking.start()
+        asking.join(0.1)
+        assert asking.is_alive() and job.told == []
+        waiting.close()
+        asking.join()
+    assert job.told == ["switchover"]
 
 
 def test_it_is_the_owners_alone_and_gone_with_the_job(path: Path) -> None:
@@ -319,7 +355,9 @@ def test_a_path_may_be_long(tmp_path: Path) -> None:
     assert list(deep.iterdir()) == []
 
 
-def test_of_many_that_want_a_dead_ones_place_one_gets_it(path: Path) -> None:
+def test_of_many_that_want_a_dead_ones_place_one_gets_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     got: list[JobSocket] = []
@@ -331,6 +369,16 @@ def test_of_many_that_want_a_dead_ones_place_one_gets_it(path: Path) -> None:
         except UsageError as error:
             refused.append(error)
 
+    inside: list[int] = []
+
+    def slowly(path: str) -> bool:
+        inside.append(1)
+        time.sleep(0.02)
+        assert len(inside) == 1, "two look at it at once"
+        inside.pop()
+        return is_stale(path)
+
+    monkeypatch.setattr(module, "is_stale", slowly)
     threads = [threading.Thread(target=want) for _ in range(8)]
     for thread in threads:
         thread.start()

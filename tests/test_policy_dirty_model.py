@@ -131,8 +131,9 @@ def test_looks_near_the_end_tell_no_more_than_the_end(pages: int) -> None:
 
 
 def test_a_rest_between_two_looks_is_not_taken_for_the_end_of_growth() -> None:
-    model = fit_dirty_model([lasted(800, 80_000, (10, 1_000), (13, 1_001), (100, 10_000))])
-    assert model.first_touch_pps == pytest.approx(100_000, rel=0.02)
+    for then in (1_001, 1_030):
+        model = fit_dirty_model([lasted(800, 80_000, (10, 1_000), (13, then), (100, 10_000))])
+        assert model.first_touch_pps == pytest.approx(100_000, rel=0.02)
     rests_long = fit_dirty_model([lasted(800, 80_000, (10, 1_000), (100, 1_010))])
     assert rests_long.first_touch_pps == pytest.approx(100_000, rel=0.02)
 
@@ -223,3 +224,13 @@ def test_a_burst_after_a_quiet_beginning_does_not_end_a_throttle() -> None:
         decision = StandardPolicy().decide(replace(view, on_stall=OnStall.THROTTLE))
         percents.append(decision.throttle_percent)
     assert percents[1] >= percents[0] > 80
+
+
+def test_a_quiet_beginning_does_not_hide_that_rounds_stay_long() -> None:
+    mb = 1_000_000
+    full = RoundStats(0, 1 << 18, 1 << 18, 0, 0, 1074 * mb, 9_000 * MS, 124e6, 90_000, 41e6, 0)
+    first = RoundStats(1, 90_000, 90_000, 0, 0, 369 * mb, 3_000 * MS, 124e6, 100_000, 136e6, 0)
+    newest = RoundStats(2, 100_000, 90_000, 0, 0, 369 * mb, 3_000 * MS, 124e6, 90_000, 123e6, 0)
+    newest = replace(newest, dirty_growth=((300 * MS, 300), (1_500 * MS, 60_000)))
+    decision = StandardPolicy().decide(view_of(full, first, newest))
+    assert "the dirty set will not get below" in decision.reason

@@ -26,7 +26,9 @@ from typing import Annotated, Protocol, Self
 
 import msgspec
 
+from vmth.channel.sockets import is_stale
 from vmth.errors import UsageError, VmthError
+from vmth.job import MOST
 from vmth.stats import JobStats
 
 __all__ = ["JobReply", "JobRequest", "JobSocket", "SteeredJob", "ask_job"]
@@ -41,7 +43,7 @@ PATIENCE_S = 2.0
 BACKLOG = 128
 _AGAIN_S = 0.01
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 
 class JobRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -259,7 +261,8 @@ def _listen(path: str) -> tuple[socket.socket, tuple[int, int] | None]:
             try:
                 listener.bind(short)
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or not _is_dead(short):
+                stale = not os.path.islink(short) and is_stale(short)
+                if error.errno != errno.EADDRINUSE or not stale:
                     raise
                 os.unlink(name, dir_fd=folder)
                 listener.bind(short)
@@ -282,19 +285,6 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
         yield folder, name
     finally:
         os.close(folder)
-
-
-def _is_dead(path: str) -> bool:
-    """A socket that nobody listens at."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(PATIENCE_S)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return stat.S_ISSOCK(os.lstat(path).st_mode)
-        except OSError:
-            return False
-    return False
 
 
 def _identity(folder: int, name: str) -> tuple[int, int] | None:

@@ -295,7 +295,7 @@ class ListeningSocket:
         try:
             self.sock.bind(path)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+            if error.errno != errno.EADDRINUSE or not is_stale(path):
                 raise
             os.unlink(path)
             self.sock.bind(path)
@@ -349,7 +349,7 @@ class ListeningSocket:
         self.close()
 
 
-def _is_stale(path: str) -> bool:
+def is_stale(path: str) -> bool:
     """A unix socket file that nobody listens on any more."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):

@@ -38,10 +38,10 @@ NS = 1_000_000_000
 ENOUGH_PAGES = 256
 #: Two samples tell the curvature if one took so many times as long...
 LONGER = 1.2
-#: ...and, within a round, so much longer: a guest rests for moments.
-APART_NS = 20_000_000
 #: ...and the same working set if it has no more pages than that.
 SAME_SET = 1.02
+#: Of two looks one comes so much later, too: a guest rests for moments.
+APART_NS = 20_000_000
 
 
 class DirtyModel(Protocol):

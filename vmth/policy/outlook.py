@@ -47,7 +47,7 @@ BUILT_SHARES = 2
 PAUSES_AFTER_NS = 1_500_000
 #: Of pages that round 1 sent, the share whose base a cache as large as they are still has.
 BASE_FOUND = 0.9
-#: Looks at the dirty set of a round (vmth/dirty/growth.py), by time.
+#: Made-up looks at the dirty set of a round: each at half the time of the next one.
 FIRST_LOOK_NS, LOOKS_APART, MOST_LOOKS = 10_000_000, 0.5, 4
 #: Of round 1's pages: at most such a share is taken to have been the same.
 MOST_SAME = 0.95
@@ -142,8 +142,8 @@ def _shrinks_to(view: RoundView, page_bytes: float) -> float:
 
 
 def _looked_at(model: DirtyModel, duration_ns: int) -> tuple[tuple[int, int], ...]:
-    """What would be seen of such a round, where the dirty source can be looked at. Later than it
-    may be: the first look comes when all pages are queued, and few are soon."""
+    """What would be seen of such a round, where the dirty source can be looked at: fewer looks, as
+    every policy fits a model to them, and as soon as a small set's, which is queued at once."""
     if not isinstance(model, SeenGrowth):
         return ()
     times = [round(duration_ns * LOOKS_APART**n) for n in range(MOST_LOOKS, 0, -1)]
