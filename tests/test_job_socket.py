@@ -414,6 +414,7 @@ def test_where_nothing_listens_the_reason_is_told(path: Path) -> None:
 
         def greet() -> None:
             with other.accept()[0] as client:
+                assert client.recv(1 << 16)  # or who asks cannot send
                 client.sendall(b"hello\n")
 
         answering = threading.Thread(target=greet)
