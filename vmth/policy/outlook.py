@@ -8,9 +8,9 @@
            -> GIVE UP      there is no downtime
 
 So short rounds, throttling and timeouts are in it as the policy handles them. The models are those
-of vmth/policy/forecast.py, fitted once, to what was measured. What is known to change is what a
-page takes: one that was rewritten for the first time in round 1 had no base there, and has one when
-it is sent again; others have none yet. Pure: no clock, no I/O.
+of vmth/policy/forecast.py and dirty_model.py, fitted once, to what was measured. What is known to
+change is what a page takes: one that was rewritten for the first time in round 1 had no base there,
+and has one when it is sent again; others have none yet. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations

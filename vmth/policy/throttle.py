@@ -21,7 +21,8 @@ A hypervisor that holds a guest to a dirty rate is told what is wanted, and less
 still dirties more (devices write memory too), after the seconds that it takes to get there.
 
 The rate is that of first touches, which decides whether rounds get shorter: a round that dirtied
-much of the working set has seen fewer distinct pages than writes (vmth/policy/forecast.py). Pure.
+much of the working set has seen fewer distinct pages than writes (vmth/policy/dirty_model.py).
+Where its course was seen, what is dirtied in the time that the last pages have counts. Pure.
 """
 
 from __future__ import annotations
