@@ -69,8 +69,8 @@ def filled(nbytes: int, *, random: bool) -> Memory:
 
 @contextlib.contextmanager
 def sockets(channels: int) -> Iterator[list[tuple[socket.socket, socket.socket]]]:
-    """Connected over loopback, with the congestion control that vmth chooses there: bare sockets
-    have the same."""
+    """Connected over loopback, with the congestion control that vmth chooses there and without
+    Nagle's delay, as its connections are: bare sockets have the same."""
     with contextlib.ExitStack() as stack:
         pairs = []
         for _ in range(channels):
@@ -79,7 +79,9 @@ def sockets(channels: int) -> Iterator[list[tuple[socket.socket, socket.socket]]
                 set_congestion_control(near, listener.getsockname(), "")
                 near.connect(listener.getsockname())
                 far, _ = listener.accept()
-                pairs.append((near, stack.enter_context(far)))
+            for end in (near, stack.enter_context(far)):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pairs.append((near, far))
         yield pairs
 
 

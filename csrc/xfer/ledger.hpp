@@ -40,6 +40,15 @@ public:
         packets_.push_back(std::move(packet));
     }
 
+    // Before its last byte is sent. A peer that acknowledges a packet earlier has not seen it all.
+    void set_digest(uint64_t seq, const vmth_u128 &digest)
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!packets_.empty() && packets_.back().seq == seq) {
+            packets_.back().digest = digest;
+        }
+    }
+
     // Sequence number of the front, 0 when nothing is under way.
     uint64_t next() const
     {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "vmth/zero_page.h"
+#include "xfer/near_cache.hpp"
 #include "xfer/thread_clock.hpp"
 
 namespace vmth {
@@ -95,6 +96,8 @@ void PacketBuilder::begin(uint32_t block, uint32_t round, uint64_t most_payload_
     }
     pages_read_ = 0;
     fresh_ = {};
+    unread_.clear();
+    next_unread_ = 0;
     // Where less may be sent, a frame still has the room that it may need.
     parts_.begin(std::max<size_t>(context_.packet_bytes, most_payload_bytes));
 }
@@ -163,6 +166,11 @@ void PacketBuilder::read_piece(const LentRun &run, bool lent)
         memcpy(staging_.data(), run.at, piece.npages * page_bytes);  // stride is a page
         piece.content.at = staging_.data();
     }
+    find_known(piece);
+    if (read_later(piece)) {
+        emit_unread(piece);
+        return;
+    }
     hash(piece);
     find_same(piece);
     replace_hashes(piece);
@@ -186,13 +194,17 @@ void PacketBuilder::hash(Piece &piece) const
     }
 }
 
-// What the destination is known to hold, and which pages hold that still.
+// What the destination is known to hold.
+void PacketBuilder::find_known(Piece &piece) const
+{
+    if ((forms_.mask & hashing_forms) != 0 || context_.places.used()) {
+        piece.known = context_.known.known(block_, piece.page, piece.npages);
+    }
+}
+
+// Which pages hold that still.
 void PacketBuilder::find_same(Piece &piece) const
 {
-    if ((forms_.mask & hashing_forms) == 0 && !context_.places.used()) {
-        return;
-    }
-    piece.known = context_.known.known(block_, piece.page, piece.npages);
     if (piece.known == 0) {
         return;
     }
@@ -219,6 +231,71 @@ void PacketBuilder::replace_hashes(const Piece &piece)
                                     piece.hashes + first, &fresh_);
         }
     });
+}
+
+// ---- read as they go out ----------------------------------------------------------------------------
+
+// No form turns on the pages' content, and nothing is told of what was there before.
+bool PacketBuilder::read_later(const Piece &piece) const noexcept
+{
+    return !piece.lent && piece.known == 0 && (forms_.mask & forms_of_content) == 0;
+}
+
+void PacketBuilder::emit_unread(const Piece &piece)
+{
+    const size_t page_bytes = context_.memory.page_bytes();
+    uint64_t zeros = 0;
+    size_t nzero = 0;
+    check(vmth_zero_scan(piece.content.at, page_bytes, piece.npages, &zeros, &nzero));
+    context_.known.forget(block_, piece.page, piece.npages);
+    for_stretches(zeros, piece.npages, [&](size_t first, size_t end, bool zero) {
+        const LentRun run = {piece.page + first, end - first, piece.origin.at + first * page_bytes,
+                             page_bytes};
+        if (zero) {
+            context_.hashes.fill_zero(channel_, block_, run.page, run.npages, &fresh_);
+            parts_.told(VMTH_FORM_ZERO, run.page, run.npages);
+        } else {
+            parts_.raw(run);
+            unread_.push_back(run);
+        }
+    });
+}
+
+void PacketBuilder::read_portion(std::vector<iovec> &portion)
+{
+    portion.clear();
+    for (size_t npages = 0; unread(); next_unread_++) {
+        const LentRun &run = unread_[next_unread_];
+        const size_t nbytes = static_cast<size_t>(run.npages) * run.stride;
+        npages += static_cast<size_t>(run.npages);
+        if (npages > piece_pages_ && !portion.empty()) {
+            return;
+        }
+        if (context_.hashes.enabled()) {
+            hash_run(run);
+        } else {
+            fetch(run.at, nbytes);
+        }
+        auto *at = const_cast<uint8_t *>(run.at);  // sendmsg does not write through it
+        portion.push_back({at, nbytes});
+    }
+}
+
+void PacketBuilder::hash_rest()
+{
+    for (; unread(); next_unread_++) {
+        if (context_.hashes.enabled()) {
+            hash_run(unread_[next_unread_]);
+        }
+    }
+}
+
+void PacketBuilder::hash_run(const LentRun &run)
+{
+    vmth_u128 hashes[max_piece_pages];
+    const auto npages = static_cast<size_t>(run.npages);
+    check(vmth_page_hash(&context_.hashes.key(), run.at, run.stride, npages, hashes));
+    context_.hashes.replace(channel_, block_, run.page, npages, hashes, &fresh_);
 }
 
 // ---- forms ------------------------------------------------------------------------------------------
@@ -381,6 +458,13 @@ uint64_t PacketBuilder::payload_bytes() const noexcept
 void PacketBuilder::end()
 {
     zstd_.flush(parts_);
+    uint64_t unread_bytes = 0;
+    for (const LentRun &run : unread_) {
+        unread_bytes += run.npages * run.stride;
+    }
+    if (unread_bytes != parts_.payload_bytes()) {
+        hash_rest();
+    }
 }
 
 SentPacket PacketBuilder::finish(uint64_t seq)

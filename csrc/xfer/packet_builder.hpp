@@ -6,6 +6,9 @@
 //                          -> zero                 -> told
 //                          -> else                 -> an encoder takes it, or it goes raw
 //
+// Where nothing turns on the hash, a piece is only tested for zero pages, and its raw pages are read,
+// which is to say hashed, portion by portion as they go out: the send finds them in near caches.
+//
 // Where a form works on content, the piece is copied first and all that is said of it is said of the
 // copy, so that an encoded page is never torn. Raw pages are sent from where they lie. Order per page:
 // hash, entry in the table, and only later the send. Belongs to one worker thread.
@@ -55,8 +58,17 @@ public:
 
     void begin(uint32_t block, uint32_t round, uint64_t most_payload_bytes);
     void add(const Batch &batch);
-    // Encode the header and return what the ledger keeps. Not for an empty packet.
+    // Encode the header and return what the ledger keeps. Not for an empty packet. With unread() its
+    // digest lacks what is read later.
     SentPacket finish(uint64_t seq);
+    // From finish() on: raw pages are left to be read, and the payload is nothing else.
+    bool unread() const noexcept { return next_unread_ < unread_.size(); }
+    // Reads the next of them, and enters their hashes in the table: `portion` is where they lie.
+    void read_portion(std::vector<iovec> &portion);
+    // All that are left, for a send that does not read them: only if there is a digest.
+    void hash_rest();
+    // Of the packet so far.
+    const vmth_u128 &digest() const noexcept { return fresh_.sum; }
 
     // Every page so far turned out to be the same, after end().
     bool empty() const noexcept { return parts_.ndesc() == 0; }
@@ -78,8 +90,12 @@ private:
     // Pages wherever they lie: the first at `at`, one every `stride` bytes.
     void read_run(const LentRun &run, bool lent);
     void read_piece(const LentRun &run, bool lent);
+    bool read_later(const Piece &piece) const noexcept;
     void hash(Piece &piece) const;
+    void find_known(Piece &piece) const;
     void find_same(Piece &piece) const;
+    void emit_unread(const Piece &piece);
+    void hash_run(const LentRun &run);
     void replace_hashes(const Piece &piece);
     void emit(const Piece &piece);
     void emit_content(const Piece &piece, size_t first, size_t end);
@@ -107,6 +123,8 @@ private:
     std::vector<uint8_t> head_;
     iovec head_iov_ = {};
     std::vector<KeptCopy> kept_;
+    std::vector<LentRun> unread_;  // pages back to back, at most a piece each
+    size_t next_unread_ = 0;
 };
 
 }  // namespace vmth

@@ -191,9 +191,13 @@ void SenderChannel::send_packet()
     std::vector<iovec> &payload = builder_.payload();
     const PacketParts &parts = builder_.parts();
     if (worth_zerocopy(parts)) {
+        builder_.hash_rest();
+        ledger_.set_digest(seq_, builder_.digest());
         // The header's buffer is reused at once, so it goes by copy.
         write_packet(&builder_.head(), 1, MSG_MORE);
         write_packet(payload.data(), payload.size(), MSG_ZEROCOPY);
+    } else if (builder_.unread()) {
+        send_portions();
     } else {
         payload.insert(payload.begin(), builder_.head());
         write_packet(payload.data(), payload.size(), 0);
@@ -206,6 +210,22 @@ void SenderChannel::send_packet()
     counters.zero_pages.add(parts.pages(VMTH_FORM_ZERO));
     counters.hole_pages.add(parts.pages(VMTH_FORM_HOLE));
     counters.free_pages.add(parts.pages(VMTH_FORM_FREE));
+}
+
+// Each portion is sent while it is in the caches of the core that read it.
+void SenderChannel::send_portions()
+{
+    for (bool first = true; builder_.unread(); first = false) {
+        builder_.read_portion(portion_);
+        if (first) {
+            portion_.insert(portion_.begin(), builder_.head());
+        }
+        const bool last = !builder_.unread();
+        if (last) {
+            ledger_.set_digest(seq_, builder_.digest());
+        }
+        write_packet(portion_.data(), portion_.size(), last ? 0 : MSG_MORE);
+    }
 }
 
 void SenderChannel::send_control(vmth_packet_kind kind, uint32_t round)

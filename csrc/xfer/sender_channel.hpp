@@ -41,6 +41,7 @@ private:
     void add(const Batch &batch);
     uint64_t count_cpu();
     void send_packet();
+    void send_portions();
     void send_control(vmth_packet_kind kind, uint32_t round);
     void write_packet(iovec *iov, size_t count, int flags);
     void write_zerocopy(iovec *iov, size_t count);
@@ -71,6 +72,7 @@ private:
     PacketBuilder builder_;
     uint64_t seq_ = 0;
     uint32_t round_ = 0;
+    std::vector<iovec> portion_;
     uint64_t taken_pages_ = 0;  // to be read for the packet being built
     std::vector<std::pair<uint64_t, uint64_t>> lent_;  // (ticket, pages) of the packet being built
     uint64_t cpu_ns_ = 0;       // of the thread, when it last counted

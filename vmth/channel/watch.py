@@ -17,7 +17,7 @@ _LOOKS_PER_TIMEOUT = 4
 
 class ProgressWatch:
     """Calls ``on_stall`` once when bytes are in flight and none was acknowledged for ``timeout_s``.
-    A packet is at most 1 MiB, and 256 KiB on a channel that was not fast: a link is taken for dead
+    A packet is at most 2 MiB, and 256 KiB on a channel that was not fast: a link is taken for dead
     below so much a timeout. Context manager; a thread of its own inside it."""
 
     def __init__(
