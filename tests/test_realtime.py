@@ -223,6 +223,13 @@ def test_what_is_not_wanted_is_not_done() -> None:
     realtime = Realtime(wanted=False)
     realtime.begin(None)
     assert policy() == USUAL and not realtime.refused
+    assert not realtime.works
+
+
+def test_whether_it_works_is_tried_and_leaves_nothing_behind() -> None:
+    assert Realtime().works == permitted()
+    assert policy() == USUAL
+    assert not Realtime(refused=True).works
 
 
 class _Named:

@@ -25,6 +25,7 @@ import msgspec
 
 from vmth.atomic import AtomicFile
 from vmth.errors import VmthError
+from vmth.policy.forecast import HURRIED_HANDOVER_NS
 
 __all__ = ["FILE_NAME", "HandoverCosts"]
 
@@ -51,14 +52,17 @@ class HandoverCosts:
         self._kind = f"{kind} "
         self._key = f"{kind} {host}"
 
-    def expected_ns(self) -> int:
+    def expected_ns(self, hurried: bool = False) -> int:
         """The median of the last ones; of those to all other hosts where there was none to this
-        one; 0 where there was none at all."""
+        one. Where there was none at all, 0, which counts as the usual; or, with the threads that
+        count ``hurried`` (vmth/realtime.py), what is usual then."""
         known = self._load()
         took = known.get(self._key) or [
             ns for key, some in known.items() if key.startswith(self._kind) for ns in some
         ]
-        return round(statistics.median(took)) if took else 0
+        if not took:
+            return HURRIED_HANDOVER_NS if hurried else 0
+        return round(statistics.median(took))
 
     def learn(self, took_ns: int) -> None:
         """One handover took so long beside what was known beforehand. Never raises."""

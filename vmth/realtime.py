@@ -49,6 +49,11 @@ class Realtime:
     _before: dict[int, int] = field(default_factory=dict)  #: thread -> policy
     _begun_ns: int = 0
 
+    @property
+    def works(self) -> bool:
+        """It is wanted and, as tried with the calling thread, permitted."""
+        return self.wanted and not self.refused and permitted()
+
     def begin(self, guest: object, *threads: int | None) -> None:
         """Raise the calling thread, these (kernel ids; None is left out) and those that the guest
         names, if it names any. A thread that has ended, has a real-time policy already or may not

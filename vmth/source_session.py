@@ -354,7 +354,7 @@ class SourceSession:
             journal_ns=record.journal_ns,
             seal_ahead=self._sealer if SEAL_AHEAD in self._agreed else None,
             delta_cache_pages=self._options.delta_cache_bytes // WIRE_PAGE_BYTES,
-            handover_ns=self._costs.expected_ns(),
+            handover_ns=self._costs.expected_ns(self._realtime.works),
         )
         self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
