@@ -11,7 +11,8 @@ a memfd that the migration and the baseline map for the run (Mapping(fd=...)) an
 Against QEMU: its multifd moves an idle guest of as much incompressible memory over as many channels
 into memory that is populated (prealloc) or fresh alike, from its "setup" to the guest running
 there, in the same rounds; VMTH_QEMU_SRC names another QEMU than the installed one. All ways follow
-one another at once: none waits until the machine's host has taken freed memory back.
+one another at once: none waits until the machine's host has taken freed memory back, and each
+follows each of the others as often.
 Idle: a live 1 GiB guest in its holder; what the downtime is beyond its last bytes at the measured
 bandwidth. Memory: a mover in a process of its own, above an idle import and without guest mappings.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import mmap
 import os
 import statistics
@@ -154,6 +156,14 @@ class QemuGuest:
         self._world.__exit__(*of)  # type: ignore[arg-type]
 
 
+def in_turns(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: over the rounds each name follows every other."""
+    n = len(names)
+    steps = [step for step in range(1, n) if math.gcd(step, n) == 1]
+    step = steps[number % len(steps)]
+    return [names[(number + i * step) % n] for i in range(n)]
+
+
 def cold_table(
     nbytes: int,
     anew: bool,
@@ -181,7 +191,7 @@ def cold_table(
                 runs["QEMU multifd"] = partial(qemu.move, populated, channels)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for number in range(rounds):
-                for name in list(runs) if number % 2 == 0 else reversed(runs):
+                for name in in_turns(list(runs), number):
                     seconds[name].append(runs[name]())
             base = statistics.median(seconds["bare sockets"])
             for name, values in seconds.items():
