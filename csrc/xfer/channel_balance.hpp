@@ -6,8 +6,9 @@
 //   waiting     ------------------                         the rest; with less waiting, channel 1
 //               |        all        |                      leaves it to channel 0
 //
-// Pages are weighed by what recent ones cost: bytes on the wire and CPU time. A channel's rate is what
-// its peer acknowledged while it had bytes under way. Arithmetic only: no lock, no clock.
+// Pages are weighed by what recent ones cost: bytes on the wire, and CPU time of building packets. A
+// channel's rate is what its peer acknowledged while it had bytes under way. Arithmetic only: no lock, no
+// clock.
 #ifndef VMTH_XFER_CHANNEL_BALANCE_HPP
 #define VMTH_XFER_CHANNEL_BALANCE_HPP
 

@@ -26,6 +26,7 @@ struct SentPacket {
     uint64_t made_pages = 0;     // of what the destination has
     int64_t sent_ns = 0;         // when its first byte was about to be sent
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
+    bool whole = true;           // false: some of it is still to be read, and to be sent
     std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear
     std::vector<vmth_run> zero_runs;  // told to be zero, where it matters what is known landed
     std::vector<KeptCopy> kept;       // of lent pages that may be missed
@@ -40,12 +41,13 @@ public:
         packets_.push_back(std::move(packet));
     }
 
-    // Before its last byte is sent. A peer that acknowledges a packet earlier has not seen it all.
-    void set_digest(uint64_t seq, const vmth_u128 &digest)
+    // All of it was read: before its last byte is sent.
+    void complete(uint64_t seq, const vmth_u128 &digest)
     {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!packets_.empty() && packets_.back().seq == seq) {
             packets_.back().digest = digest;
+            packets_.back().whole = true;
         }
     }
 

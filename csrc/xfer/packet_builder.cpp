@@ -273,7 +273,7 @@ void PacketBuilder::read_portion(std::vector<iovec> &portion)
         }
         if (context_.hashes.enabled()) {
             hash_run(run);
-        } else {
+        } else if (nbytes <= piece_bytes) {
             fetch(run.at, nbytes);
         }
         auto *at = const_cast<uint8_t *>(run.at);  // sendmsg does not write through it
@@ -492,6 +492,7 @@ SentPacket PacketBuilder::finish(uint64_t seq)
     sent.made_pages = parts_.pages(VMTH_FORM_DEDUP) + parts_.pages(VMTH_FORM_DELTA) +
                       parts_.pages(VMTH_FORM_REUSE);
     sent.digest = fresh_.sum;
+    sent.whole = !unread();
     sent.runs = parts_.content_runs();
     sent.kept = std::exchange(kept_, {});
     if (context_.known.enabled()) {

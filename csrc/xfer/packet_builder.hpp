@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Turns batches into one packet: reads each page once (zero test and hash together), then gives it the
-// cheapest form that is on.
+// Turns batches into one packet: reads pages piece by piece (zero test and hash together), then gives
+// each the cheapest form that is on.
 //
 //   piece, 64 pages   hash -> same as what landed? -> nothing
 //                          -> zero                 -> told
@@ -58,10 +58,10 @@ public:
 
     void begin(uint32_t block, uint32_t round, uint64_t most_payload_bytes);
     void add(const Batch &batch);
-    // Encode the header and return what the ledger keeps. Not for an empty packet. With unread() its
-    // digest lacks what is read later.
+    // Encode the header and return what the ledger keeps. Not for an empty packet. With unread() it is
+    // not whole, and its digest lacks what is read later.
     SentPacket finish(uint64_t seq);
-    // From finish() on: raw pages are left to be read, and the payload is nothing else.
+    // After end(): raw pages are left to be read, and the payload is nothing else.
     bool unread() const noexcept { return next_unread_ < unread_.size(); }
     // Reads the next of them, and enters their hashes in the table: `portion` is where they lie.
     void read_portion(std::vector<iovec> &portion);

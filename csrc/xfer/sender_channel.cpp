@@ -192,7 +192,7 @@ void SenderChannel::send_packet()
     const PacketParts &parts = builder_.parts();
     if (worth_zerocopy(parts)) {
         builder_.hash_rest();
-        ledger_.set_digest(seq_, builder_.digest());
+        ledger_.complete(seq_, builder_.digest());
         // The header's buffer is reused at once, so it goes by copy.
         write_packet(&builder_.head(), 1, MSG_MORE);
         write_packet(payload.data(), payload.size(), MSG_ZEROCOPY);
@@ -222,7 +222,7 @@ void SenderChannel::send_portions()
         }
         const bool last = !builder_.unread();
         if (last) {
-            ledger_.set_digest(seq_, builder_.digest());
+            ledger_.complete(seq_, builder_.digest());
         }
         write_packet(portion_.data(), portion_.size(), last ? 0 : MSG_MORE);
     }
@@ -465,6 +465,11 @@ void SenderChannel::take_ack(const vmth_ack &ack, const std::vector<vmth_run> &m
     std::optional<SentPacket> sent = ledger_.pop(ack.seq);
     if (!sent) {
         throw packet_error(channel_.name(), {"ack.seq", ack.seq, ledger_.next()});
+    }
+    if (!sent->whole) {
+        throw TransferError(ErrorKind::protocol,
+                            channel_.name() + ": received an acknowledgement of packet " +
+                                std::to_string(ack.seq) + ", allowed once all of it was sent");
     }
     const auto trip_ns = static_cast<uint64_t>(steady_ns() - sent->sent_ns);
     const uint64_t least_ns = least_trip_ns();
