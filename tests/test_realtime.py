@@ -232,6 +232,12 @@ def test_whether_it_works_is_tried_and_leaves_nothing_behind() -> None:
     assert not Realtime(refused=True).works
 
 
+def test_it_does_not_work_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = refuse(monkeypatch)
+    assert not Realtime().works
+    assert asked == [RAISED]
+
+
 class _Named:
     def __init__(self, threads: Sequence[int]) -> None:
         self._threads = threads

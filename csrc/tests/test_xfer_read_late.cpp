@@ -37,9 +37,9 @@ struct Sends {
     vmth_sock_ops ops = *vmth_sock_system_ops();
 };
 
-// Of all pages, once the window is open.
 constexpr uint64_t open_window = uint64_t{1} << 30;
 
+// Of all pages, once the window is open.
 vmth::SenderOptions one_packet()
 {
     vmth::SenderOptions options;

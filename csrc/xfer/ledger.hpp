@@ -24,7 +24,7 @@ struct SentPacket {
     uint32_t block = 0;
     uint64_t bytes = 0;          // on the wire
     uint64_t made_pages = 0;     // of what the destination has
-    int64_t sent_ns = 0;         // when its first byte was about to be sent
+    int64_t sent_ns = 0;         // before its first byte was sent
     vmth_u128 digest = {0, 0};   // of what was read; zero when the digest is off
     bool whole = true;           // false: some of it is still to be read, and to be sent
     std::vector<vmth_run> runs;  // PAGES: those whose content was sent; what is told cannot tear

@@ -7,7 +7,8 @@
 //                          -> else                 -> an encoder takes it, or it goes raw
 //
 // Where nothing turns on the hash, a piece is only tested for zero pages, and its raw pages are read,
-// which is to say hashed, portion by portion as they go out: the send finds them in near caches.
+// which is to say hashed, or fetched where there is no digest, portion by portion as they go out: the
+// send finds them in near caches.
 //
 // Where a form works on content, the piece is copied first and all that is said of it is said of the
 // copy, so that an encoded page is never torn. Raw pages are sent from where they lie. Order per page:
