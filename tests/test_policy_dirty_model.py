@@ -146,6 +146,19 @@ def test_a_guest_that_was_quiet_at_first_is_judged_by_what_it_has_become() -> No
     assert even.most_pps(290 * MS) == pytest.approx(30_000)
 
 
+def test_a_set_that_ends_between_two_looks_was_not_written_to_at_random() -> None:
+    """Whoever goes over 256 MiB at 150 MB/s has been everywhere after 1.8 s."""
+    full = lasted(4_800, 65_536)
+    in_turns = fit_dirty_model([full, lasted(2_146, 65_536, (1_482, 54_253), (1_852, 65_536))])
+    assert in_turns.most_pps(280 * MS) == pytest.approx(150e6 / PAGE, rel=0.01)
+    assert in_turns.dirty_pages(100 * MS) == pytest.approx(15e6 / PAGE, rel=0.01)
+    uniform_ = UniformWrites(80_000, 65_536)
+    looks = [(ms, round(uniform_.dirty_pages(ms * MS))) for ms in (1_000, 1_300)]
+    end = round(uniform_.dirty_pages(2_000 * MS))
+    at_random = fit_dirty_model([full, lasted(2_000, end, *looks)])
+    assert at_random.first_touch_pps == pytest.approx(80_000, rel=0.01)
+
+
 # ---- what the policy makes of it -----------------------------------------------------------------
 
 

@@ -145,11 +145,14 @@ def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
 
 
 def _head(points: Sequence[tuple[float, float]]) -> UniformWrites:
-    """A set that is flat at first and grows later was not all dirty at once."""
+    """Neither a set that is flat at first and grows later is uniform (it was not all dirty at once)
+    nor one that ends where uniform writes would have gone on: that is written to in turns, and had
+    been everywhere."""
     first, end = points[0], points[-1]
     apart_ns = max(LONGER * first[0], first[0] + APART_NS)
     head = _through(first, next((point for point in points if point[0] >= apart_ns), end))
-    if math.isinf(head.first_touch_pps) and end[1] > SAME_SET * first[1]:
+    late = math.isinf(head.first_touch_pps) and end[1] > SAME_SET * first[1]
+    if late or head.dirty_pages(end[0]) > SAME_SET * end[1]:
         return UniformWrites(first[1] / first[0] * NS, math.inf)
     return head
 
