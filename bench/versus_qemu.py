@@ -34,6 +34,7 @@ from versus_runs import (
     Outcome,
     QemuMode,
     run_core,
+    run_core_beside_sibling,
     run_core_from_disk,
     run_core_warm,
     run_qemu,
@@ -100,6 +101,7 @@ def ways(qemu: Sequence[str]) -> dict[str, Callable[[Case, Link], Outcome]]:
         found[name] = partial(run_core, options=options)
     warm = ("--channels", "2")
     found["vmth, warm return"] = partial(run_core_warm, options=warm)
+    found["vmth, sibling"] = partial(run_core_beside_sibling, options=warm)
     found["vmth, base disk"] = partial(run_core_from_disk, options=warm)
     return found
 

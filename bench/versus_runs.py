@@ -34,6 +34,8 @@ WARM_S = 3.0
 DOWNTIME_LIMIT_MS = 300
 #: Memory that a run takes, times the guest's: both ends, and something to spare.
 TAKEN = 3
+#: Another guest with as many files as the standard mix has.
+SIBLING = "zero=25,files=35,random=40"
 #: More than any guest here can dirty.
 UNPACED_BPS = 1_600_000_000
 PORT = 47440
@@ -356,13 +358,29 @@ def run_core(
 def run_core_warm(case: Case, link: Link, options: Sequence[str]) -> Outcome:
     """The destination has the memory that the same guest, run before, left there: all but what the
     workload has written since is found in that file. Keeping and indexing it is not timed."""
+    workload = (
+        *("--workload", case.workload, "--dirty-rate", f"{case.rate_bps}"),
+        *("--working-set", f"{case.working_set_bytes}"),
+    )
+    return _run_core_beside(case, link, options, case.content, workload)
+
+
+def run_core_beside_sibling(case: Case, link: Link, options: Sequence[str]) -> Outcome:
+    """The destination has the memory of a guest that has the same files (one seed chooses them and
+    their order) at other places, and nothing else in common. Keeping and indexing it is not timed.
+    """
+    return _run_core_beside(case, link, options, SIBLING, ("--workload", "idle"))
+
+
+def _run_core_beside(
+    case: Case, link: Link, options: Sequence[str], content: str, workload: Sequence[str]
+) -> Outcome:
     vmth = (sys.executable, "-P", "-m", "vmth")
     with tempfile.TemporaryDirectory(prefix="versus-warm-", dir="/var/tmp") as folder:
         kept = f"{folder}/memory"
         _quietly(
-            *(*vmth, "demo", "--memory", str(case.memory_bytes), "--content", case.content),
-            *("--workload", case.workload, "--seed", str(case.seed), "--warm-up", "0s"),
-            *("--dirty-rate", f"{case.rate_bps}", "--working-set", f"{case.working_set_bytes}"),
+            *(*vmth, "demo", "--memory", str(case.memory_bytes), "--content", content),
+            *("--seed", str(case.seed), "--warm-up", "0s", *workload),
             *("--run-on", "0s", "--mode", "cold", "--forms", "zero", "--keep-image", kept),
         )
         _quietly(*vmth, "index", kept)
