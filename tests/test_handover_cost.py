@@ -17,7 +17,12 @@ from vmth.handover_cost import FILE_NAME, KEPT, LEAST_NS, MOST_NS, PAIRS, Handov
 from vmth.handshake import Incoming
 from vmth.listener import Listener
 from vmth.options import MigrateOptions, ReceiveOptions
-from vmth.policy.forecast import HANDOVER_NS, HURRIED_HANDOVER_NS, forecast_downtime
+from vmth.policy.forecast import (
+    HANDOVER_NS,
+    HURRIED_HANDOVER_NS,
+    first_handover_ns,
+    forecast_downtime,
+)
 from vmth.policy.interface import Action, Decision, Forecast, RoundView
 from vmth.policy.standard import StandardPolicy
 from vmth.realtime import permitted
@@ -41,6 +46,8 @@ def costs(path: Path, host: str = "b", guest: object = None) -> HandoverCosts:
 def test_the_median_of_the_last_ones_counts(tmp_path: Path) -> None:
     assert costs(tmp_path).expected_ns() == 0
     assert costs(tmp_path).expected_ns(hurried=True) == HURRIED_HANDOVER_NS
+    slow = costs(tmp_path).expected_ns(hurried=True, journal_ns=5 * MS)
+    assert slow == HURRIED_HANDOVER_NS + 15 * MS
     for ms in (90, 4, 5, 80, 6):
         costs(tmp_path).learn(ms * MS)
     assert costs(tmp_path).expected_ns() == 6 * MS
@@ -163,7 +170,7 @@ def test_the_next_move_counts_with_what_the_last_one_took(tmp_path: Path) -> Non
             listener.wait_for_guest(5)
             view = policy.views[-1]
             off_ns = result.downtime_ns - forecast_downtime(view).total_ns
-            counted.append((view.handover_ns, off_ns))
-    (none, first_off), (learned, _) = counted
-    assert none == (HURRIED_HANDOVER_NS if permitted() else 0)
-    assert learned == (none or HANDOVER_NS) + first_off
+            counted.append((view.handover_ns, off_ns, view.journal_ns))
+    (none, first_off, journal_ns), (learned, _, _) = counted
+    assert none == (first_handover_ns(HURRIED_HANDOVER_NS, journal_ns) if permitted() else 0)
+    assert learned == (none or first_handover_ns(HANDOVER_NS, journal_ns)) + first_off

@@ -187,6 +187,76 @@ def test_an_append_that_fails_decides_nothing(tmp_path: Path, ops: SickDisk) -> 
         assert [entry.sequence for entry in log.entries] == [1, 2]
 
 
+class Watched(FileOps):
+    """What was written where, and what was made durable."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        self.calls.append(("pwrite", offset))
+        return super().pwrite(fd, data, offset)
+
+    def fsync(self, fd: int) -> None:
+        self.calls.append(("fsync", 0))
+        super().fsync(fd)
+
+
+def test_waking_the_disk_changes_nothing(tmp_path: Path) -> None:
+    StateDirectory(tmp_path).close()
+    ops = Watched()
+    with StateDirectory(tmp_path, ops).create_journal(SESSION, Side.SOURCE) as log:
+        log.append(Record.MIGRATING, RECEIVER, {"guest": "vm1"})
+        before = log.path.read_bytes()
+        ops.calls.clear()
+        log.write_ns = journal.WORTH_WAKING_NS
+        log.wake_disk()
+        assert ops.calls == [("pwrite", journal.SLOT_BYTES), ("fsync", 0)]
+        assert log.path.read_bytes() == before
+        assert log.write_ns == journal.WORTH_WAKING_NS
+        log.append(Record.GRANTED, RECEIVER)
+    with StateDirectory(tmp_path).open_journal(SESSION, Side.SOURCE) as log:
+        assert [entry.record for entry in log.entries] == [Record.MIGRATING, Record.GRANTED]
+
+
+@pytest.mark.parametrize("kind", ["pwrite", "fsync"])
+def test_a_disk_that_cannot_be_woken_is_nobodys_trouble(tmp_path: Path, kind: str) -> None:
+    StateDirectory(tmp_path).close()
+    ops = SickDisk("healthy", 0, errno.EIO)
+    with StateDirectory(tmp_path, ops).create_journal(SESSION, Side.DESTINATION) as log:
+        log.append(Record.RECEIVING, RECEIVER)
+        log.write_ns = 1
+        ops.kind = kind
+        log.wake_disk()
+        assert ops.left < 0
+        ops.kind = "healed"
+        log.append(Record.STARTING, RECEIVER)
+    with StateDirectory(tmp_path).open_journal(SESSION, Side.DESTINATION) as log:
+        assert [entry.record for entry in log.entries] == [Record.RECEIVING, Record.STARTING]
+
+
+@pytest.mark.parametrize(
+    ("records", "write_ns"),
+    [(1, 0), (1, journal.WORTH_WAKING_NS + 1), (journal.SLOTS, 1)],
+    ids=["unknown", "slow", "full"],
+)
+def test_a_disk_is_left_asleep_where_waking_it_does_not_pay(
+    tmp_path: Path, records: int, write_ns: int
+) -> None:
+    StateDirectory(tmp_path).close()
+    ops = Watched()
+    with StateDirectory(tmp_path, ops).create_journal(SESSION, Side.SOURCE) as log:
+        for _ in range(records):
+            log.append(Record.MIGRATING, RECEIVER)
+        ops.calls.clear()
+        log.write_ns = write_ns
+        log.wake_disk()
+        log.close()
+        log.write_ns = 1
+        log.wake_disk()  # closed
+    assert not ops.calls
+
+
 def test_append_refuses_what_does_not_belong(state: StateDirectory) -> None:
     with state.create_journal(SESSION, Side.SOURCE) as log:
         with pytest.raises(UsageError, match="STARTING given, MIGRATING, GRANTED"):

@@ -29,6 +29,7 @@ from vmth.types import Bitmap, Gpa, Mapping, RamBlock
 
 PAGE = 4096
 NOTHING = Forecast(0, 0, 0, 0)
+READY_NS = 1_000_000_000
 
 
 class LoopGuest:
@@ -109,6 +110,7 @@ class Loop:
         self.arrived = [np.full_like(array, 0xEE) for array in guest.memory]
         self.link = FakeLink(guest.memory, self.arrived)
         self.events: list[Event] = []
+        self.ready: list[bool] = []  #: at each call, did the guest run?
         self.now = 0
         self.precopy = PreCopy(
             guest=guest,
@@ -119,9 +121,15 @@ class Loop:
             emit=self.events.append,
             page_bytes=PAGE,
             live=live,
+            get_ready=self.get_ready,
             pause_guest=guest.pause,
             resume_guest=guest.resume,
         )
+
+    def get_ready(self) -> None:
+        """It takes a while, in which the guest runs."""
+        self.ready.append(self.guest.running)
+        self.now += READY_NS
 
     def clock(self) -> int:
         self.now += 1000
@@ -262,10 +270,19 @@ def test_a_last_set_that_grew_resumes_the_guest_and_goes_on() -> None:
     final = loop.precopy.run()
     loop.check_equal()
     assert guest.log.count("pause") == 3
+    assert loop.ready == [True] * 3
     assert guest.log.count("resume") == 2
     assert sum(isinstance(event, GuestResumed) for event in loop.events) == 2
     assert [view.failed_rechecks for view in policy.views] == [0, 0, 1, 1, 2, 2]
     assert final.was_running
+
+
+def test_what_is_done_before_the_pause_is_no_downtime() -> None:
+    guest = LoopGuest([64])
+    loop = Loop(guest, FixedRoundsPolicy(2))
+    final = loop.precopy.run()
+    assert loop.ready == [True]
+    assert loop.now > READY_NS > loop.now - final.pause_started_ns
 
 
 @pytest.mark.parametrize("fetch_clears", [True, False])

@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,23 @@ def effective_capabilities() -> int:
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     raise AssertionError("/proc/self/status has no CapEff")
+
+
+def readers() -> list[int]:
+    """Policies of the control connections' readers; both ends' are in this process."""
+    return [
+        policy(thread.native_id)
+        for thread in threading.enumerate()
+        if thread.name == "vmth-control" and thread.native_id is not None
+    ]
+
+
+def raised_readers(wanted: int) -> int:
+    """How many are raised, once they are as many as wanted, or after 5 s."""
+    until = time.monotonic() + 5
+    while (raised := readers().count(RAISED)) != wanted and time.monotonic() < until:
+        time.sleep(0.001)
+    return raised
 
 
 class Sleeper:
@@ -87,12 +106,8 @@ class PolicyGuest(MemoryGuest):
     def _called(self, name: str) -> None:
         self.seen.setdefault(name, []).append(policy())
         self.named_seen.setdefault(name, []).extend(policy(thread) for thread in self.named)
-        self.readers_seen.setdefault(name, []).extend(
-            policy(thread.native_id)
-            for thread in threading.enumerate()
-            if thread.name == "vmth-control" and thread.native_id is not None
-        )
         super()._called(name)
+        self.readers_seen.setdefault(name, []).extend(readers())
 
 
 class PolicyWorld(World):
@@ -331,7 +346,7 @@ def test_a_process_without_the_capability_finds_out() -> None:
 
 
 @needs_permission
-def test_both_ends_hurry_from_the_pause_until_the_guest_runs(world: PolicyWorld) -> None:
+def test_both_ends_hurry_while_the_guest_is_paused(world: PolicyWorld) -> None:
     with Sleeper() as here, Sleeper() as there:
         world.here, world.there = [here.id], [there.id]
         source, listener = running(world)
@@ -346,11 +361,48 @@ def test_both_ends_hurry_from_the_pause_until_the_guest_runs(world: PolicyWorld)
             }
         for calls in (world.arrived.seen, world.arrived.named_seen):
             assert calls["load_state"] == calls["resume"] == [RAISED]
-        assert source.readers_seen["pause"].count(RAISED) == 1  # ours, not yet the other's
+        assert source.readers_seen["pause"].count(RAISED) >= 1  # ours
         assert world.arrived.readers_seen["resume"] == [RAISED, RAISED]
         assert source.readers_seen["release"].count(RAISED) <= 1
         assert policy(here.id) == policy(there.id) == USUAL
         assert NOT_PERMITTED not in result.fallbacks
+
+
+class Expecting:
+    """Expects a downtime of so many ms after each round, the last of which is switched over after;
+    ``seen``: of how many control connections the reader was raised, once it was so many."""
+
+    def __init__(self, *rounds: tuple[int, int]) -> None:
+        self.seen: list[int] = []
+        self._rounds = deque(rounds)
+
+    def decide(self, view: RoundView) -> Decision:
+        expected_ms, raised = self._rounds.popleft()
+        self.seen.append(raised_readers(raised))
+        action = Action.CONTINUE if self._rounds else Action.SWITCH_OVER
+        return Decision(action, "as told", Forecast(expected_ms * 1_000_000, 0, 0, 0))
+
+    def recheck(self, view: RoundView, forecast: Forecast) -> Decision:
+        return Decision(Action.SWITCH_OVER, "as told", forecast)
+
+
+@needs_permission
+@pytest.mark.parametrize(("last_ms", "at_pause"), [(301, 1), (300, 2)])
+def test_the_destination_hurries_when_the_pause_is_near(
+    world: PolicyWorld, last_ms: int, at_pause: int
+) -> None:
+    """From what it is told of a round on, which is before the pause."""
+    seen: list[int] = []
+    source, listener = running(world)
+    rounds = [(1_000, 0), (10, 0), (20, 1), (5_000, 1), (last_ms, 0)]
+    chosen = Expecting(*rounds)
+    if at_pause == 2:
+        source.on_call["pause"] = lambda: seen.append(raised_readers(2))
+    world.migrate(source, listener, policy=chosen)
+    world.check_moved(source, listener)
+    assert chosen.seen == [raised for _, raised in rounds]
+    assert source.readers_seen["pause"].count(RAISED) == at_pause
+    assert world.arrived.seen["load_state"] == [RAISED]
 
 
 @needs_permission

@@ -4,6 +4,7 @@ back when some of them have not. Whole sessions over a far link, then the engine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,20 @@ from listener_world import World, one_world
 from memory_guest import MemoryGuest
 from stream_pass_world import DEVICES, END, every_page
 from stream_pass_world import World as StreamWorld
+from test_realtime import TakenBackOnce
 
 import vmth
 from vmth import destination_session, handshake, precopy, source_session
 from vmth.channel.control import ControlConnection
-from vmth.channel.pages import NativeSender
+from vmth.channel.pages import NativeReceiver, NativeSender
 from vmth.errors import MigrationError, NotConvergedError
+from vmth.memory_pass import MemoryPass
 from vmth.policy.fixed import FixedRoundsPolicy
+from vmth.precopy import PreCopy
 from vmth.qemu import stream_pass
 from vmth.qemu.stream_pass import StreamPass
 from vmth.types import Bitmap
-from vmth.wire.messages import LastBarrier, Message, Mode, PackedState, Pong, Seal
+from vmth.wire.messages import LastBarrier, Message, Mode, PackedState, Paused, Pong, Seal, State
 
 LATE_S = 0.1
 
@@ -54,6 +58,10 @@ class Said:
 
     def kinds(self, *kinds: type[Message]) -> list[str]:
         return [type(message).__name__ for message in self.messages if isinstance(message, kinds)]
+
+    def turns(self, *kinds: type[Message]) -> list[str]:
+        """The same, those that follow one of their kind left out."""
+        return [kind for kind, _ in itertools.groupby(self.kinds(*kinds))]
 
 
 def equal_when_loaded(source: MemoryGuest) -> Callable[[MemoryGuest], None]:
@@ -84,6 +92,8 @@ def test_the_seal_waits_for_the_last_pages(
         assert result.verified
         assert listener.wait_for_guest(5).guest is world.made[-1]
     # One seal, and it needed no repair: it was on its way before the pages, and answered after.
+    told = said.turns(Paused, LastBarrier, State, Seal)
+    assert told == ["Paused", "LastBarrier", "State", "Seal"]
     assert said.kinds(LastBarrier, Seal) == ["LastBarrier", "Seal"]
     assert result.transfer.missed_pages == 0
     parts = result.downtime_parts
@@ -93,6 +103,30 @@ def test_the_seal_waits_for_the_last_pages(
     assert result.transfer.base_rtt_ns > 2 * LATE_S * 1e9
     world.prepare = lambda guest: None
     world.moves(listener)
+
+
+def test_the_destination_knows_of_the_pause_while_the_last_pages_are_sent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that cannot send them says so before; the pause before, that was taken back, it does
+    not say."""
+    said = Said(monkeypatch)
+    at_pass: list[tuple[int, bool, list[str]]] = []
+    send = MemoryPass.send
+
+    def note(one: MemoryPass, bitmaps: Sequence[Bitmap], number: int) -> None:
+        at_pass.append((number, not source.running, said.kinds(Paused)))
+        send(one, bitmaps, number)
+
+    monkeypatch.setattr(MemoryPass, "send", note)
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    vmth.migrate(source, listener.endpoint.display, world.options(policy=TakenBackOnce()))
+    assert listener.wait_for_guest(5).guest is world.made[-1]
+    assert [number for number, _, _ in at_pass] == [0, 1, 2]
+    assert [told for _, _, told in at_pass] == [[], [], ["Paused"]]
+    assert [paused for _, paused, _ in at_pass] == [False, False, True]
+    assert said.kinds(Paused) == ["Paused"]
 
 
 def test_what_an_end_does_not_know_is_not_used(
@@ -134,6 +168,51 @@ def test_without_a_digest_or_with_an_audit_everything_lands_first(
     vmth.migrate(source, listener.endpoint.display, world.options(digest=digest, audit=audit))
     assert listener.wait_for_guest(5).guest is world.made[-1]
     assert said.kinds(LastBarrier, Seal) == ["Seal"]
+
+
+def test_the_result_tells_of_what_a_repair_sent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though most of it is put together while the destination compares."""
+    wrong = True  # the destination's table, for one page, until it comes again
+    digest, hashes_of = NativeReceiver.digest, NativeReceiver.hashes
+    subdigests, resend = NativeReceiver.subdigests, PreCopy.resend
+
+    def wrong_digest(receiver: NativeReceiver) -> tuple[int, int, int]:
+        low, high, pages = digest(receiver)
+        return low ^ wrong, high, pages
+
+    def wrong_hashes(receiver: NativeReceiver, block: int, page: int, npages: int) -> Any:
+        hashes = hashes_of(receiver, block, page, npages)
+        if wrong and page <= 5 < page + npages:
+            hashes[5 - page] ^= np.uint64(1)
+        return hashes
+
+    def wrong_sums(receiver: NativeReceiver, block: int, page: int, npages: int, step: int) -> Any:
+        sums = subdigests(receiver, block, page, npages, step)
+        if wrong and page <= 5 < page + npages:
+            sums[(5 - page) // step] ^= np.uint64(1)
+        return sums
+
+    def repair(engine: PreCopy, block: int, pages: Sequence[int]) -> None:
+        nonlocal wrong
+        wrong = False
+        resend(engine, block, pages)
+
+    monkeypatch.setattr(NativeReceiver, "digest", wrong_digest)
+    monkeypatch.setattr(NativeReceiver, "hashes", wrong_hashes)
+    monkeypatch.setattr(NativeReceiver, "subdigests", wrong_sums)
+    monkeypatch.setattr(PreCopy, "resend", repair)
+    source, listener = world.guest(), world.listen()
+    source.resume()
+    result = vmth.migrate(source, listener.endpoint.display, world.options())
+    assert listener.wait_for_guest(5).guest is world.made[-1]
+    assert result.verified and result.digest_source == result.digest_destination != ""
+    repaired = result.rounds[-1]
+    assert not wrong and repaired.paused and repaired.pages == 1
+    for what in ("normal_pages", "zero_pages"):
+        sent = sum(getattr(stats, what) for stats in result.rounds)
+        assert getattr(result.transfer, what) == sent, what
 
 
 def test_a_state_that_cannot_be_saved_while_pages_are_under_way(world: World) -> None:
@@ -207,6 +286,9 @@ class Ahead:
         self.world = world
         self.told: list[tuple[str, int, bool]] = []  # what, barriers, guest paused
         self.digest = (0, 0, 0)
+
+    def stays_paused(self) -> None:
+        raise AssertionError("a QEMU's guest is paused long before its last pages are here")
 
     def last_pages_sent(self) -> int:
         sender, receiver = self.world.link.sender, self.world.link.receiver

@@ -106,6 +106,11 @@ class DestinationRecord:
     def runs_here(self) -> bool:
         return self.state is DestinationState.RUNNING
 
+    def wake_disk(self) -> None:
+        """Soon something is to be made durable while the guest is paused. Never raises."""
+        with self._lock:
+            self._journal.wake_disk()
+
     def apply(self, event: DestinationEvent, reply: Send | None = None) -> None:
         """Take a transition and carry it out. ``reply`` is the connection that brought the event.
         Raises StreamError for an event of the peer's that the state does not allow, and what a

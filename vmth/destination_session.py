@@ -54,7 +54,7 @@ from vmth.handshake import (
 )
 from vmth.memory import MappedBlock, map_blocks
 from vmth.options import ReceiveOptions
-from vmth.realtime import NOT_PERMITTED, Realtime
+from vmth.realtime import Realtime
 from vmth.received import NOT_REUSED, ReceiveResult, not_found
 from vmth.seal import digest_text
 from vmth.state_streams import StateCollector
@@ -92,6 +92,8 @@ ABORT_TIMEOUT_S = 2.0
 #: How long a source's reason is waited for when a page channel has broken.
 REASON_TIMEOUT_S = 1.0
 #: How long last pages are waited for before it is looked whether the source says something.
+#: A source that expects no more will pause the guest soon.
+PAUSES_SOON_NS = 300_000_000
 LANDING_LOOK_NS = 20_000_000
 
 _LOOKS_PER_TIMEOUT = 4
@@ -366,9 +368,13 @@ class DestinationSession:
             self._check_receiving(message)
         if isinstance(message, RoundDone):
             self.progress = message
+            if message.expected_downtime_ns <= PAUSES_SOON_NS:
+                self._hurry()
+            else:
+                self._realtime.end()
         elif isinstance(message, Paused):
             self._record.was_running = message.was_running
-            self._hurry()
+            self._hurry(paused=True)
             self._paused = True
         elif isinstance(message, State | PackedState):
             if isinstance(message, PackedState) and PACKED_STATE not in self._agreed:
@@ -401,11 +407,13 @@ class DestinationSession:
                 "what a source sends"
             )
 
-    def _hurry(self) -> None:
-        """Once, and not where all of memory comes, or is hashed, while the guest is paused."""
-        assert self._offer is not None
+    def _hurry(self, paused: bool = False) -> None:
+        """Not where all of memory comes, or is hashed, while the guest is paused."""
+        assert self._offer is not None and self._record is not None
         if self._offer.mode == Mode.LIVE and not self._offer.audit and not self._paused:
-            self._realtime.begin(self._guest, self._control.thread_id)
+            self._realtime.begin(self._guest, self._control.thread_id, paused=paused)
+            if paused and self._realtime.wanted:
+                self._record.wake_disk()
 
     def _check_receiving(self, message: Message) -> None:
         """A query on another connection may have ended it meanwhile."""
@@ -523,7 +531,7 @@ class DestinationSession:
                 *self._receiver.fallbacks(),
                 *(self._guest.notes() if isinstance(self._guest, CanNote) else ()),
                 *self._announce_note,
-                *((NOT_PERMITTED,) if self._realtime.refused else ()),
+                *self._realtime.notes,
                 *((NOT_REUSED,) if self._options.reuse and REUSE not in self._agreed else ()),
                 *not_found(asked, served, memory_bytes // WIRE_PAGE_BYTES),
             ),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a handover takes on these two hosts: learned from the last ones.
 
-    downtime = pages + queue + state + round trips + journals' records + the rest
+    downtime = pages + queue + state + round trips + the rest
 
-The rest is what pausing, sealing and resuming cost in processes that have to wake up: the same for
+The rest is what pausing, sealing and resuming cost in processes that have to wake up, and records
+that have to be durable: the same for
 every move of such a guest between two hosts, and twice as much on one pair as on another. What it
 took is kept in the file ``handovers`` of the source's state directory, and its median is what the
 next forecast counts with.
@@ -25,7 +26,7 @@ import msgspec
 
 from vmth.atomic import AtomicFile
 from vmth.errors import VmthError
-from vmth.policy.forecast import HURRIED_HANDOVER_NS
+from vmth.policy.forecast import HURRIED_HANDOVER_NS, first_handover_ns
 
 __all__ = ["FILE_NAME", "HandoverCosts"]
 
@@ -52,16 +53,17 @@ class HandoverCosts:
         self._kind = f"{kind} "
         self._key = f"{kind} {host}"
 
-    def expected_ns(self, hurried: bool = False) -> int:
+    def expected_ns(self, hurried: bool = False, journal_ns: int = 0) -> int:
         """The median of the last ones; of those to all other hosts where there was none to this
         one. Where there was none at all, 0, which counts as the usual; or, with the threads that
-        count ``hurried`` (vmth/realtime.py), what is usual then."""
+        count ``hurried`` (vmth/realtime.py), what is usual then, with records that take
+        ``journal_ns`` each."""
         known = self._load()
         took = known.get(self._key) or [
             ns for key, some in known.items() if key.startswith(self._kind) for ns in some
         ]
         if not took:
-            return HURRIED_HANDOVER_NS if hurried else 0
+            return first_handover_ns(HURRIED_HANDOVER_NS, journal_ns) if hurried else 0
         return round(statistics.median(took))
 
     def learn(self, took_ns: int) -> None:

@@ -28,7 +28,7 @@ from vmth.events import (
 from vmth.guest import CanNote, Guest, expected_state_bytes
 from vmth.guest_throttle import GuestThrottle
 from vmth.memory_pass import MemoryPass
-from vmth.policy.forecast import HANDOVER_NS, known_downtime_ns
+from vmth.policy.forecast import HANDOVER_NS, first_handover_ns, known_downtime_ns
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, Policy, RoundView
 from vmth.rounds import FinalPass, RoundTools, SealAhead
 from vmth.stats import RoundStats, round_stats
@@ -62,6 +62,7 @@ class PreCopy:
     emit: Callable[[Event], None]
     page_bytes: int
     live: bool
+    get_ready: Callable[[], None]  #: for the pause, while the guest runs still
     pause_guest: Callable[[], bool]  #: guest.pause(), by way of the handover's table
     resume_guest: Callable[[], None]
     job_started_ns: int | None = None
@@ -183,6 +184,8 @@ class PreCopy:
     def _send_last(self) -> None:
         """While paused: the seal goes out behind the last pages where it may."""
         ahead = self.seal_ahead
+        if ahead is not None:
+            ahead.stays_paused()
         self._send_round(ahead)
         if ahead is not None and self._dirty_pages:
             ahead.pages_missed()
@@ -296,6 +299,7 @@ class PreCopy:
     # -- the guest -------------------------------------------------------------------------------
 
     def _pause(self) -> int:
+        self.get_ready()
         self._pause_started_ns = self.clock()
         self.was_running = self.pause_guest()
         self.paused = True
@@ -391,7 +395,8 @@ class PreCopy:
     def _handover_ns(self) -> int:
         """What the last ones took must leave room for pages, or a few slow ones would keep all
         guests here, and nothing else be learned."""
-        most_ns = max(HANDOVER_NS, self.tuning.downtime_limit_ns // 2)
+        usual_ns = first_handover_ns(HANDOVER_NS, self.journal_ns)
+        most_ns = max(usual_ns, self.tuning.downtime_limit_ns // 2)
         return min(self.handover_ns, most_ns)
 
 
@@ -406,6 +411,7 @@ def make_precopy(guest: Guest, tools: RoundTools) -> PreCopy:
         emit=tools.emit,
         page_bytes=tools.page_bytes,
         live=tools.live,
+        get_ready=tools.get_ready,
         pause_guest=tools.pause_guest,
         resume_guest=tools.resume_guest,
         job_started_ns=tools.job_started_ns,

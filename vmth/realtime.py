@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""While a guest is paused, the threads that it waits for run before all others.
+"""While a guest is paused, the threads that it waits for run before all others, on cores that are
+awake.
 
 A paused guest waits for a few threads, each of which does little, sleeps, and is woken by the next
 message. On a host whose cores are busy with guests every wake-up may wait for a time slice of
@@ -8,6 +9,11 @@ these threads get SCHED_FIFO with the lowest priority, sched(7), from the pause 
 somewhere; then each is again what it was. The threads that carry pages are left alone: they work as
 long as there are pages. So is every vCPU: a thread that is started meanwhile gets the usual policy
 and nice 0 (SCHED_RESET_ON_FORK).
+
+A core that has nothing to do sleeps, and each of those messages wakes one. How long that may take
+is asked of the kernel by a latency of 0 in /dev/cpu_dma_latency, which counts for all cores as long
+as the file is open (Documentation/power/pm_qos_interface.rst): from the pause on idle cores wait
+for work instead of sleeping.
 """
 
 from __future__ import annotations
@@ -28,10 +34,14 @@ __all__ = ["LONGEST_NS", "NOT_PERMITTED", "PRIORITY", "Realtime", "permitted"]
 log = logging.getLogger(__name__)
 
 PRIORITY = 1
+#: A device of this host, which has one kernel.
+LATENCY_PATH = "/dev/cpu_dma_latency"
 NOT_PERMITTED = (
     "real-time priority: not permitted (CAP_SYS_NICE or RLIMIT_RTPRIO, and real-time run time of "
     "the cgroup where the kernel divides that)"
 )
+#: A number of 32 bits, in the order of this host.
+LATENCY_US = bytes(4)
 #: At a destination: no pause that is worth it lasts longer; whatever the source does, it is over
 #: then.
 LONGEST_NS = 5_000_000_000
@@ -47,6 +57,7 @@ class Realtime:
     clock: Callable[[], int] = time.monotonic_ns
     refused: bool = False  #: the kernel did not permit it to the calling thread
     _before: dict[int, int] = field(default_factory=dict)  #: thread -> policy
+    _awake_fd: int | None = None  #: open while cores are kept awake
     _begun_ns: int = 0
 
     @property
@@ -54,14 +65,26 @@ class Realtime:
         """It is wanted and, as tried with the calling thread, permitted."""
         return self.wanted and not self.refused and permitted()
 
-    def begin(self, guest: object, *threads: int | None) -> None:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the result's ``fallbacks``."""
+        return (NOT_PERMITTED,) if self.refused else ()
+
+    def begin(self, guest: object, *threads: int | None, paused: bool = True) -> None:
         """Raise the calling thread, these (kernel ids; None is left out) and those that the guest
         names, if it names any. A thread that has ended, has a real-time policy already or may not
-        be raised stays as it is. Never raises."""
-        if not self.wanted or self.refused:
+        be raised stays as it is. With ``paused`` (it is, or just about to be) cores are kept awake
+        too, and time counts from here. Once begun, threads are not looked at again before
+        ``end()``. Never raises."""
+        if not self.wanted:
+            return
+        if paused or not self._before:
+            self._begun_ns = self.clock()
+        if paused:
+            self._keep_awake()
+        if self.refused or self._before:
             return
         own = threading.get_native_id()
-        self._begun_ns = self.clock()
         trouble = self._raise(own)
         if trouble is not None:
             self.refused = True
@@ -73,11 +96,16 @@ class Realtime:
 
     def check_time(self) -> None:
         """``end()`` once LONGEST_NS have passed."""
-        if self._before and self.clock() - self._begun_ns > LONGEST_NS:
+        if (
+            self._before or self._awake_fd is not None
+        ) and self.clock() - self._begun_ns > LONGEST_NS:
             self.end()
 
     def end(self) -> None:
         """Each is again what it was. Idempotent, never raises."""
+        if self._awake_fd is not None:
+            os.close(self._awake_fd)
+            self._awake_fd = None
         while self._before:
             thread, policy = self._before.popitem()
             try:
@@ -91,6 +119,22 @@ class Realtime:
                     _set(thread, policy | os.SCHED_RESET_ON_FORK)
             except OSError as error:
                 log.warning("thread %d keeps its real-time priority: %s", thread, error)
+
+    def _keep_awake(self) -> None:
+        if self._awake_fd is not None:
+            return
+        try:
+            fd = os.open(LATENCY_PATH, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            log.info("idle cores may sleep: %s", error)
+            return
+        try:
+            os.write(fd, LATENCY_US)
+        except OSError as error:
+            log.info("idle cores may sleep: %s", error)
+            os.close(fd)
+            return
+        self._awake_fd = fd
 
     def _raise(self, thread: int) -> Exception | None:
         """What the kernel had against it; a thread that has ended is no trouble."""
@@ -119,7 +163,7 @@ def _named(guest: object) -> Iterable[int]:
 def permitted() -> bool:
     """Would the kernel? Tries it with the calling thread."""
     trial = Realtime()
-    trial.begin(None)
+    trial.begin(None, paused=False)
     trial.end()
     return not trial.refused
 

@@ -39,6 +39,11 @@ class FinalPass:
 class SealAhead(Protocol):
     """Says the seal behind the last pages, without waiting for them to land."""
 
+    def stays_paused(self) -> None:
+        """The guest is paused and will not run here again unless the job fails: the destination
+        gets ready while the last pages are on their way. Before ``last_pages_sent()``, or not at
+        all. Raises what ends the job."""
+
     def last_pages_sent(self) -> int:
         """The guest is paused, no page waits and none was kept: the digest is that of all memory
         before the barrier that was begun last. Returns the ns that the guest's state took. Raises
@@ -68,6 +73,8 @@ class RoundTools:
     seal_ahead: SealAhead | None = None  #: None: everything lands first
     delta_cache_pages: int = 0  #: of which both ends keep a base; 0: not known
     handover_ns: int = 0  #: what else the last handovers took; 0: not known
+    #: The guest, which runs still, is about to be paused. Idempotent; ``resume_guest`` ends it.
+    get_ready: Callable[[], None] = lambda: None
 
 
 class RoundEngine(Protocol):

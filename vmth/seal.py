@@ -70,6 +70,9 @@ class Sealer:
     _summary: StateSummary | None = None
     _said: Digest | None = None  #: in a seal that was not answered yet
 
+    def stays_paused(self) -> None:
+        self.state.say_paused()
+
     def last_pages_sent(self) -> int:
         self.control.send(LastBarrier(self.sender.barriers()))
         self._say()

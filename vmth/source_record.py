@@ -84,6 +84,10 @@ class SourceRecord:
         """The least that making something durable took here; 0: not known."""
         return self._journal.write_ns
 
+    def wake_disk(self) -> None:
+        """Soon something is to be made durable while the guest is paused. Never raises."""
+        self._journal.wake_disk()
+
     @property
     def guest_paused_for_good(self) -> bool:
         """Granted, and not known what became of it: the guest must stay as it is."""

@@ -20,7 +20,6 @@ from vmth.abort import abort_code
 from vmth.audit import MemoryDigests
 from vmth.channel.control import ControlConnection
 from vmth.channel.forms import agreed_forms
-from vmth.channel.interface import Digest
 from vmth.channel.pages import FAST_PACKET_BYTES, NativeSender
 from vmth.channel.reuse import REUSE, hear_filter
 from vmth.channel.sockets import DialError
@@ -68,7 +67,7 @@ from vmth.options import MigrateOptions
 from vmth.policy.standard import StandardPolicy
 from vmth.precopy import make_precopy
 from vmth.queries import ask_destination, settle, tell_kept, tell_released
-from vmth.realtime import NOT_PERMITTED, Realtime
+from vmth.realtime import Realtime
 from vmth.rounds import FinalPass, MakeEngine, RoundEngine, RoundTools
 from vmth.seal import Sealer, digest_text
 from vmth.source_record import SourceRecord, why_it_ended
@@ -321,14 +320,8 @@ class SourceSession:
             rounds = self._engine.rounds if self._engine is not None else ()
             return PACKED_STATE in self._agreed and packing_pays(sender.counters(), rounds)
 
-        state = StateTeller(
-            control.send,
-            self._guest,
-            lambda: record.was_running,
-            packed,
-            self._clock,
-            self._check_wake,
-        )
+        of = (control.send, self._guest, lambda: record.was_running)
+        state = StateTeller(*of, packed, self._clock, self._check_wake)
         self._sealer = Sealer(
             control=control,
             sender=sender,
@@ -347,6 +340,7 @@ class SourceSession:
             emit=self._emit,
             page_bytes=WIRE_PAGE_BYTES,
             live=self._options.mode is Mode.LIVE,
+            get_ready=self._get_ready,
             pause_guest=self._pause,
             resume_guest=self._resume,
             check=self._check_wake,
@@ -354,11 +348,17 @@ class SourceSession:
             journal_ns=record.journal_ns,
             seal_ahead=self._sealer if SEAL_AHEAD in self._agreed else None,
             delta_cache_pages=self._options.delta_cache_bytes // WIRE_PAGE_BYTES,
-            handover_ns=self._costs.expected_ns(self._realtime.works),
+            handover_ns=self._costs.expected_ns(self._realtime.works, record.journal_ns),
         )
         self._engine = self._sealer.engine = self._make_engine(self._guest, tools)
         self._resources.callback(self._stop_tracking)
         return self._engine.run()
+
+    def _get_ready(self) -> None:
+        assert self._record is not None and self._control is not None
+        if self._realtime.wanted:
+            self._record.wake_disk()
+        self._realtime.begin(self._guest, self._control.thread_id)
 
     def _pause(self) -> bool:
         assert self._record is not None and self._control is not None
@@ -378,11 +378,13 @@ class SourceSession:
         assert record is not None and engine is not None and self._sealer is not None
         self._status = "switchover"
         self._final = final
+        rounds, draft = tuple(engine.rounds), self._draft()  # the destination compares meanwhile
         theirs = self._sealer.run(self._rehash if self._options.audit else None)
         record.apply(SourceEvent.SEALED)
         self._emit(SealMatched(self._clock(), digest_text(theirs)))
         sealed_ns = self._clock()
-        draft = self._draft(theirs)
+        if tuple(engine.rounds) != rounds:  # it was repaired
+            draft = self._draft()
         self._check_wake()
         record.apply(SourceEvent.GRANT)
         granted_ns = self._clock()
@@ -397,6 +399,7 @@ class SourceSession:
             self._costs.learn(parts.total_ns - final.known_ns)
         return replace(
             draft,
+            digest_destination=digest_text(theirs) if draft.verified else "",
             rounds=tuple(engine.rounds),
             total_ns=self._running_ns - self._started_ns,
             downtime_ns=parts.total_ns,
@@ -573,25 +576,22 @@ class SourceSession:
     def _emit(self, event: Event) -> None:
         self.events.put(event)
         if isinstance(event, RoundFinished) and self._control is not None:
-            stats = event.stats
-            done = RoundDone(
-                stats.round, stats.pages, stats.dirty_pages, stats.expected_downtime_ns
-            )
+            of = event.stats
+            done = RoundDone(of.round, of.pages, of.dirty_pages, of.expected_downtime_ns)
             with contextlib.suppress(VmthError):  # informative; a lost connection shows elsewhere
                 self._control.send(done)
 
-    def _draft(self, theirs: Digest) -> MigrationResult:
+    def _draft(self) -> MigrationResult:
         """The result but for its times; made before the grant, after which nothing may fail."""
         assert self._sender is not None and self._engine is not None and self._record is not None
         counters = self._last_counters = self._sender.counters()
-        fallbacks = [*self._fallbacks, *self._engine.notes, *self._sender.fallbacks()]
-        if self._realtime.refused:
-            fallbacks.append(NOT_PERMITTED)
-        digests = self._sender.digest() if self._options.digest else None, theirs
+        engine, sender = self._engine, self._sender
+        notes = (*self._fallbacks, *engine.notes, *sender.fallbacks(), *self._realtime.notes)
+        ours = sender.digest() if self._options.digest else None
         return replace(
-            draft_result(self._options, self._scope, self._guest, counters, digests, fallbacks),
+            draft_result(self._options, self._scope, self._guest, counters, ours, notes),
             form_decisions=tuple(self._tuner.decisions) if self._tuner is not None else (),
-            pauses_taken_back_ns=self._engine.taken_back_ns,
+            pauses_taken_back_ns=engine.taken_back_ns,
             session_id=self.session_id.hex(),
             receiver_id=self._record.receiver_id.hex(),
             peer={"uri": self._endpoint.display},

@@ -75,12 +75,11 @@ def draft_result(
     scope: str,
     guest: Guest,
     counters: TransferCounters,
-    digests: tuple[Digest | None, Digest],
+    ours: Digest | None,
     fallbacks: Sequence[str],
 ) -> MigrationResult:
-    """What is known before the grant: no rounds and no times. ``digests``: (the source's, None with
-    the digest off; the destination's)."""
-    ours, theirs = digests
+    """What is known before the seal is answered: no rounds, no times and nothing of the
+    destination's. ``ours``: the source's digest, None with the digest off."""
     unverified = (
         ()
         if ours is not None
@@ -97,7 +96,7 @@ def draft_result(
         memory_bytes=sum(block.used_length for block in guest.blocks),
         wire_bytes=counters.wire_bytes,
         digest_source=digest_text(ours) if ours is not None else "",
-        digest_destination=digest_text(theirs) if ours is not None else "",
+        digest_destination="",
         transfer=counters,
         fallbacks=(*fallbacks, *unverified),
         audited=options.audit,

@@ -101,15 +101,22 @@ class StateTeller:
         self._packed = packed
         self._clock = clock
         self.said_ns = (0, 0)  #: from, to, on the clock
+        self._paused_said = False
 
     def _send(self, message: Message) -> None:
         self._check()
         self._tell(message)
 
+    def say_paused(self) -> None:
+        """Once, and before ``say()`` if it is to be known earlier. Raises what ``send`` raises."""
+        if not self._paused_said:
+            self._send(Paused(time.time_ns(), self._was_running()))
+            self._paused_said = True
+
     def say(self) -> StateSummary:
         """Raises GuestError for a guest that cannot save it, and what ``send`` raises."""
         began_ns = self._clock()
-        self._send(Paused(time.time_ns(), self._was_running()))
+        self.say_paused()
         state = StateSender(self._send, self._packed())
         try:
             self._guest.save_state(state.write)

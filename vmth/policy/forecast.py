@@ -7,8 +7,9 @@
                than what a page took in the rounds so far; a few, which lie apart, take more
     queue      bytes handed to sockets that have not landed yet / bandwidth
     state      CPU and device state / bandwidth
-    overhead   the round trips of last pages and seal, one or two, and of the grant, the journals'
-               records, which are as slow as the disk, and what pause, seal and resume cost
+    overhead   the round trips of last pages and seal, one or two, and of the grant, and what pause,
+               seal, records and resume cost, as the last handovers tell; less what goes on while
+               the last pages are under way
 
 Bandwidth is acknowledged bytes over time, never pages: a burst of zero pages moves millions of
 pages a second and says nothing about the link. Bytes a page come from the rounds after the full
@@ -29,6 +30,7 @@ __all__ = [
     "HURRIED_HANDOVER_NS",
     "bandwidth_bps",
     "bytes_per_page",
+    "first_handover_ns",
     "forecast_downtime",
     "known_downtime_ns",
     "page_ns",
@@ -42,10 +44,13 @@ ROUND_NS = 1_000_000
 #: the round trips and the journals' records: 4 to 9 ms on machines of two cores with both ends on
 #: them, and up to twice that where the guest, as soon as it runs, takes one of them for itself.
 HANDOVER_NS = 7_000_000
-#: The same where the threads that the paused guest waits for run before all others: 2 to 5 ms.
-HURRIED_HANDOVER_NS = 3_500_000
+#: The same where the threads that the paused guest waits for run before all others: 2 to 4 ms.
+HURRIED_HANDOVER_NS = 3_000_000
 #: GRANTED at the source, STARTING and RUNNING at the destination: each durable, one after another.
 JOURNAL_RECORDS = 3
+#: Where the seal goes out behind the last pages (two round trips in all): state is saved and said
+#: meanwhile, and of the pages' time so much is no downtime of their own.
+MEANWHILE_NS = 500_000
 #: Header and descriptors: a packet of some 64 pages has 64 bytes + at most 16 a page.
 WIRE_OVERHEAD = 1.005
 #: Telling that a page is zero costs a pass over it: 0.30 to 0.34 us from DRAM on one core.
@@ -57,7 +62,9 @@ SCATTERED_PAGE_NS = 2_000
 #: So many pages, not zero, tell what one costs...
 ENOUGH_PAGES = 256
 #: ...with a base, if of so many the delta was sent.
-BUILT_SHARE = 0.5
+BUILT_SHARE = 0.3
+#: A round that took so long tells the bandwidth half as well as one without end.
+LONG_NS = 200_000_000
 #: A round counts half as much as the one after it.
 DECAY = 0.5
 #: Without a single acknowledged byte the link is unknown: as slow as the slowest that is in use.
@@ -69,8 +76,9 @@ def bandwidth_bps(view: RoundView) -> float:
 
     A round weighs by its age and by how much of it was transfer: one that took little more than a
     round trip, or that handled mostly zero pages, only says that the link is at least that fast.
+    Several short ones in a row do not outweigh the last long one.
     """
-    fixed_ns = view.rtt_ns + ROUND_NS
+    fixed_ns = view.rtt_ns + ROUND_NS + LONG_NS
     weighted = total = 0.0
     weight_of_age = 1.0
     for round_ in reversed(view.rounds):
@@ -145,17 +153,28 @@ def forecast_downtime(view: RoundView, dirty_pages: float | None = None) -> Fore
     pages = view.dirty_pages if dirty_pages is None else dirty_pages
     rate = bandwidth_bps(view)
     scattered_ns = 0 if view.streamed else min(pages, FEW_PAGES) * SCATTERED_PAGE_NS
+    pages_ns = round(max(sending_ns(view, pages), scattered_ns))
+    meanwhile_ns = 0 if view.streamed or view.handover_trips > 2 else min(pages_ns, MEANWHILE_NS)
     return Forecast(
-        pages_ns=round(max(sending_ns(view, pages), scattered_ns)),
+        pages_ns=pages_ns,
         queue_ns=round(view.queued_bytes / rate * NS),
         state_ns=round(view.state_bytes / rate * NS),
         # By then the queue has drained: it is a part of its own.
         overhead_ns=view.handover_trips * (view.base_rtt_ns or view.rtt_ns)
-        + JOURNAL_RECORDS * view.journal_ns
-        + (view.handover_ns or HANDOVER_NS),
+        + max(0, _handover_ns(view) - meanwhile_ns),
     )
 
 
 def known_downtime_ns(view: RoundView) -> int:
     """The same without what a handover costs in any case, which only handovers tell."""
-    return forecast_downtime(view).total_ns - (view.handover_ns or HANDOVER_NS)
+    return forecast_downtime(view).total_ns - _handover_ns(view)
+
+
+def first_handover_ns(usual_ns: int, journal_ns: int) -> int:
+    """What to expect of a handover before one was measured, on a disk on which a durable record
+    takes ``journal_ns``."""
+    return usual_ns + JOURNAL_RECORDS * journal_ns
+
+
+def _handover_ns(view: RoundView) -> int:
+    return view.handover_ns or first_handover_ns(HANDOVER_NS, view.journal_ns)

@@ -64,11 +64,12 @@ class RoundView:
     failed_rechecks: int  #: times the guest was paused and resumed because the last set had grown
     switchover_requested: bool = False
     job_started_ns: int | None = None  #: before its connections; None: with the rounds
-    handover_ns: int = 0  #: pause, seal, grant and resume beside round trips; 0: as usual
+    handover_ns: int = 0  #: pause, seal, records and resume beside round trips; 0: as usual
     takes_rate: bool = False  #: its hypervisor holds it to a dirty rate instead of a share of time
     dirty_limit_bps: float = 0.0  #: to which it is held; 0: not
     limited_at_ns: int = 0  #: since when
-    journal_ns: int = 0  #: one durable record here, of which the downtime has three; 0: unknown
+    #: One durable record here, of which the downtime has three, while ``handover_ns`` is 0.
+    journal_ns: int = 0
     handover_trips: int = 3  #: round trips of last pages, seal and grant: those that follow another
     base_rtt_ns: int = 0  #: the least of the last minutes, with little queued; 0: as ``rtt_ns``
     #: After round 1: of dirty_pages, those that it has sent as well. None: not known.

@@ -24,6 +24,7 @@ from vmth.channel.pump import CanPump, PumpLimits, PumpStop
 from vmth.errors import MigrationError, NotConvergedError, StreamError, VerificationError
 from vmth.events import DirtyLimited, GuestPaused, RoundFinished, RoundStarted, Throttled
 from vmth.guest import Guest
+from vmth.policy.forecast import first_handover_ns
 from vmth.policy.interface import Action, CanForesee, Decision, OnStall, RoundView
 from vmth.qemu.dirty_limit import ThrottleWay
 from vmth.qemu.lent_ahead import LentAhead
@@ -551,12 +552,11 @@ class StreamPass:
             failed_rechecks=0,
             switchover_requested=tuning.switchover_requested,
             job_started_ns=self.tools.job_started_ns,
-            handover_ns=HANDOVER_NS,
+            handover_ns=first_handover_ns(HANDOVER_NS, self.tools.journal_ns),
             streamed=True,
             takes_rate=self.throttle is ThrottleWay.DIRTY_LIMIT,
             dirty_limit_bps=self.dirty_limit_bps,
             limited_at_ns=self._limited_at_ns,
-            journal_ns=self.tools.journal_ns,
             base_rtt_ns=counters.base_rtt_ns,
             delta_cache_pages=self.tools.delta_cache_pages,
             handover_trips=4 if len(self._again) else 3 if self.tools.seal_ahead is None else 2,
