@@ -456,10 +456,11 @@ def test_extra_rounds_are_bounded() -> None:
 
 
 def test_no_extra_round_for_what_costs_less_than_a_round() -> None:
-    view = view_of(round_stats(0, pages=1 << 20, dirty=300, duration_ms=3_400))
-    decision = StandardPolicy().decide(view)
+    few, more = (round_stats(0, pages=1 << 20, dirty=n, duration_ms=3_400) for n in (150, 300))
+    assert StandardPolicy().decide(view_of(more)).action is Action.CONTINUE
+    decision = StandardPolicy().decide(view_of(few))
     assert decision.action is Action.SWITCH_OVER
-    assert "1.17MiB dirty, expected downtime" in decision.reason
+    assert "600KiB dirty, expected downtime" in decision.reason
     assert "<= limit 300ms" in decision.reason
 
 

@@ -53,8 +53,9 @@ RECENT_ROUNDS = 4
 MAX_EXTRA_ROUNDS = 3
 #: Such a round must promise a set of at most this share of the present one...
 EXTRA_SHRINKS_TO = 0.5
-#: ...and the pages it saves must be worth more than a round costs.
-EXTRA_SAVES_NS = 2 * ROUND_NS
+#: ...and the pages it saves must be worth so much downtime, and so much of the round's own time.
+EXTRA_SAVES_NS = ROUND_NS // 2
+EXTRA_SAVES_SHARE = 0.1
 #: Margin on bandwidth over dirty rate: at 1.0 rounds never get shorter.
 CONVERGE_MARGIN = 1.25
 #: The full pass, and two that resend: what forms pages take is known only then.
@@ -159,7 +160,8 @@ class StandardPolicy:
         left = fit_dirty_model(view.rounds[-RECENT_ROUNDS:]).dirty_pages(round_ns)
         saved_ns = expected.pages_ns - forecast_downtime(view, left).pages_ns
         cheap = round_ns < max(view.downtime_limit_ns, 2 * (view.rtt_ns + ROUND_NS))
-        shrinks = left <= EXTRA_SHRINKS_TO * view.dirty_pages and saved_ns > EXTRA_SAVES_NS
+        shrinks = left <= EXTRA_SHRINKS_TO * view.dirty_pages
+        shrinks = shrinks and saved_ns > max(EXTRA_SAVES_NS, EXTRA_SAVES_SHARE * round_ns)
         if cheap and shrinks and self._extra_rounds < MAX_EXTRA_ROUNDS and not _timed_out(view):
             self._extra_rounds += 1
             return Decision(
