@@ -219,6 +219,24 @@ def test_waking_the_disk_changes_nothing(tmp_path: Path) -> None:
         assert [entry.record for entry in log.entries] == [Record.MIGRATING, Record.GRANTED]
 
 
+def test_a_disk_that_takes_long_to_wake_is_left_asleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StateDirectory(tmp_path).close()
+    ops = Watched()
+    with StateDirectory(tmp_path, ops).create_journal(SESSION, Side.SOURCE) as log:
+        log.append(Record.MIGRATING, RECEIVER)
+        ops.calls.clear()
+        log.write_ns = 1
+        times = iter((0, journal.WORTH_WAKING_NS, 0, journal.WORTH_WAKING_NS + 1))
+        monkeypatch.setattr("vmth.journal.time.monotonic_ns", lambda: next(times))
+        for _ in range(3):
+            log.wake_disk()
+        assert [what for what, _ in ops.calls] == ["pwrite", "fsync"] * 2
+        monkeypatch.undo()
+        log.append(Record.GRANTED, RECEIVER)
+
+
 @pytest.mark.parametrize("kind", ["pwrite", "fsync"])
 def test_a_disk_that_cannot_be_woken_is_nobodys_trouble(tmp_path: Path, kind: str) -> None:
     StateDirectory(tmp_path).close()

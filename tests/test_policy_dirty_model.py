@@ -7,6 +7,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from test_policy_outlook import ended_ns, view_of
 from vmth.policy import Action, OnStall, StandardPolicy
 from vmth.policy.dirty_model import (
     ENOUGH_PAGES,
+    SAME_SET,
     DirtyModel,
     SeenGrowth,
     UniformWrites,
@@ -152,11 +154,26 @@ def test_a_set_that_ends_between_two_looks_was_not_written_to_at_random() -> Non
     in_turns = fit_dirty_model([full, lasted(2_146, 65_536, (1_482, 54_253), (1_852, 65_536))])
     assert in_turns.most_pps(280 * MS) == pytest.approx(150e6 / PAGE, rel=0.01)
     assert in_turns.dirty_pages(100 * MS) == pytest.approx(15e6 / PAGE, rel=0.01)
-    uniform_ = UniformWrites(80_000, 65_536)
-    looks = [(ms, round(uniform_.dirty_pages(ms * MS))) for ms in (1_000, 1_300)]
-    end = round(uniform_.dirty_pages(2_000 * MS))
-    at_random = fit_dirty_model([full, lasted(2_000, end, *looks)])
-    assert at_random.first_touch_pps == pytest.approx(80_000, rel=0.01)
+
+
+@pytest.mark.parametrize("pages", [2_000, 65_536])
+@pytest.mark.parametrize("first_ms", [100, 300, 1_000, 2_000, 4_000])
+def test_random_writes_are_never_taken_for_writes_in_turns(pages: int, first_ms: int) -> None:
+    """With the chance that is in them, and looks that come a quarter later each; a page a second
+    is written to each page. A set that is flat at first and grows later is another matter."""
+    rng = np.random.default_rng(first_ms)
+    rate = float(pages)
+    for _ in range(400_000 // pages):
+        written = rng.integers(0, pages, 8 * pages)
+        _, first = np.unique(written, return_index=True)
+        dirtied_at_ms = np.sort(first / rate * 1e3)
+        times = [round(first_ms * 1.25**n) for n in range(4)]
+        seen = [int(np.searchsorted(dirtied_at_ms, ms)) for ms in times]
+        newest = lasted(times[-1], seen[-1], *zip(times[:-1], seen[:-1], strict=True))
+        model = fit_dirty_model([lasted(20_000, pages), newest])
+        linear = isinstance(model, SeenGrowth) and math.isinf(model.head.working_set_pages)
+        if linear and seen[1] > SAME_SET * seen[0]:
+            assert seen[1] / seen[0] >= 0.97 * times[1] / times[0], "in turns, for no reason"
 
 
 # ---- what the policy makes of it -----------------------------------------------------------------

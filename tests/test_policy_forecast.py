@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from test_policy_outlook import view_of
 
+from vmth.policy import Action, StandardPolicy
 from vmth.policy.forecast import (
     HANDOVER_NS,
     MEANWHILE_NS,
@@ -77,3 +78,15 @@ def test_several_short_rounds_do_not_outweigh_a_long_one() -> None:
     # One that is long is believed at once.
     slower = sent(5, 60_000, 240_000_000, 4_000)
     assert bandwidth_bps(view_of(LONG, *short, slower)) < 0.62 * LINK
+
+
+@pytest.mark.parametrize(
+    ("scattered", "action"), [(400, Action.SWITCH_OVER), (700, Action.CONTINUE)]
+)
+def test_a_short_round_is_made_for_downtime_and_not_for_what_passes_meanwhile(
+    scattered: int, action: Action
+) -> None:
+    """Pages of next to no bytes: 2 us each, of which half a millisecond is none of the downtime."""
+    same = replace(sent(1, 60_000, 600_000, 20), same_pages=60_000, normal_pages=0)
+    view = replace(view_of(LONG, same), dirty_pages=scattered, handover_trips=2, rtt_ns=0)
+    assert StandardPolicy().decide(view).action is action

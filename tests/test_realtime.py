@@ -440,8 +440,22 @@ def test_a_source_that_keeps_talking_does_not_keep_the_destination_so(
     monkeypatch.setattr("vmth.realtime.LONGEST_NS", 0)  # the next message comes too late
     source, listener = running(world)
     world.migrate(source, listener)
-    assert source.seen["save_state"] == [RAISED]
-    assert world.arrived.seen["resume"] == [USUAL]
+    assert source.seen["pause"] == [RAISED]
+    assert source.seen["save_state"] == world.arrived.seen["resume"] == [USUAL]
+
+
+@needs_permission
+def test_a_source_that_falls_silent_does_not_keep_the_destination_so(
+    world: PolicyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmth.realtime.LONGEST_NS", 1_000_000_000)
+    monkeypatch.setattr("vmth.destination_session.HURRY_LOOK_S", 0.05)
+    seen: list[int] = []
+    source, listener = running(world)
+    source.on_call["save_state"] = lambda: seen.extend((raised_readers(2), raised_readers(1)))
+    world.migrate(source, listener)
+    world.check_moved(source, listener)
+    assert seen == [2, 1]
 
 
 class TakenBackOnce:

@@ -92,9 +92,11 @@ ABORT_TIMEOUT_S = 2.0
 #: How long a source's reason is waited for when a page channel has broken.
 REASON_TIMEOUT_S = 1.0
 #: How long last pages are waited for before it is looked whether the source says something.
+LANDING_LOOK_NS = 20_000_000
 #: A source that expects no more will pause the guest soon.
 PAUSES_SOON_NS = 300_000_000
-LANDING_LOOK_NS = 20_000_000
+#: While threads are raised: how often it is looked whether that has lasted long enough.
+HURRY_LOOK_S = 1.0
 
 _LOOKS_PER_TIMEOUT = 4
 
@@ -345,6 +347,8 @@ class DestinationSession:
         while True:
             try:
                 self._seal_when_landed()
+                while self._realtime.held and not self._control.wait(HURRY_LOOK_S):
+                    self._realtime.check_time()
                 message = self._control.receive()
                 self._handled, self._handling = self._handled + 1, True
                 self._realtime.check_time()
@@ -412,7 +416,7 @@ class DestinationSession:
         assert self._offer is not None and self._record is not None
         if self._offer.mode == Mode.LIVE and not self._offer.audit and not self._paused:
             self._realtime.begin(self._guest, self._control.thread_id, paused=paused)
-            if paused and self._realtime.wanted:
+            if self._realtime.held and not paused:
                 self._record.wake_disk()
 
     def _check_receiving(self, message: Message) -> None:
@@ -441,6 +445,7 @@ class DestinationSession:
         assert self._receiver is not None and self._last_barrier is not None
         try:
             while not self._receiver.wait_barriers(self._last_barrier, LANDING_LOOK_NS):
+                self._realtime.check_time()
                 if self._control.waits:
                     return
                 self._check_receiving(self._ahead)

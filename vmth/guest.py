@@ -205,7 +205,8 @@ class CanNameThreads(Protocol):
     def switchover_threads(self) -> Sequence[int]:
         """Their kernel ids (gettid), in this process or another: they run before all others while
         the guest is paused (``vmth.realtime``). Never a vCPU's, nor one that works without end.
-        Asked at the pause, and at a destination when it is told of it."""
+        Asked just before the pause, and at a destination when that is near; again after a pause
+        that did not come or was taken back."""
 
 
 @runtime_checkable

@@ -225,6 +225,7 @@ class Journal:
         self.session_id = session_id
         self.side = side
         self.write_ns = write_ns  #: the least that making something durable took; 0: not known
+        self._left_asleep = False
         self._fd = fd
         self._removed = False
         self._entries = entries
@@ -284,14 +285,19 @@ class Journal:
 
     def wake_disk(self) -> None:
         """Write and fsync without changing anything: a disk that has rested takes longer for the
-        first write than for the next. Nothing where writes are not known to be short. Never raises,
-        and says nothing of whether the next record can be written."""
+        first write than for the next. Nothing where writes are not known to be short, nor ever
+        again once waking it was not. Never raises, and says nothing of whether the next record can
+        be written."""
         index = len(self._entries)
         if self._fd < 0 or index == SLOTS or not 0 < self.write_ns <= WORTH_WAKING_NS:
             return
+        if self._left_asleep:
+            return
+        began_ns = time.monotonic_ns()
         with contextlib.suppress(OSError):
             self._ops.pwrite(self._fd, bytes(SLOT_BYTES), index * SLOT_BYTES)
             self._ops.fsync(self._fd)
+        self._left_asleep = time.monotonic_ns() - began_ns > WORTH_WAKING_NS
 
     def remove(self) -> None:
         """Forget the session: delete the file, durably, and close. Also after ``close()``, for an

@@ -80,7 +80,7 @@ class MigrateOptions:
     zerocopy: bool = True
     insecure: bool = False  #: plaintext beyond loopback and unix sockets is allowed
     peer_timeout_s: float = 10.0
-    realtime: bool = True  #: what a paused guest waits for runs first, where that is permitted
+    realtime: bool = True  #: what a paused guest waits for runs first, on cores that are awake
     query_timeout_s: float = 10.0  #: how long a granted source asks before it is in doubt
     state_dir: Path | None = None
     keep_image: Path | None = None  #: where the guest's memory is kept once it has left
@@ -144,7 +144,7 @@ class ReceiveOptions:
     peer_timeout_s: float = 10.0
     idle_timeout_s: float = 600.0  #: a session in which nothing but pings happens is ended
     linger_s: float = 30.0  #: how long ``receive`` answers a source that has not said Released
-    realtime: bool = True  #: what a paused guest waits for runs first, where that is permitted
+    realtime: bool = True  #: what a paused guest waits for runs first, on cores that are awake
     state_dir: Path | None = None
     link: LinkOptions = field(default_factory=LinkOptions)
     reuse: Sequence[ReuseSource] = ()  #: files with pages, asked in their order; kept by the caller

@@ -14,6 +14,9 @@ A core that has nothing to do sleeps, and each of those messages wakes one. How 
 is asked of the kernel by a latency of 0 in /dev/cpu_dma_latency, which counts for all cores as long
 as the file is open (Documentation/power/pm_qos_interface.rst): from the pause on idle cores wait
 for work instead of sleeping.
+
+A destination's threads are raised a little earlier, when the pause is near: whoever handles the
+word that it has come must not wait for others either.
 """
 
 from __future__ import annotations
@@ -42,8 +45,7 @@ NOT_PERMITTED = (
 )
 #: A number of 32 bits, in the order of this host.
 LATENCY_US = bytes(4)
-#: At a destination: no pause that is worth it lasts longer; whatever the source does, it is over
-#: then.
+#: No pause that is worth it lasts longer; whatever the other end does, it is over then.
 LONGEST_NS = 5_000_000_000
 #: What a thread may be taken from; one with another policy has been given it by somebody.
 _USUAL = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
@@ -58,12 +60,18 @@ class Realtime:
     refused: bool = False  #: the kernel did not permit it to the calling thread
     _before: dict[int, int] = field(default_factory=dict)  #: thread -> policy
     _awake_fd: int | None = None  #: open while cores are kept awake
+    _spent: bool = False  #: it has lasted that long once, and waits for the pause itself
     _begun_ns: int = 0
 
     @property
     def works(self) -> bool:
         """It is wanted and, as tried with the calling thread, permitted."""
         return self.wanted and not self.refused and permitted()
+
+    @property
+    def held(self) -> bool:
+        """Something is raised, or kept awake: ``check_time()`` is to be called now and then."""
+        return bool(self._before) or self._awake_fd is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,8 +83,8 @@ class Realtime:
         names, if it names any. A thread that has ended, has a real-time policy already or may not
         be raised stays as it is. With ``paused`` (it is, or just about to be) cores are kept awake
         too, and time counts from here. Once begun, threads are not looked at again before
-        ``end()``. Never raises."""
-        if not self.wanted:
+        ``end()``; once that took LONGEST_NS, nothing begins before the pause. Never raises."""
+        if not self.wanted or (self._spent and not paused):
             return
         if paused or not self._before:
             self._begun_ns = self.clock()
@@ -96,10 +104,9 @@ class Realtime:
 
     def check_time(self) -> None:
         """``end()`` once LONGEST_NS have passed."""
-        if (
-            self._before or self._awake_fd is not None
-        ) and self.clock() - self._begun_ns > LONGEST_NS:
+        if self.held and self.clock() - self._begun_ns > LONGEST_NS:
             self.end()
+            self._spent = True
 
     def end(self) -> None:
         """Each is again what it was. Idempotent, never raises."""

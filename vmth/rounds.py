@@ -31,8 +31,8 @@ class FinalPass:
     pause_started_ns: int
     paused_ns: int  #: pause() had returned and the last set was known
     landed_ns: int
-    #: Of the downtime, what was known when the last set was: pages, queue, state, round trips and
-    #: records. 0: not known.
+    #: Of the downtime, what was known when the last set was: pages, queue, state and round trips.
+    #: 0: not known.
     known_ns: int = 0
 
 

@@ -534,6 +534,7 @@ class SourceSession:
             self._control.interrupt(error)
 
     def _check_wake(self) -> None:
+        self._realtime.check_time()
         if self._cancelled:
             raise CancelledError(self._cancelled)
         if self._peer_gone is not None:

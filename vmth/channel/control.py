@@ -75,6 +75,11 @@ class ControlConnection:
         """``receive`` would return or raise at once. Any thread."""
         return bool(self._interruptions or self._inbox or self._failure)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Until ``receive`` would return or raise at once; False after that time."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self.waits, timeout_s))
+
     def send(self, message: Message) -> None:
         """Raises ChannelError when the connection is gone or the peer does not read for the peer
         timeout; the connection is unusable then."""

@@ -14,6 +14,6 @@ realtime_option = click.option(
     type=ON_OFF,
     default="on",
     show_default=True,
-    help="The few threads that a paused guest waits for run before all others (SCHED_FIFO 1), "
-    "where that is permitted.",
+    help="The few threads that a paused guest waits for run before all others (SCHED_FIFO 1), and "
+    "idle cores stay awake, where that is permitted.",
 )

@@ -40,6 +40,8 @@ ENOUGH_PAGES = 256
 LONGER = 1.2
 #: ...and the same working set if it has no more pages than that.
 SAME_SET = 1.02
+#: Nearly all of a set is dirty where no more than that is left.
+LEFT = 0.005
 #: Of two looks one comes so much later, too: a guest rests for moments.
 APART_NS = 20_000_000
 
@@ -146,15 +148,26 @@ def fit_dirty_model(rounds: Sequence[RoundStats]) -> DirtyModel:
 
 def _head(points: Sequence[tuple[float, float]]) -> UniformWrites:
     """Neither a set that is flat at first and grows later is uniform (it was not all dirty at once)
-    nor one that ends where uniform writes would have gone on: that is written to in turns, and had
-    been everywhere."""
+    nor one of which nothing is left when much was just before: it is written to in turns."""
     first, end = points[0], points[-1]
     apart_ns = max(LONGER * first[0], first[0] + APART_NS)
-    head = _through(first, next((point for point in points if point[0] >= apart_ns), end))
+    second = next((point for point in points if point[0] >= apart_ns), end)
+    head = _through(first, second)
     late = math.isinf(head.first_touch_pps) and end[1] > SAME_SET * first[1]
-    if late or head.dirty_pages(end[0]) > SAME_SET * end[1]:
+    if late or _in_turns(first, second, end):
         return UniformWrites(first[1] / first[0] * NS, math.inf)
     return head
+
+
+def _in_turns(
+    first: tuple[float, float], second: tuple[float, float], end: tuple[float, float]
+) -> bool:
+    """Uniform writes that have been nearly everywhere at the second look had left little at the
+    first: of n times the time that leaves a share of s, 1/n of it leaves s to the 1/n."""
+    if second == end or second[1] < (1 - LEFT) * end[1]:
+        return False
+    left = math.pow(LEFT, first[0] / second[0])
+    return first[1] < (1 - left) / SAME_SET * end[1]
 
 
 def _through(level: tuple[float, float], other: tuple[float, float]) -> UniformWrites:

@@ -158,7 +158,7 @@ class StandardPolicy:
         """The limit holds. Another round is made when it is short and leaves clearly less."""
         round_ns = expected.pages_ns + expected.queue_ns + view.rtt_ns + ROUND_NS
         left = fit_dirty_model(view.rounds[-RECENT_ROUNDS:]).dirty_pages(round_ns)
-        saved_ns = expected.pages_ns - forecast_downtime(view, left).pages_ns
+        saved_ns = expected.total_ns - forecast_downtime(view, left).total_ns
         cheap = round_ns < max(view.downtime_limit_ns, 2 * (view.rtt_ns + ROUND_NS))
         shrinks = left <= EXTRA_SHRINKS_TO * view.dirty_pages
         shrinks = shrinks and saved_ns > max(EXTRA_SAVES_NS, EXTRA_SAVES_SHARE * round_ns)
