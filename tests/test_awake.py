@@ -16,6 +16,7 @@ from test_realtime import USUAL, policy
 
 import vmth
 from vmth.errors import MigrationError
+from vmth.host import host_lines, host_report
 from vmth.journal import Journal, Side
 from vmth.realtime import LONGEST_NS, Realtime, permitted
 from vmth.wire.messages import Mode
@@ -77,9 +78,9 @@ def test_time_counts_from_the_pause(latency: Path) -> None:
     assert not asks(latency) and policy() == USUAL
     # That was long enough to wait for a pause; when it comes all begins anew.
     realtime.begin(None, paused=False)
-    assert not realtime.held and policy() == USUAL
+    assert (realtime.held, policy()) == (False, USUAL)
     realtime.begin(None)
-    assert realtime.held and asks(latency)
+    assert (realtime.held, asks(latency)) == (True, 1)
     realtime.end()
 
 
@@ -185,3 +186,14 @@ def test_both_ends_wake_their_disk_while_the_guest_runs(
         assert Side.DESTINATION in [side for side, _ in woken]
     else:
         assert not woken
+
+
+def test_a_probe_tells_whether_cores_can_be_kept_awake(
+    latency: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, told in ((latency, True), (latency / "missing", False)):
+        monkeypatch.setattr("vmth.realtime.LATENCY_PATH", str(path))
+        report = host_report()
+        assert report["keeps_awake"] is told
+        (line,) = [line for line in host_lines(report) if line.startswith("cores kept awake")]
+        assert ("not permitted" in line) is not told

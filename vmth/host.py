@@ -10,7 +10,7 @@ from vmth import __version__, kernels
 from vmth.dirty.probe import probe
 from vmth.guests.kvm_machine import probe as probe_kvm
 from vmth.guests.spawn import available_memory_bytes
-from vmth.realtime import NOT_PERMITTED, permitted
+from vmth.realtime import LATENCY_PATH, NOT_PERMITTED, keeps_awake, permitted
 
 __all__ = ["host_lines", "host_report"]
 
@@ -33,6 +33,7 @@ def host_report() -> dict[str, Any]:
         "memory_available_bytes": available_bytes,
         "memory_available_where": where,
         "realtime": permitted(),
+        "keeps_awake": keeps_awake(),
         "kvm": {"usable": kvm, "reason": reason},
         "tracking": tracking,
         "kernels": {family: kernels.selected(family) for family in kernels.kernels()},
@@ -51,6 +52,8 @@ def host_lines(report: dict[str, Any]) -> list[str]:
     ]
     name, _, refused = NOT_PERMITTED.partition(": ")
     lines.append(_line(name, "permitted" if report["realtime"] else refused))
+    refused = f"not permitted ({LATENCY_PATH} cannot be written)"
+    lines.append(_line("cores kept awake", "permitted" if report["keeps_awake"] else refused))
     for name, finding in report["tracking"].items():
         reason = f": {finding['reason']}" if finding["reason"] else ""
         lines.append(_line(name, finding["status"] + reason))

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 
 from vmth.guest import CanNameThreads
 
-__all__ = ["LONGEST_NS", "NOT_PERMITTED", "PRIORITY", "Realtime", "permitted"]
+__all__ = ["LONGEST_NS", "NOT_PERMITTED", "PRIORITY", "Realtime", "keeps_awake", "permitted"]
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +173,11 @@ def permitted() -> bool:
     trial.begin(None, paused=False)
     trial.end()
     return not trial.refused
+
+
+def keeps_awake() -> bool:
+    """May this process keep cores awake?"""
+    return os.access(LATENCY_PATH, os.W_OK)
 
 
 def _set(thread: int, policy: int, priority: int = 0) -> None:
