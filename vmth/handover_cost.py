@@ -4,10 +4,9 @@
     downtime = pages + queue + state + round trips + the rest
 
 The rest is what pausing, sealing and resuming cost in processes that have to wake up, and records
-that have to be durable: the same for
-every move of such a guest between two hosts, and twice as much on one pair as on another. What it
-took is kept in the file ``handovers`` of the source's state directory, and its median is what the
-next forecast counts with.
+that have to be durable: the same for every move of such a guest between two hosts, and twice as
+much on one pair as on another. What it took is kept in the file ``handovers`` of the source's state
+directory, and its median is what the next forecast counts with.
 
     {"<class of the guest> <host>": [ns, ...], ...}     JSON; newest last
 

@@ -289,9 +289,9 @@ class Journal:
         again once waking it was not. Never raises, and says nothing of whether the next record can
         be written."""
         index = len(self._entries)
-        if self._fd < 0 or index == SLOTS or not 0 < self.write_ns <= WORTH_WAKING_NS:
+        if self._fd < 0 or index == SLOTS or self._left_asleep:
             return
-        if self._left_asleep:
+        if not 0 < self.write_ns <= WORTH_WAKING_NS:
             return
         began_ns = time.monotonic_ns()
         with contextlib.suppress(OSError):

@@ -18,8 +18,9 @@ everywhere, and none of that is uniform.
           +----+--+----+--- t
                        T
 
-Looks that all come near the round's end (a large set's: nothing is looked at before all of it is
-queued) tell no more than the end. Pure: no clock, no I/O.
+Up to the first look the set grows in proportion where the looks tell that it is written to in
+turns. Looks that all come near the round's end (a large set's: nothing is looked at before all of
+it is queued) tell no more than the end. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
